@@ -1,0 +1,130 @@
+"""The stock attention kernels of PyTorch behind one signature.
+
+    forward(query, key, value, bias, causal, scale) -> out (B, H, n, D), lse (B, H, n)
+    backward(grad, query, key, value, out, lse, bias, causal, scale) -> d_query, d_key, d_value
+
+``causal`` is square and aligned top-left; ``lse`` is the natural logsumexp of the visible scores, in
+float32 (float64 for float64 inputs). The backward takes any ``out`` and ``lse``: it rebuilds
+``exp(scores - lse)`` and ``rowsum(grad * out)`` from them, which is what ``flash.py`` rests on.
+
+Kernels differ in the layout and padding of lse, in grouped heads, and in what a bias may be; the
+differences end in this file. None is called with dropout, so their random states are placeholders.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kernel:
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _cpu_forward(query, key, value, bias, causal, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+def _cpu_backward(grad, query, key, value, out, lse, bias, causal, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+def _no_random_state(like: Tensor) -> tuple[Tensor, Tensor]:
+    state = torch.zeros((), dtype=torch.int64, device=like.device)
+    return state, state
+
+
+def _cuda_forward(query, key, value, bias, causal, scale):
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _cuda_backward(grad, query, key, value, out, lse, bias, causal, scale):
+    # Dense batches have no cumulative lengths, and the kernel reads its rng state as one tensor.
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    unused = torch.empty(0, dtype=torch.uint64, device=query.device)
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, query, key, value, out, lse, None, None, query.shape[2], key.shape[2],
+        0.0, causal, state, unused, scale=scale,
+    )  # fmt: skip
+
+
+def _cudnn_forward(query, key, value, bias, causal, scale):
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, bias, True, 0.0, causal, False, scale=scale
+    )
+    # Some versions give lse a trailing axis of one.
+    return out, lse.squeeze(-1) if lse.dim() == 4 else lse
+
+
+def _cudnn_backward(grad, query, key, value, out, lse, bias, causal, scale):
+    seed, offset = _no_random_state(query)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, query, key, value, out, lse.unsqueeze(-1), seed, offset, bias, None, None,
+        query.shape[2], key.shape[2], 0.0, causal, scale=scale,
+    )  # fmt: skip
+
+
+# The memory-efficient kernel has no grouped heads, pads lse to a multiple of 32 rows, and wants
+# the rows of a bias aligned to 16 bytes.
+_LSE_ROWS = 32
+_BIAS_COLUMNS = 16
+
+
+def _repeat_groups(query: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+
+
+def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
+    batch, heads, length, dim = like.shape
+    return grad.reshape(batch, heads, -1, length, dim).sum(2)
+
+
+def _aligned_bias(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor | None:
+    if bias is None:
+        return None
+    length = key.shape[2]
+    padding = -length % _BIAS_COLUMNS
+    bias = bias.expand(*bias.shape[:-1], length)
+    bias = torch.nn.functional.pad(bias, (0, padding))[..., :length]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
+
+
+def _efficient_forward(query, key, value, bias, causal, scale):
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        query, _repeat_groups(query, key), _repeat_groups(query, value),
+        _aligned_bias(query, key, bias), True, 0.0, causal, scale=scale,
+    )  # fmt: skip
+    return out, lse[..., : query.shape[2]]
+
+
+def _efficient_backward(grad, query, key, value, out, lse, bias, causal, scale):
+    seed, offset = _no_random_state(query)
+    padding = -query.shape[2] % _LSE_ROWS
+    # An infinite lse gives the padded rows a probability of zero.
+    lse = torch.nn.functional.pad(lse, (0, padding), value=torch.inf)
+    d_query, d_key, d_value, _ = aten._scaled_dot_product_efficient_attention_backward(
+        grad, query, _repeat_groups(query, key), _repeat_groups(query, value),
+        _aligned_bias(query, key, bias), out, lse, seed, offset, 0.0,
+        [True, True, True, False], causal, scale=scale,
+    )  # fmt: skip
+    return d_query, _sum_groups(d_key, key), _sum_groups(d_value, value)
+
+
+KERNELS: dict[str, Kernel] = {
+    "cpu": Kernel(_cpu_forward, _cpu_backward),
+    "cuda": Kernel(_cuda_forward, _cuda_backward),
+    "cudnn": Kernel(_cudnn_forward, _cudnn_backward),
+    "efficient": Kernel(_efficient_forward, _efficient_backward),
+}

@@ -1,0 +1,55 @@
+"""The definition, dense and slow: every score is stored, and autograd does the rest.
+
+Shapes: B batch, H query heads, K key heads, n query rows, m keys, D head_dim, V value_dim.
+It shares no code with the fast backends, runs on every device and dtype, can be differentiated
+twice, and is the only backend with dropout on the CPU.
+"""
+
+import torch
+from torch import Tensor
+
+
+def unsupported(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> str | None:
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """Softmax over the visible scores and the sink logit, of which only the former carry values."""
+    num_groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(num_groups, dim=1)
+    value = value.repeat_interleave(num_groups, dim=1)
+    n, m = query.shape[2], key.shape[2]
+
+    scores = query @ key.transpose(-2, -1) * scale  # B H n m
+    if bias is not None:
+        scores = scores + bias
+    future = torch.ones(n, m, dtype=torch.bool, device=query.device).triu(m - n + 1)
+    # Selected, not multiplied: an infinite score times zero would be NaN.
+    scores = scores.masked_fill(future, -torch.inf)
+
+    sink = sink_logits.to(scores.dtype).unsqueeze(-1).expand(*scores.shape[:-1], 1)
+    logits = torch.cat([scores, sink], dim=-1)
+    # A row that sees nothing, not even a sink, has no softmax; its output is 0.
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    # An infinite sink takes the whole row; 0 and -inf give the same split without inf - inf.
+    full = sink == torch.inf
+    column = torch.arange(m + 1, device=query.device)
+    logits = torch.where(full, torch.where(column == m, 0.0, -torch.inf), logits)
+    weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    weights = torch.dropout(weights[..., :m], dropout_p, dropout_p > 0)
+    return weights.to(value.dtype) @ value

@@ -1,0 +1,135 @@
+"""The method: pseudo-attention scores and the mass they hold.
+
+StableMask (Yin et al., ICML 2024, arXiv 2402.04779) fills the masked upper triangle of causal
+attention with scores that decay along the columns, ``P[i, j] = -gamma * j`` for ``j > i``. They take
+part in the softmax and carry no value, so a row needs only their logsumexp, which has a closed form:
+
+    log M[i] = log sum_{j=i+1}^{n-1} exp(-gamma * j)
+
+``attention.py`` adds that one mass to each row; ``docs/method.md`` has the derivation.
+"""
+
+import torch
+from torch import Tensor
+
+
+def head_decay_rates(num_heads: int) -> Tensor:
+    """Geometric per-head rates ``2^(-8 (h + 1) / num_heads)``, ALiBi's slopes.
+
+    Returns:
+        A float32 tensor ``(num_heads,)``: an option for ``gamma``, and the slopes of ALiBi positions.
+    """
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be a positive int, got {num_heads!r}")
+    exponents = torch.arange(1, num_heads + 1, dtype=torch.float64) * (-8.0 / num_heads)
+    return torch.exp2(exponents).float()
+
+
+def pseudo_logsumexp(
+    positions: Tensor, gamma: float | Tensor, horizon: int | None = None
+) -> Tensor:
+    """Log of the pseudo mass of each row, StableMask's sink logits.
+
+        finite horizon n : log M = -(i+1) gamma + log(1 - exp(-gamma (n-1-i))) - log(1 - exp(-gamma))
+        infinite horizon : log M = -(i+1) gamma - log(1 - exp(-gamma))
+        gamma = 0        : log M = log(n-1-i), finite horizon only
+
+    Args:
+        positions: absolute position ``i`` of each row in its own sequence, an integer tensor
+            ``(q_len,)`` or ``(batch, q_len)``.
+        gamma: decay rate, a number or a tensor ``(heads,)``; differentiable when it is a tensor.
+            Positive; zero is allowed with a finite horizon.
+        horizon: the number of columns ``n`` (real and pseudo together), or None for infinitely many.
+            Rows from ``n - 1`` on have no pseudo mass (``-inf``): they are plain causal rows.
+
+    Returns:
+        float32, ``(heads, q_len)`` or ``(batch, heads, q_len)``; ``heads`` is 1 when ``gamma`` is a
+        number. Computed in float64.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range. The values of a ``gamma`` tensor are
+            checked in eager mode on the CPU only; elsewhere a bad one shows as NaN.
+    """
+    _check(positions, gamma, horizon)
+    rate = torch.as_tensor(gamma, dtype=torch.float64, device=positions.device).reshape(-1, 1)
+    row = positions.to(torch.float64).unsqueeze(-2)
+    if horizon is None:
+        log_mass = -(row + 1) * rate - torch.log(-torch.expm1(-rate))
+        return log_mass.float()
+
+    remaining = horizon - 1 - row
+    # Both branches of a `where` reach the gradient, so each is kept finite where it is not chosen.
+    columns = remaining.clamp(min=1)
+    flat = rate == 0
+    safe_rate = torch.where(flat, 1.0, rate)
+    decayed = torch.log(-torch.expm1(-safe_rate * columns)) - torch.log(-torch.expm1(-safe_rate))
+    log_mass = torch.where(flat, columns.log(), decayed) - (row + 1) * rate
+    return torch.where(remaining > 0, log_mass, -torch.inf).float()
+
+
+def dense_stable_mask(
+    n: int,
+    gamma: float | Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two matrices of the definition: ``out = (softmax(scores * C + P) * C) @ value``.
+
+    For reading, testing and drawing; both are quadratic in ``n``.
+
+    Returns:
+        ``C`` ``(n, n)``, 1 on and below the diagonal; ``P`` ``(heads, n, n)``, ``-gamma * j`` above it.
+    """
+    _check(torch.zeros(1, dtype=torch.int64), gamma, n)
+    rate = torch.as_tensor(gamma, dtype=dtype, device=device).reshape(-1, 1, 1)
+    column = torch.arange(n, dtype=dtype, device=device)
+    causal = torch.ones(n, n, dtype=dtype, device=device).tril()
+    return causal, -rate * column * (1 - causal)
+
+
+def mask_ratio(lse: Tensor, sink_logits: Tensor) -> Tensor:
+    """Share of a row's attention that the valueless mass absorbs, ``M / (Z + M)``.
+
+    ``lse`` is ``log Z``, the logsumexp of the row's real scores; real tokens receive the rest.
+    """
+    return torch.sigmoid(sink_logits - lse)
+
+
+def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> None:
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions must be an integer tensor, got {type(positions).__name__}")
+    if positions.dtype.is_floating_point or positions.dtype.is_complex:
+        raise TypeError(f"positions must be an integer tensor, got dtype {positions.dtype}")
+    if positions.dtype == torch.bool:
+        raise TypeError("positions must be an integer tensor, got dtype torch.bool")
+    if positions.dim() not in (1, 2):
+        raise ValueError(
+            f"positions must be (q_len,) or (batch, q_len), got shape {tuple(positions.shape)}"
+        )
+    if horizon is not None:
+        if not isinstance(horizon, (int, torch.SymInt)) or isinstance(horizon, bool):
+            raise TypeError(f"horizon must be an int or None, got {horizon!r}")
+        if isinstance(horizon, int) and horizon < 0:
+            raise ValueError(f"horizon must be at least 0, got {horizon}")
+
+    if isinstance(gamma, Tensor):
+        if gamma.dim() > 1:
+            raise ValueError(
+                f"gamma must be a number or a tensor (heads,), got shape {tuple(gamma.shape)}"
+            )
+        # Reading values would wait for the device, or break a traced graph.
+        if torch.compiler.is_compiling() or gamma.device.type != "cpu":
+            return
+        lowest = float(gamma.detach().amin()) if gamma.numel() else 0.0
+        if gamma.isnan().any():
+            lowest = float("nan")
+    elif isinstance(gamma, (int, float)) and not isinstance(gamma, bool):
+        lowest = float(gamma)
+    else:
+        raise TypeError(
+            f"gamma must be a number or a tensor (heads,), got {type(gamma).__name__}"
+        )
+    if not (lowest > 0 or (lowest == 0 and horizon is not None)):
+        allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
+        raise ValueError(f"gamma must be {allowed}, got {lowest}")
