@@ -251,13 +251,13 @@ def _fold_masks(
 
     q_len, kv_len = shape[2:]
     row = torch.arange(kv_len - q_len, kv_len, device=query.device).unsqueeze(-1)
-    distance = row - torch.arange(kv_len, device=query.device)
+    distance = (row - torch.arange(kv_len, device=query.device)).view(1, 1, q_len, kv_len)
     if alibi_slopes is not None:
         if tuple(alibi_slopes.shape) != (shape[1],):
             raise ValueError(
                 f"alibi_slopes must be (heads,) = ({shape[1]},), got {tuple(alibi_slopes.shape)}"
             )
-        slopes = alibi_slopes.to(query.device, dtype).view(-1, 1, 1)
+        slopes = alibi_slopes.to(query.device, dtype).view(1, -1, 1, 1)
         alibi = -slopes * distance
         bias = alibi if bias is None else bias + alibi
     if window is not None:

@@ -111,7 +111,8 @@ def _attend(
     width += -width % 8 if kernel != "cpu" else 0
     query, key, value = (_widen(tensor, width) for tensor in (query, key, value))
     if bias is not None:
-        bias = _finite_bias(bias, torch.float32 if kernel == "cpu" else query.dtype)
+        # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
+        bias = _finite_bias(bias, _lse_dtype(query) if kernel == "cpu" else query.dtype)
     out, _ = flash_forward(query, key, value, sink_logits, bias, scale, kernel)
     return out[..., :value_dim]
 
@@ -157,8 +158,7 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _in_kernel_order(tensor: Tensor) -> Tensor:
-    expected = _empty(tensor.to("meta")).stride()
-    return tensor if tensor.stride() == expected else _empty(tensor).copy_(tensor)
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _lse_dtype(query: Tensor) -> torch.dtype:
