@@ -1,0 +1,150 @@
+"""What is installed here, and which attention backends work, each checked by running it."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stablemask import __version__
+from stablemask.attention import sink_attention
+from stablemask.backends import BACKENDS
+from stablemask.options import option
+
+SUMMARY = "what is installed, and which attention backends work here"
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
+)
+
+
+@dataclass(kw_only=True)
+class EnvOptions:
+    json: bool = option(False, "print one JSON object instead of the table")
+
+
+@dataclass(frozen=True)
+class BackendCheck:
+    """Whether a backend ran on a device, and its error there or the reason why it cannot run."""
+
+    backend: str
+    device: str
+    works: bool
+    detail: str
+
+
+def run(options: EnvOptions) -> None:
+    report = describe_environment()
+    print(json.dumps(report) if options.json else _as_table(report))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine, devices and the check of every backend on each device, ready for JSON."""
+    devices = available_devices()
+    return {
+        "versions": {
+            "stablemask": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "platform": platform.platform(),
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "devices": devices,
+        "backends": [
+            asdict(check_backend(name, device)) for name in BACKENDS for device in devices
+        ],
+    }
+
+
+def available_devices() -> dict[str, str]:
+    """The kinds of device PyTorch can use here, each with a description."""
+    devices = {"cpu": platform.processor() or platform.machine()}
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        devices["cuda"] = ", ".join(
+            f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards
+        )
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices
+
+
+def check_backend(name: str, device: str) -> BackendCheck:
+    """Run a small forward and backward pass and compare them with the dense float64 reference.
+
+    A backend may be twice as far from it as the reference itself is in the same precision.
+    """
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    exact = _forward_backward("reference", "cpu", dtype, torch.float64)
+    allowed = 2 * _distance(_forward_backward("reference", device, dtype, dtype), exact)
+    try:
+        error = _distance(_forward_backward(name, device, dtype, dtype), exact)
+    except Exception as reason:  # whatever stops it is the answer
+        return BackendCheck(name, device, False, " ".join(str(reason).split()))
+    works = error <= allowed
+    relation = "within" if works else "BEYOND"
+    precision = str(dtype).removeprefix("torch.")
+    detail = f"{precision}, error {error:.0e}, {relation} the allowed {allowed:.0e}"
+    return BackendCheck(name, device, works, detail)
+
+
+def _forward_backward(
+    backend: str, device: str, rounded_to: torch.dtype, dtype: torch.dtype
+) -> list[Tensor]:
+    """Output and gradients, in float64 on the CPU, of inputs that are the same for every call."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 63, 32), (1, 2, 63, 32), (1, 2, 63, 32), (1, 4, 63)]
+    inputs = [
+        torch.randn(shape, generator=generator).to(rounded_to).to(device, dtype).requires_grad_()
+        for shape in shapes
+    ]
+    query, key, value, sink_logits = inputs
+    out = sink_attention(query, key, value, sink_logits, backend=backend)
+    gradients = torch.autograd.grad(out.square().sum(), inputs)
+    return [tensor.detach().to("cpu", torch.float64) for tensor in (out, *gradients)]
+
+
+def _distance(tensors: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest error, relative to the largest value of its tensor."""
+    pairs = zip(tensors, exact, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _as_table(report: dict[str, Any]) -> str:
+    cpu = report["cpu"]
+    rows = [(name, version or "not installed") for name, version in report["versions"].items()]
+    rows += [
+        ("platform", report["platform"]),
+        ("cpu", f"{cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads"),
+    ]
+    rows += [(f"device {name}", text) for name, text in report["devices"].items()]
+    lines = [f"{name:<14} {text}" for name, text in rows]
+    lines += ["", "backends, each run forward and backward here:"]
+    for check in report["backends"]:
+        verdict = "works" if check["works"] else "no"
+        lines.append(f"{check['backend']:<10} {check['device']:<5} {verdict:<6} {check['detail']}")
+    return "\n".join(lines)

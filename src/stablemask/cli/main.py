@@ -1,0 +1,129 @@
+"""The `stablemask` command: choose a command, run it, turn bad input into one line and exit 2."""
+
+import ast
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_type_hints
+
+from stablemask import __version__
+from stablemask.cli.parser import parse_options
+from stablemask.errors import InputError
+
+# In the order a new user meets them. Each is the module of that name in this folder.
+COMMANDS = ("env", "demo", "pretrain", "generate", "evaluate", "bench")
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # as the shell reports a process that SIGPIPE ended
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 and one line on stderr for bad input.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        try:
+            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
+    except InputError as error:
+        return _fail(f"error: {error}", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _drop_stdout()
+        return BROKEN_PIPE
+    except Exception as error:
+        message = _fault_of_the_machine(error)
+        if message is None:
+            raise
+        _drop_stdout()
+        return _fail(f"error: {message}", BAD_INPUT)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        raise InputError("no command given; see `stablemask --help`")
+    name, *rest = argv
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"stablemask {__version__}")
+        return 0
+    if name not in _available():
+        raise InputError(f"no command {name!r}; the commands are {', '.join(_available())}")
+    command = importlib.import_module(f"stablemask.cli.{name}")
+    options = parse_options(
+        get_type_hints(command.run)["options"],
+        rest,
+        prog=f"stablemask {name}",
+        description=command.__doc__,
+    )
+    return command.run(options) or 0
+
+
+def _available() -> list[str]:
+    return [name for name in COMMANDS if _source(name).exists()]
+
+
+def _source(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.py")
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {_summary(name)}" for name in _available()]
+    return "\n".join(
+        [
+            "usage: stablemask COMMAND [options]",
+            "",
+            "Attention with a pseudo mass, and the tools to train language models with it.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`stablemask COMMAND --help` lists the options of a command; every one of them can",
+            "also stand in a YAML file given with --config.",
+        ]
+    )
+
+
+def _summary(name: str) -> str:
+    """The SUMMARY of a command, read without importing it: its imports may load torch."""
+    for statement in ast.parse(_source(name).read_text(encoding="utf-8")).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="SUMMARY")], value=ast.Constant(value=str(text))):
+                return text
+    return ""
+
+
+def _fault_of_the_machine(error: BaseException) -> str | None:
+    """One line for a full disk or a forbidden path, None for what can only be a bug."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PermissionError):
+            return f"no permission for {cause.filename or 'this operation'}; {cause.strerror}"
+        if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
+            where = f" for {cause.filename}" if cause.filename else ""
+            return f"no space left on the disk{where}; free some and run again"
+        # safetensors writes in Rust and keeps only the text of the system's error.
+        if "No space left on device" in str(cause):
+            return "no space left on the disk; free some and run again"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _fail(message: str, code: int) -> int:
+    print("stablemask:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _drop_stdout() -> None:
+    """Nobody can read stdout any more: keep the interpreter from failing to flush it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,113 @@
+"""Turn a dataclass of options into an argparse parser and a YAML reader."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from stablemask.errors import InputError
+from stablemask.options import (
+    OptionField,
+    convert_text,
+    load_yaml,
+    option_fields,
+    options_from_values,
+    union_members,
+)
+
+Options = TypeVar("Options")
+
+
+def parse_options(
+    options_class: type[Options],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+) -> Options:
+    """Read the options of a command from its flags and, with ``--config``, from a YAML file.
+
+    A flag wins over the file, the file over the default. Anything wrong raises InputError;
+    ``--help`` prints and exits with 0.
+    """
+    parser = _Parser(
+        prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of options; flags win over it"
+    )
+    fields = option_fields(options_class)
+    for field in fields:
+        _add_flag(parser, field)
+
+    flags = vars(parser.parse_args(argv))
+    config = flags.pop("config")
+    values = {}
+    if config is not None:
+        values = options_from_values(options_class, load_yaml(config), str(config))
+    values |= flags
+    missing = [field.flag for field in fields if field.required and field.name not in values]
+    if missing:
+        parser.error(f"{' and '.join(missing)} must be given")
+    return options_class(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own swallows a full disk
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: OptionField) -> None:
+    # A flag that is not given leaves no trace, so that the YAML file and the defaults can speak.
+    common: dict[str, Any] = {
+        "dest": field.name,
+        "default": argparse.SUPPRESS,
+        "help": _help(field),
+    }
+    if bool in union_members(field.kind):
+        parser.add_argument(field.flag, action=argparse.BooleanOptionalAction, **common)
+        return
+    common["metavar"] = _metavar(field)
+    if field.item_kind is not None:
+        convert = _converter(field.item_kind, field.choices)
+        parser.add_argument(field.flag, nargs="+", action="extend", type=convert, **common)
+    else:
+        parser.add_argument(field.flag, type=_converter(field.kind, field.choices), **common)
+
+
+def _converter(kind: Any, choices: Sequence[str] | None) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return convert_text(text, kind, choices)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _help(field: OptionField) -> str:
+    text = field.help
+    if field.required:
+        text += " (required)"
+    elif field.default is not None and field.default != []:
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        text += f" (default: {default})"
+    return text.replace("%", "%%")
+
+
+def _metavar(field: OptionField) -> str:
+    if field.choices:
+        return "{" + ",".join(field.choices) + "}"
+    words: list[str] = []
+    for member in union_members(field.item_kind or field.kind):
+        if get_origin(member) is Literal:
+            words += map(str, get_args(member))
+        elif member is not type(None):
+            words.append(_METAVARS[member])
+    return "|".join(words)
+
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}

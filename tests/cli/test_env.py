@@ -1,0 +1,73 @@
+"""`stablemask env`: what it says must be what is."""
+
+import json
+import platform
+
+import pytest
+import torch
+
+from stablemask import __version__
+from stablemask.backends import BACKENDS
+from stablemask.cli import env
+from stablemask.cli.main import main
+
+
+@pytest.fixture
+def report(capsys):
+    assert main(["env", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_report(report):
+    assert report["versions"]["stablemask"] == __version__
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["python"] == platform.python_version()
+    assert report["cpu"]["threads"] == torch.get_num_threads()
+    assert "cpu" in report["devices"]
+
+
+def test_every_backend_is_checked_on_every_device(report):
+    checked = [(check["backend"], check["device"]) for check in report["backends"]]
+    assert checked == [(name, device) for name in BACKENDS for device in report["devices"]]
+    works = {name for name, device in checked if device == "cpu"} & {
+        check["backend"] for check in report["backends"] if check["works"]
+    }
+    assert {"flash", "reference"} <= works
+    assert all(check["detail"] for check in report["backends"])
+
+
+def test_table_has_a_line_for_each_backend_and_package(capsys):
+    assert main(["env"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["torch", torch.__version__] in lines
+    for name in BACKENDS:
+        assert [name, "cpu"] in [line[:2] for line in lines]
+
+
+def test_a_package_that_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(env, "PACKAGES", ("no-such-package",))
+    main(["env"])
+    assert "no-such-package not installed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_backend_that_computes_something_else_does_not_work(monkeypatch):
+    right = BACKENDS["flash"]
+
+    def wrong(*args):
+        return right.attend(*args) * 1.001
+
+    monkeypatch.setitem(BACKENDS, "flash", type(right)(wrong, right.unsupported, ""))
+    check = env.check_backend("flash", "cpu")
+    assert not check.works
+    assert "BEYOND" in check.detail
+
+
+def test_a_backend_that_fails_says_why(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no kernel\nfor this")
+
+    right = BACKENDS["flash"]
+    monkeypatch.setitem(BACKENDS, "flash", type(right)(fail, right.unsupported, ""))
+    assert env.check_backend("flash", "cpu") == env.BackendCheck(
+        "flash", "cpu", False, "no kernel for this"
+    )
