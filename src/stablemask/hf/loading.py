@@ -1,0 +1,100 @@
+"""Loading a causal language model from a folder or the hub, with every failure in one line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import InputError
+from ..models import StableMaskConfig
+
+# NAME or OWNER/NAME; anything else can only be a path.
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """Load any Transformers causal language model, ours too, for evaluation.
+
+    Reads safetensors only and runs no code from the checkpoint.
+
+    Args:
+        name_or_path: a folder, or the name of a model on the hub.
+        dtype: of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; default: as saved.
+        device: where to put it; default: the CPU.
+
+    Raises:
+        InputError: there is no such model, it cannot be reached, or its files are damaged.
+    """
+    name_or_path = str(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        name_or_path = str(folder)
+        _check_folder(folder)
+    elif folder.exists():
+        raise InputError(f"{name_or_path} is a file; give the folder that holds the model")
+    elif not HUB_NAME.fullmatch(name_or_path):
+        raise InputError(f"no model folder at {name_or_path!r}")
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise InputError(
+            f"the weights in {name_or_path} are damaged or cut short ({error}); copy them again"
+        ) from error
+    # What Transformers raises for a bad folder, name, connection or configuration, and no more.
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        problem = (
+            "cannot be loaded"
+            if folder.is_dir()
+            else "is no folder here, and not to be had from the hub"
+        )
+        raise InputError(f"model {name_or_path} {problem}: {_first_line(error)}") from error
+
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the weights in {name_or_path} lack {len(missing)} tensors its config.json asks for, "
+            f"{missing[0]} among them"
+        )
+    if getattr(config, "stablemask", None) is not None and not isinstance(config, StableMaskConfig):
+        raise InputError(
+            f"{name_or_path} asks for StableMask in its config.json, and nothing here runs it for "
+            f"model_type {config.model_type!r}"
+        )
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _check_folder(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no config.json, so it is not a saved model")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {_first_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is damaged: it must hold a JSON object")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} holds no .safetensors weights, the only format that is read")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,201 @@
+"""What a model is: its sizes, how it knows positions, and where its surplus attention goes."""
+
+import math
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+POSITION_ENCODINGS = ("rope", "alibi", "nope", "learned", "sinusoidal")
+ATTENTION_KINDS = ("stablemask", "softmax", "softmax1", "learned-sink")
+
+
+class StableMaskConfig(PreTrainedConfig):
+    """Configuration of :class:`~stablemask.models.StableMaskModel`.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: sizes.
+        num_key_value_heads: a divisor of ``num_attention_heads``, which is the default.
+        head_dim: width of a head; default ``hidden_size // num_attention_heads``.
+        max_position_embeddings: the training context. Only ``learned`` positions end there.
+        position_encoding: ``rope``, ``alibi``, ``nope`` (none), ``learned`` or ``sinusoidal``.
+        attention: which sink logit a row has. ``stablemask``: the pseudo mass of its position;
+            ``softmax``: none; ``softmax1``: 0 (softmax-off-by-one); ``learned-sink``: one trained
+            number per head and layer.
+        stablemask: ``{"gamma": ..., "horizon": ...}``, with ``attention="stablemask"`` only.
+            ``gamma`` is a number, a list of one number per query head, or ``"slopes"`` (ALiBi's
+            head slopes); default ``1 / max_position_embeddings``. ``horizon`` is the number of
+            columns, or None (the default) for infinitely many; rows from ``horizon - 1`` on are
+            plain softmax.
+        rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``, with ``rope`` only.
+        rms_norm_eps, initializer_range, attention_dropout, tie_word_embeddings, use_cache: as in
+            Transformers' Llama.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it, its value and its range.
+    """
+
+    model_type: ClassVar[str] = "stablemask"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 512
+    position_encoding: str = "rope"
+    attention: str = "stablemask"
+    stablemask: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_sizes()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_choices()
+        self.stablemask = self._complete_stablemask()
+        asked_for_rope = self.rope_parameters is not None or "rope_theta" in kwargs
+        super().__post_init__(**kwargs)
+        self._check_rope(asked_for_rope)
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together."""
+        assert self.head_dim is not None
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        assert self.head_dim is not None
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads * self.head_dim
+
+    def _check_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            _require_positive_int(name, getattr(self, name))
+        if self.head_dim is not None:
+            _require_positive_int("head_dim", self.head_dim)
+        elif self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size ({self.hidden_size}) where head_dim "
+                f"is not given, got {self.num_attention_heads}"
+            )
+        assert self.num_key_value_heads is not None
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                "num_key_value_heads must divide num_attention_heads "
+                f"({self.num_attention_heads}), got {self.num_key_value_heads}"
+            )
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("position_encoding", POSITION_ENCODINGS),
+            ("attention", ATTENTION_KINDS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 0.0 <= self.attention_dropout < 1.0:
+            raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout!r}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.position_encoding == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(
+                f"hidden_size must be even with sinusoidal positions, got {self.hidden_size}"
+            )
+
+    def _complete_stablemask(self) -> dict[str, Any] | None:
+        """The ``stablemask`` settings with their defaults filled in; None for other attention."""
+        if self.attention != "stablemask":
+            if self.stablemask is not None:
+                raise ValueError(
+                    f"stablemask must be None with attention={self.attention!r}, which does not "
+                    f"read it, got {self.stablemask!r}"
+                )
+            return None
+        given = {} if self.stablemask is None else self.stablemask
+        if not isinstance(given, dict) or not given.keys() <= {"gamma", "horizon"}:
+            raise ValueError(f"stablemask must be a dict of gamma and horizon, got {given!r}")
+
+        horizon = given.get("horizon")
+        if horizon is not None:
+            _require_positive_int("stablemask['horizon']", horizon, "or None")
+        gamma = given.get("gamma")
+        if gamma is None:
+            gamma = 1 / self.max_position_embeddings
+        if gamma != "slopes":
+            gamma = list(gamma) if isinstance(gamma, (list, tuple)) else gamma
+            self._check_gamma(gamma, horizon)
+        return {"gamma": gamma, "horizon": horizon}
+
+    def _check_gamma(self, gamma: Any, horizon: int | None) -> None:
+        rates = gamma if isinstance(gamma, list) else [gamma]
+        if not all(_is_number(rate) for rate in rates) or (
+            isinstance(gamma, list) and len(gamma) != self.num_attention_heads
+        ):
+            raise ValueError(
+                "stablemask['gamma'] must be a number, 'slopes', or a list of one number per head "
+                f"({self.num_attention_heads}), got {gamma!r}"
+            )
+        if min(rates) < 0 or (min(rates) == 0 and horizon is None):
+            allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
+            raise ValueError(f"stablemask['gamma'] must be {allowed}, got {gamma!r}")
+
+    def _check_rope(self, asked_for_rope: bool) -> None:
+        if self.position_encoding != "rope":
+            if asked_for_rope and self.rope_parameters:
+                raise ValueError(
+                    "rope_parameters must be None with position_encoding="
+                    f"{self.position_encoding!r}, which does not read it, "
+                    f"got {self.rope_parameters!r}"
+                )
+            self.rope_parameters = None
+            return
+        parameters = self.rope_parameters or {}
+        if parameters.get("rope_type") != "default" or not parameters.keys() <= {
+            "rope_type",
+            "rope_theta",
+        }:
+            raise ValueError(
+                "rope_parameters must hold rope_type 'default' and rope_theta only, "
+                f"got {parameters!r}"
+            )
+        theta = parameters["rope_theta"]
+        if not _is_number(theta) or theta <= 0:
+            raise ValueError(f"rope_theta must be a positive number, got {theta!r}")
+        assert self.head_dim is not None
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even with rope positions, got {self.head_dim}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_positive_int(name: str, value: Any, alternative: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        allowed = f"an integer of at least 1 {alternative}".rstrip()
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

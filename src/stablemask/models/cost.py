@@ -1,0 +1,88 @@
+"""What a model costs, worked out from its configuration without allocating its weights.
+
+Letters: d hidden_size, f intermediate_size, L layers, V vocabulary, h head_dim, H query heads,
+K key and value heads, T context, B batch.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+
+from .configuration import StableMaskConfig
+from .modeling import StableMaskForCausalLM
+
+
+class Flops(NamedTuple):
+    """Floating-point operations per token; a multiplication and an addition are two."""
+
+    forward: int
+    training: int
+
+
+def count_parameters(config: StableMaskConfig) -> int:
+    """Parameters of the causal language model, a tied embedding counted once."""
+    with torch.device("meta"):
+        model = StableMaskForCausalLM(copy.deepcopy(config))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(config: StableMaskConfig, context: int) -> Flops:
+    """Matrix multiplications of one token in a sequence of ``context``.
+
+        forward  = 2 (L (2 d h (H + K) + 3 d f) + d V)  +  4 L H h T
+        training = 3 forward          (the backward pass costs twice the forward)
+
+    The last term is attention, counted in full as is the custom (PaLM, arXiv 2204.02311, appendix
+    B); a causal kernel skips about half of it. Norms, rotations and the sink logit are left out.
+    """
+    d, layers = config.hidden_size, config.num_hidden_layers
+    width, kv_width = config.query_width, config.key_value_width
+    weights = layers * (2 * d * (width + kv_width) + 3 * d * config.intermediate_size)
+    forward = 2 * (weights + d * config.vocab_size) + 4 * layers * width * context
+    return Flops(forward, 3 * forward)
+
+
+def training_memory(
+    config: StableMaskConfig,
+    batch_size: int,
+    context: int,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+) -> dict[str, int]:
+    """Estimated bytes of one AdamW training step, by what they hold, and their ``total``.
+
+    Weights, gradients and both AdamW moments are float32; ``dtype`` is what the forward pass
+    computes in, under autocast where it is not float32. With s the bytes of ``dtype``:
+
+        weights     4 N                 (N parameters)
+        gradients   4 N
+        optimizer   8 N
+        activations B T L layer,  layer = s (2 d + 2 h (H + K) + 4 f) + 4 (2 d + H)
+                    with gradient checkpointing  B T (4 d L + layer)
+        logits      B T V (s + 8),  their log-softmax and its gradient in float32
+
+    A layer keeps the inputs of its two norms (float32, the residual stream) and their outputs,
+    query, key, value and the attention's output, its logsumexp, and four tensors of the SwiGLU.
+    The allocator's overhead, autocast's copies of the weights and a dense ALiBi or padding bias
+    come on top.
+    """
+    size = torch.empty(0, dtype=dtype).element_size()
+    d, layers = config.hidden_size, config.num_hidden_layers
+    width, kv_width = config.query_width, config.key_value_width
+    parameters = count_parameters(config)
+    tokens = batch_size * context
+    layer = size * (2 * d + 2 * (width + kv_width) + 4 * config.intermediate_size)
+    layer += 4 * (2 * d + config.num_attention_heads)
+    if gradient_checkpointing:
+        activations = tokens * (4 * d * layers + layer)
+    else:
+        activations = tokens * layers * layer
+    memory = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "activations": activations,
+        "logits": tokens * config.vocab_size * (size + 8),
+    }
+    return {**memory, "total": sum(memory.values())}

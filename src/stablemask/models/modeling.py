@@ -1,0 +1,436 @@
+"""The decoder: pre-norm RMSNorm, SwiGLU, grouped-query heads, and attention with a sink logit.
+
+Read it from the bottom: ``StableMaskForCausalLM`` holds a ``StableMaskModel``, whose forward works
+out once what all layers share (positions, mask, rotary angles, sink logits) and hands it down.
+
+Shapes: (batch, length, hidden) outside attention, (batch, heads, length, head_dim) inside.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..attention import sink_attention
+from ..pseudo import head_decay_rates, pseudo_logsumexp
+from .configuration import StableMaskConfig
+
+ATTN_IMPLEMENTATION = "stablemask"
+# `create_causal_mask` looks masks up by the attention's name; sdpa's are None or bool, as we take.
+AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sdpa_mask)
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class StableMaskMLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: StableMaskConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class StableMaskAttention(nn.Module):
+    """Grouped-query attention with a sink logit per row.
+
+    To study its attention maps, hook its inputs and rebuild the scores from :meth:`project`.
+    """
+
+    sinks: nn.Parameter | None
+
+    def __init__(self, config: StableMaskConfig, layer_idx: int):
+        super().__init__()
+        assert config.head_dim is not None
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.query_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.key_value_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.key_value_width, bias=False)
+        self.o_proj = nn.Linear(config.query_width, config.hidden_size, bias=False)
+        if config.attention == "learned-sink":
+            self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
+        else:
+            self.register_parameter("sinks", None)
+
+    def project(
+        self, hidden_states: Tensor, rotary: Rotary | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (batch, heads or kv_heads, length, head_dim), rotated."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        sink_logits: Tensor | None = None,
+        rotary: Rotary | None = None,
+        attn_mask: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden_states: (batch, length, hidden).
+            sink_logits: broadcastable to (batch, heads, length); None where the layer has its own.
+            rotary: cos and sin from :func:`rotary_angles`.
+            attn_mask, alibi_slopes: as in :func:`stablemask.sink_attention`.
+            past_key_values: the cache, to which this layer's keys and values are added.
+        """
+        query, key, value = self.project(hidden_states, rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+            if attn_mask is None and past_key_values.is_compileable:
+                # A static cache hands back its full length, and comes without a mask only at a
+                # prefill from empty: the keys are the first rows.
+                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        if self.sinks is not None:
+            sink_logits = self.sinks[:, None]
+        assert sink_logits is not None
+        output = sink_attention(
+            query,
+            key,
+            value,
+            sink_logits,
+            attn_mask=attn_mask,
+            alibi_slopes=alibi_slopes,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+
+class StableMaskDecoderLayer(GradientCheckpointingLayer):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: StableMaskConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = StableMaskAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = StableMaskMLP(config)
+
+    def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(normed, **attention_inputs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class StableMaskPreTrainedModel(PreTrainedModel):
+    """What the base model and its heads share: initialisation, and the one attention they run."""
+
+    config: StableMaskConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StableMaskDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": StableMaskDecoderLayer}  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, StableMaskAttention) and module.sinks is not None:
+            # As gpt-oss does: close to softmax-off-by-one, the heads told apart from the start.
+            init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # so that `set_attn_implementation` asks the check below instead of warning
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        if attn_implementation not in (None, ATTN_IMPLEMENTATION):
+            raise ValueError(
+                f"attn_implementation must be {ATTN_IMPLEMENTATION!r} or not given: "
+                f"{type(self).__name__} runs its own attention, which config.attention chooses, "
+                f"got {attn_implementation!r}"
+            )
+        return ATTN_IMPLEMENTATION
+
+
+class StableMaskModel(StableMaskPreTrainedModel):
+    """The decoder without its head: token ids to hidden states."""
+
+    def __init__(self, config: StableMaskConfig):
+        super().__init__(config)
+        # No padding_idx: where padding and end share an id, the end token would never be trained.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_encoding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            StableMaskDecoderLayer(config, layer_idx)
+            for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (batch, length); or ``inputs_embeds``, (batch, length, hidden).
+            attention_mask: (batch, past + length), 0 at padding; or ready for attention, bool or
+                additive, (batch, 1 or heads, length, past + length).
+            position_ids: (batch or 1, length), each token's absolute position in its own sequence.
+                Default: counted from ``attention_mask`` (2-D), else from the cache. Positions that
+                restart, with neither mask nor cache, mark packed documents, kept apart.
+            past_key_values: a DynamicCache, a StaticCache, or None.
+            use_cache: make a DynamicCache where none is given; default ``config.use_cache``.
+
+        Raises:
+            ValueError: the ``learned`` position table is too short, or inputs do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions must be False: the fast kernels store no attention map"
+            )
+        config = self.config
+        given: Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = self._positions(position_ids, attention_mask, past_length, given)
+        if config.position_encoding == "learned":
+            _check_table(positions, config.max_position_embeddings)
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        # With `position_ids` as given and no cache made yet, packed documents are recognised, and a
+        # plain batch builds no mask under torch.compile.
+        attn_mask: Any = create_causal_mask(
+            config=config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+
+        rotary = alibi_slopes = None
+        if config.position_encoding == "rope":
+            rotary = rotary_angles(positions, config.head_dim, config.rope_parameters["rope_theta"])  # type: ignore[arg-type,index]
+        elif config.position_encoding == "alibi":
+            alibi_slopes = head_decay_rates(config.num_attention_heads).to(positions.device)
+            if attn_mask is not None and getattr(past_key_values, "is_compileable", False):
+                # The last key of a static cache is not the last query's: count from the first.
+                attn_mask = alibi_mask(alibi_slopes, attn_mask, past_length)
+                alibi_slopes = None
+        elif config.position_encoding == "learned":
+            hidden_states = hidden_states + self.embed_positions(positions)
+        elif config.position_encoding == "sinusoidal":
+            # Vaswani et al., section 3.4: scale the embeddings to the size of the encoding.
+            encoding = sinusoidal_encoding(positions, config.hidden_size)
+            scale = config.hidden_size**0.5
+            hidden_states = hidden_states * scale + encoding.to(hidden_states.dtype)
+
+        sink_logits = position_sink_logits(config, positions)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                sink_logits=sink_logits,
+                rotary=rotary,
+                attn_mask=attn_mask,
+                alibi_slopes=alibi_slopes,
+                past_key_values=past_key_values,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    @staticmethod
+    def _positions(
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_length: int | Tensor,
+        given: Tensor,
+    ) -> Tensor:
+        """Absolute position of each token in its own sequence, (batch or 1, length)."""
+        if position_ids is not None:
+            return position_ids
+        columns = past_length + torch.arange(given.shape[1], device=given.device)
+        if attention_mask is None or attention_mask.dim() != 2:
+            return columns[None]
+        needed = past_length + given.shape[1]
+        if isinstance(needed, int) and attention_mask.shape[1] < needed:
+            raise ValueError(
+                f"attention_mask must cover the cache and the input, {needed} tokens, "
+                f"got shape {tuple(attention_mask.shape)}"
+            )
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return positions[:, columns]
+
+
+class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: StableMaskConfig):
+        super().__init__(config)
+        self.model = StableMaskModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where ``labels`` are given; the rest as in :class:`StableMaskModel`.
+
+        Args:
+            labels: (batch, length), -100 where not counted; shifted here.
+            logits_to_keep: how many of the last rows get logits (0: all), or which rows do.
+            kwargs: ``num_items_in_batch`` makes the loss a sum over that count.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, rows])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, *args: Any
+    ) -> None:
+        # Before any token is made; the last one needs no position.
+        if self.config.position_encoding == "learned":
+            _check_length(generation_config.max_length - 1, self.config.max_position_embeddings)
+        super()._validate_generated_length(  # type: ignore[misc]
+            generation_config, input_ids_length, *args
+        )
+
+
+def position_sink_logits(config: StableMaskConfig, positions: Tensor) -> Tensor | None:
+    """Sink logits that follow from the positions alone, broadcastable to (batch, heads, length).
+
+    None for ``learned-sink``, where each layer holds its own.
+    """
+    if config.attention == "stablemask":
+        assert config.stablemask is not None
+        gamma = config.stablemask["gamma"]
+        if gamma == "slopes":
+            gamma = head_decay_rates(config.num_attention_heads)
+        elif isinstance(gamma, list):
+            gamma = torch.tensor(gamma, dtype=torch.float64)
+        return pseudo_logsumexp(positions, gamma, config.stablemask["horizon"])
+    if config.attention == "learned-sink":
+        return None
+    value = 0.0 if config.attention == "softmax1" else -torch.inf
+    return torch.full((1, 1, 1), value, device=positions.device)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """cos and sin of RoPE (Su et al., arXiv 2104.09864).
+
+    Returns:
+        Two float32 tensors (batch or 1, 1, length, head_dim / 2).
+    """
+    frequencies = _inverse_frequencies(head_dim, theta, positions.device)
+    angles = positions[:, None, :, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (batch, heads, length, head_dim), its two halves paired, in float32 or better."""
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(states.dtype)
+
+
+def sinusoidal_encoding(positions: Tensor, hidden_size: int) -> Tensor:
+    """Sine and cosine in turn (Vaswani et al., 3.5): float32 (batch or 1, length, hidden)."""
+    angles = positions[..., None] * _inverse_frequencies(hidden_size, 1e4, positions.device)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def alibi_mask(slopes: Tensor, attn_mask: Tensor, past_length: int | Tensor) -> Tensor:
+    """ALiBi added to a mask whose first query row is key ``past_length``, float32.
+
+    Args:
+        slopes: (heads,).
+        attn_mask: bool or additive, (batch, 1 or heads, length, keys).
+    """
+    rows = past_length + torch.arange(attn_mask.shape[2], device=slopes.device)
+    distance = rows[:, None] - torch.arange(attn_mask.shape[3], device=slopes.device)
+    bias = -slopes[:, None, None] * distance
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, bias, -torch.inf)
+    return bias + attn_mask
+
+
+def _inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def _check_table(positions: Tensor, table_length: int) -> None:
+    if not torch.compiler.is_compiling():
+        _check_length(int(positions.max()) + 1, table_length)
+
+
+def _check_length(length: int, table_length: int) -> None:
+    if length > table_length:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the learned position table of "
+            f"{table_length} (max_position_embeddings); shorten it, or use a model with another "
+            "position encoding"
+        )

@@ -1,0 +1,63 @@
+"""Model sizes by name."""
+
+from typing import Any
+
+from ..errors import InputError
+from .configuration import StableMaskConfig
+
+# Each within 3 % of its name in parameters. 50304 is GPT-2's vocabulary, padded to a multiple
+# of 64.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 4096,
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    },
+    "71m": {
+        "vocab_size": 50304,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 512,
+    },
+    "160m": {
+        "vocab_size": 50304,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 512,
+    },
+    "410m": {
+        "vocab_size": 50304,
+        "hidden_size": 1024,
+        "intermediate_size": 2736,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 1024,
+    },
+    "1.4b": {
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 5472,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 1024,
+    },
+}
+
+
+def preset_config(name: str, **overrides: Any) -> StableMaskConfig:
+    """The configuration of a preset, any field replaced by keyword.
+
+    Raises:
+        InputError: no preset has this name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return StableMaskConfig(**{**PRESETS[name], **overrides})
