@@ -190,7 +190,7 @@ def flash_forward(
     rows = query.shape[:3]
     dtype = _lse_dtype(query)
     if query.numel() == 0 or key.shape[2] == 0:
-        return _empty(query).zero_(), sink_logits.to(dtype).expand(rows).contiguous()
+        return _empty(query).zero_(), query.new_zeros(rows, dtype=dtype)
 
     parts = [
         KERNELS[kernel].forward(

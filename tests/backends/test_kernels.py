@@ -1,0 +1,153 @@
+"""The CUDA kernels: their shapes with fake tensors anywhere, their numbers where there is a GPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stablemask import head_decay_rates, sink_attention, stable_mask_attention
+from stablemask.backends import BACKENDS
+from stablemask.backends.kernels import KERNELS
+from tests import marks
+from tests.oracle import gradients, sink_definition
+
+CUDA_KERNELS = [name for name in KERNELS if name != "cpu"]
+
+
+@pytest.mark.parametrize("name", CUDA_KERNELS)
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(("rows", "keys", "causal"), [(37, 37, True), (5, 40, False)])
+def test_shapes_of_the_cuda_kernels(name, padding, rows, keys, causal):
+    if name == "cuda" and padding:
+        assert BACKENDS["flash"].attend  # a bias goes to the efficient kernel
+        return
+    with FakeTensorMode():
+        query = torch.empty(2, rows, 4, 16, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        key = torch.empty(2, keys, 2, 16, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        bias = key.new_empty(2, 1, 1, keys) if padding else None
+        kernel = KERNELS[name]
+        out, lse = kernel.forward(query, key, key, bias, causal, 0.25)
+        assert out.shape == query.shape
+        assert lse.shape == (2, 4, rows)
+        assert lse.dtype == torch.float32
+        grads = kernel.backward(out, query, key, key, out, lse, bias, causal, 0.25)
+        assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "dim"),
+    [
+        (torch.bfloat16, False, 16),
+        (torch.bfloat16, True, 16),
+        (torch.float32, False, 16),
+        (torch.float32, True, 12),
+    ],
+)
+def test_fake_cuda_tensors_pass_through_the_whole_op(dtype, masked, dim):
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 9, dim, dtype=dtype, device="cuda", requires_grad=True)
+        key = torch.empty(2, 2, 12, dim, dtype=dtype, device="cuda", requires_grad=True)
+        mask = torch.ones(2, 1, 1, 12, dtype=torch.bool, device="cuda") if masked else None
+        out = stable_mask_attention(query, key, key, gamma=0.1, attn_mask=mask)
+        assert out.shape == query.shape
+        assert out.dtype == dtype
+        for grad, tensor in zip(gradients(out, (query, key), out), (query, key), strict=True):
+            assert grad.shape == tensor.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "meta"}, "no stock flash kernel"),
+        ({"device": "cuda", "dtype": torch.float64}, "float64"),
+        ({"device": "cuda", "dim": 257}, "head_dim"),
+    ],
+)
+def test_flash_says_what_it_cannot_do(changes, reason):
+    with FakeTensorMode():
+        query = torch.empty(
+            1, 1, 4, changes.get("dim", 8),
+            dtype=changes.get("dtype", torch.float32), device=changes["device"],
+        )  # fmt: skip
+        sink = torch.zeros(1, 1, device=changes["device"])
+        with pytest.raises(ValueError, match=reason):
+            sink_attention(query, query, query, sink, backend="flash")
+
+
+def test_cudnn_says_what_it_cannot_do():
+    with FakeTensorMode():
+        query = torch.empty(1, 1, 4, 8, device="cuda")
+        sink = torch.zeros(1, 1, device="cuda")
+        with pytest.raises(ValueError, match="float16 and bfloat16"):
+            sink_attention(query, query, query, sink, backend="cudnn")
+
+
+class TestOnGpu:
+    pytestmark = marks.gpu
+
+    @pytest.mark.parametrize("backend", ["flash", "cudnn"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (7, 7), (257, 257), (1, 63), (40, 257)])
+    @pytest.mark.parametrize("mask", ["none", "padding", "alibi"])
+    @pytest.mark.parametrize("kv_heads", [1, 4])
+    def test_equals_the_definition(self, backend, dtype, rows, keys, mask, kv_heads):
+        if backend == "cudnn" and dtype == torch.float32:
+            return
+        shapes = [(2, 4, rows, 64), (2, kv_heads, keys, 64), (2, kv_heads, keys, 64), (4, 1)]
+        exact_inputs = [torch.randn(shape).to(dtype).double() for shape in shapes]
+        exact_inputs = tuple(t.requires_grad_() for t in exact_inputs)
+        inputs = tuple(t.detach().to("cuda", dtype).requires_grad_() for t in exact_inputs)
+        keywords, visible, bias = {}, None, None
+        if mask == "padding":
+            visible = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+            visible[0, ..., : keys // 3] = False
+            keywords["attn_mask"] = visible.cuda()
+        elif mask == "alibi":
+            slopes = head_decay_rates(4)
+            keywords["alibi_slopes"] = slopes.cuda()
+            distance = torch.arange(keys - rows, keys).unsqueeze(-1) - torch.arange(keys)
+            bias = -slopes.double().view(1, 4, 1, 1) * distance
+
+        exact = sink_definition(*exact_inputs, visible=visible, bias=bias)
+        grad = torch.randn_like(exact).to(dtype).double()
+        truth = (exact, *gradients(exact, exact_inputs, grad))
+        results = {}
+        for name in (backend, "reference"):
+            out = sink_attention(*inputs, backend=name, **keywords)
+            results[name] = (out, *gradients(out, inputs, grad.cuda()))
+        term = max((grad * exact).abs().sum(-1).max(), 1)
+        for ours, dense, expected in zip(*(results[n] for n in results), truth, strict=True):
+            assert ours.isfinite().all()
+            roundings = 4 * torch.finfo(dtype).eps * max(term, expected.abs().max())
+            allowed = 2 * (dense.cpu().double() - expected).abs().max() + roundings
+            assert (ours.cpu().double() - expected).abs().max() <= allowed
+
+    def test_a_blind_row_is_zero(self):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            query = torch.randn(1, 2, 9, 64, device="cuda", dtype=dtype, requires_grad=True)
+            mask = (torch.arange(9, device="cuda") >= 4).view(1, 1, 1, 9)
+            for sink in (0.0, float("-inf")):
+                out = sink_attention(query, query, query, sink, attn_mask=mask)
+                assert (out[:, :, :4] == 0).all()
+                (grad,) = gradients(out, (query,), torch.randn_like(out))
+                assert grad.isfinite().all()
+                assert (grad[:, :, :4] == 0).all()
+
+    def test_compiles_without_a_graph_break(self):
+        query = torch.randn(
+            1, 2, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
+        compiled = torch.compile(
+            lambda q: stable_mask_attention(q, q, q, gamma=0.1), fullgraph=True
+        )
+        torch.testing.assert_close(
+            compiled(query), stable_mask_attention(query, query, query, gamma=0.1)
+        )
+
+    def test_length_is_linear_in_memory(self):
+        query = torch.randn(1, 8, 16384, 64, device="cuda", dtype=torch.bfloat16)
+        query.requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        stable_mask_attention(query, query, query, gamma=1e-4).sum().backward()
+        one_score_matrix = 16384 * 16384 * 2
+        assert torch.cuda.max_memory_allocated() - before < one_score_matrix

@@ -1,0 +1,53 @@
+"""The definition of the paper, written out in float64: what every way of computing is held against.
+
+Nothing here imports the package's backends.
+"""
+
+import torch
+from torch import Tensor
+
+
+def stable_mask_definition(
+    query: Tensor, key: Tensor, value: Tensor, gamma: float | Tensor, horizon: int
+) -> Tensor:
+    """``(softmax(s * C + P) * C) @ v`` over ``horizon`` columns, literally, for a full square."""
+    batch, heads, n, head_dim = query.shape
+    groups = heads // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    padding = (0, 0, 0, horizon - n)
+    key, value = (torch.nn.functional.pad(t, padding) for t in (key, value))
+    column = torch.arange(horizon, dtype=torch.float64)
+    row = torch.arange(n).unsqueeze(-1)
+    causal = (torch.arange(horizon) <= row).double()
+    rate = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1, 1, 1)
+    pseudo = -rate * column * (1 - causal)
+    scores = query @ key.transpose(-2, -1) * head_dim**-0.5
+    return (torch.softmax(scores * causal + pseudo, -1) * causal) @ value
+
+
+def sink_definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Exponentials over their sum, for finite sinks; a row that sees nothing gives 0."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    n, m = query.shape[2], key.shape[2]
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    if visible is not None:
+        mask = mask & visible
+    weights = torch.where(mask, scores.exp(), 0.0)
+    mass = weights.sum(-1) + torch.exp(sink_logits)
+    mass = torch.where(mass == 0, 1.0, mass)
+    return (weights / mass.unsqueeze(-1)) @ value
+
+
+def gradients(out: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, inputs, grad.to(out.dtype))

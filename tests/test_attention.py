@@ -1,0 +1,535 @@
+"""What must hold of attention with a pseudo mass (docs/method.md), on every backend of this machine.
+
+The tolerance of float32 and bfloat16 is derived: twice the distance of the dense backend, in the same
+dtype, from the definition in float64, and four roundings (of the output in the kernel, when the sink
+scales it, in ``rowsum(grad * out)`` and of the result) of the largest term that is summed.
+"""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from stablemask import head_decay_rates, pseudo_logsumexp, sink_attention, stable_mask_attention
+from tests.oracle import gradients, sink_definition, stable_mask_definition
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def make_inputs(batch, heads, kv_heads, q_len, kv_len, dim, dtype, value_dim=None):
+    def leaf(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    return (
+        leaf(batch, heads, q_len, dim),
+        leaf(batch, kv_heads, kv_len, dim),
+        leaf(batch, kv_heads, kv_len, value_dim or dim),
+    )
+
+
+def doubled(tensors):
+    return tuple(t.detach().double().requires_grad_() for t in tensors)
+
+
+def assert_no_further_than_twice(actual, dense, exact, term):
+    for ours, reference, truth in zip(actual, dense, exact, strict=True):
+        assert ours.isfinite().all()
+        roundings = 4 * torch.finfo(actual[0].dtype).eps * max(term, truth.abs().max())
+        allowed = 2 * (reference.double() - truth).abs().max() + roundings
+        assert (ours.double() - truth).abs().max() <= allowed
+
+
+def compare(attend, define, inputs):
+    """Outputs and every gradient: flash, and the dense backend, against the definition."""
+    exact_inputs = doubled(inputs)
+    exact = define(*exact_inputs)
+    grad = torch.randn_like(exact).to(inputs[0].dtype)
+    truth = (exact, *gradients(exact, exact_inputs, grad))
+    results = {}
+    for backend in ("flash", "reference"):
+        out = attend(*inputs, backend=backend)
+        assert out.dtype == inputs[0].dtype
+        results[backend] = (out, *gradients(out, inputs, grad))
+    if inputs[0].dtype == torch.float64:
+        # The sink logits of StableMask are float32, hence 1e-6; the algebra itself is tighter below.
+        for ours, expected in zip(results["reference"], truth, strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
+    term = (grad.double() * exact).abs().sum(-1).max()
+    assert_no_further_than_twice(results["flash"], results["reference"], truth, term)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 7, 63, 257])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("gamma", ["number", "slopes"])
+def test_backends_equal_the_definition(dtype, length, kv_heads, gamma):
+    gamma = 0.02 if gamma == "number" else head_decay_rates(4)
+    horizon = length + 3
+    compare(
+        functools.partial(stable_mask_attention, gamma=gamma, horizon=horizon),
+        functools.partial(stable_mask_definition, gamma=gamma, horizon=horizon),
+        make_inputs(2, 4, kv_heads, length, length, 16, dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(7, 7), (63, 63), (1, 40), (7, 40), (40, 63)])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_sink_attention_with_cache_and_padding(dtype, q_len, kv_len, side):
+    visible = None
+    if side != "none":
+        visible = torch.ones(2, 1, 1, kv_len, dtype=torch.bool)
+        hidden = slice(0, 5) if side == "left" else slice(kv_len - 3, None)
+        visible[0, ..., hidden] = False
+    sink = torch.randn(4, q_len).requires_grad_()
+    compare(
+        lambda q, k, v, s, backend: sink_attention(q, k, v, s, attn_mask=visible, backend=backend),
+        lambda q, k, v, s: sink_definition(q, k, v, s, visible=visible),
+        (*make_inputs(2, 4, 2, q_len, kv_len, 16, dtype), sink),
+    )
+
+
+def test_the_algebra_is_exact_in_float64():
+    inputs = make_inputs(2, 4, 2, 33, 57, 16, torch.float64)
+    sink = torch.randn(2, 4, 33, dtype=torch.float64, requires_grad=True)
+    out = sink_attention(*inputs, sink, backend="flash")
+    exact = sink_definition(*inputs, sink)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(out, exact, rtol=1e-13, atol=1e-14)
+    for ours, truth in zip(
+        gradients(out, (*inputs, sink), grad), gradients(exact, (*inputs, sink), grad), strict=True
+    ):
+        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["flash", "reference"])
+@pytest.mark.parametrize("side", ["left", "right", "all"])
+def test_a_row_that_sees_nothing_is_zero_and_passes_no_gradient(backend, side):
+    query, key, value = inputs = make_inputs(2, 2, 1, 6, 6, 8, torch.float32)
+    visible = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    visible[0, ..., {"left": slice(0, 2), "right": slice(4, 6), "all": slice(0, 6)}[side]] = False
+    blind = {"left": slice(0, 2), "right": slice(0, 0), "all": slice(0, 6)}[side]
+    for sink in (torch.zeros(2, 1), torch.full((2, 1), -torch.inf)):
+        sink.requires_grad_()
+        out = sink_attention(query, key, value, sink, attn_mask=visible, backend=backend)
+        assert (out[0, :, blind] == 0).all()
+        grads = gradients(out, (*inputs, sink), torch.randn_like(out))
+        assert all(grad.isfinite().all() for grad in grads)
+        assert (grads[0][0, :, blind] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["flash", "reference"])
+def test_infinite_sinks(backend):
+    inputs = make_inputs(1, 3, 3, 9, 9, 8, torch.float64)
+    sink = torch.tensor([[-torch.inf], [torch.inf], [0.0]], requires_grad=True)
+    out = sink_attention(*inputs, sink, backend=backend)
+    plain = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    torch.testing.assert_close(out[:, 0], plain[:, 0])
+    assert (out[:, 1] == 0).all()
+    grads = gradients(out, (*inputs, sink), torch.randn_like(out))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[3][0] == 0
+    assert grads[3][1] == 0
+    assert grads[3][2] != 0
+
+
+@pytest.mark.parametrize("shape", [(), (5, 1), (1, 7), (5, 7), (2, 1, 1), (2, 5, 7), (2, 1, 7)])
+def test_sink_logits_of_every_broadcast_shape(shape):
+    sink = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    compare(
+        lambda q, k, v, s, backend: sink_attention(q, k, v, s, backend=backend),
+        sink_definition,
+        (*make_inputs(2, 5, 1, 7, 7, 8, torch.float64), sink),
+    )
+
+
+def test_a_number_is_softmax_off_by_one():
+    inputs = make_inputs(1, 2, 2, 9, 9, 8, torch.float64)
+    torch.testing.assert_close(
+        sink_attention(*inputs, 0.0), sink_definition(*inputs, torch.zeros(1, 1))
+    )
+
+
+def test_last_row_of_a_finite_horizon_is_plain_causal():
+    query, key, value = make_inputs(1, 4, 4, 31, 31, 16, torch.float64)
+    out = stable_mask_attention(query, key, value, gamma=0.05, horizon=31)
+    plain = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(out[:, :, -1], plain[:, :, -1])
+    assert (out[:, :, :-1] - plain[:, :, :-1]).abs().amax(-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("horizon", [None, 31])
+def test_large_gamma_tends_to_plain_causal(horizon):
+    inputs = make_inputs(1, 4, 4, 31, 31, 16, torch.float64)
+    out = stable_mask_attention(*inputs, gamma=80.0, horizon=horizon)
+    plain = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    torch.testing.assert_close(out, plain)
+
+
+@pytest.mark.parametrize("gamma", [0.01, "slopes"])
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 5], [1, 11], [12]])
+def test_prefill_and_decode_equal_one_pass(gamma, chunks):
+    gamma = head_decay_rates(4) if gamma == "slopes" else gamma
+    query, key, value = make_inputs(2, 4, 2, 12, 12, 16, torch.float64)
+    whole = stable_mask_attention(query, key, value, gamma=gamma)
+    parts, start = [], 0
+    for size in chunks:
+        stop = start + size
+        parts.append(
+            stable_mask_attention(
+                query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], gamma=gamma
+            )
+        )
+        start = stop
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_positions_undo_left_padding():
+    query, key, value = make_inputs(1, 4, 4, 10, 10, 16, torch.float64)
+    alone = stable_mask_attention(query, key, value, gamma=0.1)
+    padded = [F.pad(t, (0, 0, 3, 0), value=7.0) for t in (query, key, value)]
+    mask = (torch.arange(13) >= 3).view(1, 1, 1, 13)
+    positions = (torch.arange(13) - 3).clamp(min=0)
+    out = stable_mask_attention(*padded, gamma=0.1, positions=positions, attn_mask=mask)
+    torch.testing.assert_close(out[:, :, 3:], alone)
+    assert (out[:, :, :3] == 0).all()
+
+
+def test_positions_per_sequence_restart_with_each_document():
+    query, key, value = make_inputs(2, 2, 2, 9, 9, 8, torch.float64)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], list(range(9))])
+    same = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    same[0, 0, 4:, :4] = False
+    out = stable_mask_attention(
+        query, key, value, gamma=0.2, positions=positions, attn_mask=same
+    )
+    for document in (slice(0, 4), slice(4, 9)):
+        alone = stable_mask_attention(
+            *(t[:1, :, document] for t in (query, key, value)), gamma=0.2
+        )
+        torch.testing.assert_close(out[:1, :, document], alone)
+    torch.testing.assert_close(
+        out[1:], stable_mask_attention(query[1:], key[1:], value[1:], gamma=0.2)
+    )
+
+
+@pytest.mark.parametrize("horizon", [None, 64])
+@pytest.mark.parametrize("gamma", [1e-3, 0.1, "slopes"])
+def test_real_mass_of_equal_scores_rises_with_the_row(horizon, gamma):
+    gamma = head_decay_rates(2) if gamma == "slopes" else gamma
+    query = torch.zeros(1, 2, 64, 8, dtype=torch.float64)
+    value = torch.ones(1, 2, 64, 8, dtype=torch.float64)
+    mass = stable_mask_attention(query, query, value, gamma=gamma, horizon=horizon)[0, :, :, 0]
+    assert (mass.diff(dim=-1) > 0).all()
+    assert (mass > 0).all()
+    assert (mass <= 1).all()
+
+
+@pytest.mark.parametrize("mask", ["bool", "float", "window", "alibi", "all"])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(19, 19), (6, 19), (1, 19)])
+def test_masks_equal_the_definition(mask, q_len, kv_len):
+    distance = torch.arange(kv_len - q_len, kv_len).unsqueeze(-1) - torch.arange(kv_len)
+    allowed = torch.rand(2, 1, q_len, kv_len) > 0.3
+    added = torch.randn(1, 4, q_len, kv_len, dtype=torch.float64)
+    slopes = head_decay_rates(4)
+    alibi = -slopes.double().view(1, 4, 1, 1) * distance
+    keywords, visible, bias = {
+        "bool": ({"attn_mask": allowed}, allowed, None),
+        "float": ({"attn_mask": added}, None, added),
+        "window": ({"window": 5}, distance < 5, None),
+        "alibi": ({"alibi_slopes": slopes}, None, alibi),
+        "all": (
+            {"attn_mask": allowed, "window": 5, "alibi_slopes": slopes},
+            allowed & (distance < 5),
+            alibi,
+        ),
+    }[mask]
+    sink = torch.randn(4, 1, dtype=torch.float64, requires_grad=True)
+    compare(
+        lambda q, k, v, s, backend: sink_attention(q, k, v, s, backend=backend, **keywords),
+        lambda q, k, v, s: sink_definition(q, k, v, s, visible=visible, bias=bias),
+        (*make_inputs(2, 4, 2, q_len, kv_len, 8, torch.float64), sink),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_shape_and_mask(data):
+    kv_heads = data.draw(st.integers(1, 3), "kv_heads")
+    heads = kv_heads * data.draw(st.integers(1, 3), "groups")
+    q_len = data.draw(st.integers(1, 20), "q_len")
+    kv_len = q_len + data.draw(st.integers(0, 20), "past")
+    dim, value_dim = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)), "dims")
+    batch = data.draw(st.integers(1, 3), "batch")
+    torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
+    visible = torch.rand(batch, 1, data.draw(st.sampled_from([1, q_len])), kv_len) > 0.5
+    sink = torch.randn(heads, q_len, dtype=torch.float64, requires_grad=True)
+    compare(
+        lambda q, k, v, s, backend: sink_attention(q, k, v, s, attn_mask=visible, backend=backend),
+        lambda q, k, v, s: sink_definition(q, k, v, s, visible=visible),
+        (*make_inputs(batch, heads, kv_heads, q_len, kv_len, dim, torch.float64, value_dim), sink),
+    )
+
+
+@pytest.mark.parametrize("backend", ["flash", "reference"])
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 0), (2, 0, 4), (1, 1, 1)])
+def test_empty_and_single_lengths(backend, shape):
+    batch, q_len, kv_len = shape
+    inputs = make_inputs(batch, 2, 1, q_len, kv_len, 8, torch.float32)
+    out = stable_mask_attention(*inputs, gamma=0.1, backend=backend)
+    assert out.shape == (batch, 2, q_len, 8)
+    for grad, tensor in zip(gradients(out, inputs, torch.ones_like(out)), inputs, strict=True):
+        assert grad.shape == tensor.shape
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "strided"])
+def test_memory_layout_does_not_matter(layout):
+    base = torch.randn(2, 4, 8, 12)
+    tensor = {
+        "expanded": base[:1].expand(2, -1, -1, -1),
+        "transposed": base.transpose(2, 3).contiguous().transpose(2, 3),
+        "strided": torch.randn(2, 4, 8, 24)[..., ::2],
+    }[layout]
+    compact = tensor.clone(memory_format=torch.contiguous_format)
+    out = stable_mask_attention(tensor, tensor, tensor, gamma=0.1, backend="flash")
+    expected = stable_mask_attention(compact, compact, compact, gamma=0.1, backend="flash")
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_same_inputs_same_bits():
+    inputs = make_inputs(2, 4, 2, 130, 130, 32, torch.float32)
+    runs = []
+    for _ in range(2):
+        out = stable_mask_attention(*inputs, gamma=0.01)
+        runs.append((out, *gradients(out, inputs, torch.ones_like(out))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_scale_reaches_the_kernel():
+    inputs = make_inputs(1, 2, 2, 9, 9, 8, torch.float64)
+    scaled = (inputs[0] * 0.3 * 8**0.5, *inputs[1:])
+    torch.testing.assert_close(
+        stable_mask_attention(*inputs, gamma=0.1, scale=0.3),
+        stable_mask_attention(*scaled, gamma=0.1),
+    )
+
+
+def test_learned_gamma_gets_the_gradient_of_the_definition():
+    inputs = make_inputs(2, 4, 2, 17, 17, 8, torch.float64)
+    gamma = torch.tensor([0.02, 0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    out = stable_mask_attention(*inputs, gamma=gamma, horizon=20)
+    exact = stable_mask_definition(*inputs, gamma=gamma, horizon=20)
+    grad = torch.randn_like(out)
+    (ours,) = gradients(out, (gamma,), grad)
+    (truth,) = gradients(exact, (gamma,), grad)
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_keeps_the_mean_and_leaves_evaluation_alone():
+    query = torch.zeros(1, 1, 64, 8)
+    value = torch.ones(1, 1, 64, 8)
+    plain = sink_attention(query, query, value, 0.0)
+    draws = torch.stack([sink_attention(query, query, value, 0.0, dropout_p=0.25) for _ in range(400)])
+    # Row 63 is a mean of 64 kept-or-dropped weights: its standard error over the draws is known.
+    weight = plain[0, 0, 63, 0].item() / 64
+    error = weight * (64 * 0.25 / 0.75 / 400) ** 0.5
+    assert abs(draws[:, 0, 0, 63, 0].mean().item() - plain[0, 0, 63, 0].item()) < 5 * error
+    assert draws[:, 0, 0, 63, 0].std() > 0
+
+
+# Ways of running
+
+
+@pytest.mark.parametrize("sample", ["square", "cache", "padding", "learned"])
+def test_opcheck(sample):
+    from stablemask.backends.flash import flash_backward, flash_forward
+
+    q_len, kv_len = (5, 9) if sample == "cache" else (9, 9)
+    query, key, value = make_inputs(2, 4, 2, q_len, kv_len, 8, torch.float32)
+    sink = torch.zeros(1, 4, 1, requires_grad=sample == "learned")
+    bias = None
+    if sample == "padding":
+        bias = torch.zeros(2, 1, 1, kv_len)
+        bias[0, ..., :3] = -1e30
+    arguments = (query, key, value, sink, bias, 0.3, "cpu")
+    torch.library.opcheck(flash_forward, arguments)
+    out, lse = (t.detach() for t in flash_forward(*arguments))
+    tensors = tuple(t.detach() for t in (query, key, value))
+    torch.library.opcheck(
+        flash_backward, (torch.randn_like(out), *tensors, out, lse, bias, 0.3, "cpu")
+    )
+
+
+@pytest.mark.parametrize("case", ["plain", "cache", "padding", "slopes"])
+def test_compiles_without_a_graph_break(case):
+    q_len, kv_len = (5, 9) if case == "cache" else (9, 9)
+    inputs = make_inputs(2, 4, 2, q_len, kv_len, 8, torch.float32)
+    mask = (torch.arange(kv_len) >= 2).view(1, 1, 1, -1) if case == "padding" else None
+    gamma = head_decay_rates(4) if case == "slopes" else 0.1
+
+    def attend(query, key, value):
+        return stable_mask_attention(query, key, value, gamma=gamma, attn_mask=mask)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*inputs), attend(*inputs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for ours, eager in zip(
+        gradients(out, inputs, grad), gradients(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_compiles_with_inductor():
+    inputs = make_inputs(1, 2, 2, 16, 16, 8, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: stable_mask_attention(q, k, v, gamma=0.1) * 2, fullgraph=True
+    )
+    expected = stable_mask_attention(*inputs, gamma=0.1) * 2
+    torch.testing.assert_close(compiled(*inputs), expected)
+
+
+def test_exports():
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value):
+            return stable_mask_attention(query, key, value, gamma=0.1)
+
+    inputs = tuple(t.detach() for t in make_inputs(1, 2, 2, 16, 16, 8, torch.float32))
+    program = torch.export.export(Module(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
+
+
+def test_autocast_reaches_the_kernel():
+    inputs = make_inputs(2, 4, 2, 33, 33, 16, torch.float32)
+    mixed = (inputs[0], inputs[1], inputs[2].detach().bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = stable_mask_attention(*mixed, gamma=0.1)
+    expected = stable_mask_attention(*(t.bfloat16() for t in mixed), gamma=0.1)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_equal_gradients(use_reentrant):
+    inputs = make_inputs(2, 4, 2, 33, 33, 16, torch.float32)
+    attend = functools.partial(stable_mask_attention, gamma=0.1)
+    out = checkpoint(attend, *inputs, use_reentrant=use_reentrant)
+    grad = torch.randn_like(out)
+    for ours, plain in zip(
+        gradients_by_backward(out, inputs, grad), gradients(attend(*inputs), inputs, grad),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(ours, plain)
+
+
+def gradients_by_backward(out, inputs, grad):
+    out.backward(grad)
+    return [tensor.grad for tensor in inputs]
+
+
+def test_second_order_gradients_are_refused_by_flash_and_right_in_reference():
+    inputs = make_inputs(1, 1, 1, 4, 4, 2, torch.float64)
+    out = stable_mask_attention(*inputs, gamma=0.1, backend="flash")
+    (grad,) = torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        grad.sum().backward()
+    assert torch.autograd.gradgradcheck(
+        lambda *t: stable_mask_attention(*t, gamma=0.1, backend="reference"), inputs
+    )
+
+
+def test_import_brings_in_torch_alone():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, stablemask; "
+        "print([m for m in ('transformers', 'datasets', 'matplotlib', 'yaml') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# Bad input
+
+
+def _call(function=sink_attention, **changes):
+    query, key, value = (torch.randn(2, 4, 6, 8) for _ in range(3))
+    arguments = {"query": query, "key": key, "value": value, **changes}
+    if function is sink_attention:
+        arguments.setdefault("sink_logits", 0.0)
+    else:
+        arguments.setdefault("gamma", 0.1)
+    return function(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "names"),
+    [
+        ({"query": 3}, TypeError, "query"),
+        ({"query": torch.ones(4, 6, 8)}, ValueError, "query"),
+        ({"query": torch.ones(2, 4, 6, 8, dtype=torch.int64)}, TypeError, "query"),
+        ({"key": torch.ones(2, 4, 6, 8, dtype=torch.float64)}, TypeError, "dtype"),
+        ({"key": torch.ones(2, 4, 6, 8, device="meta")}, ValueError, "key is on meta"),
+        ({"key": torch.ones(3, 4, 6, 8)}, ValueError, "batch"),
+        ({"key": torch.ones(2, 4, 6, 7)}, ValueError, "head_dim"),
+        ({"key": torch.ones(2, 4, 7, 8)}, ValueError, "kv_len"),
+        ({"key": torch.ones(2, 3, 6, 8), "value": torch.ones(2, 3, 6, 8)}, ValueError, "kv_heads"),
+        ({"key": torch.ones(2, 4, 3, 8), "value": torch.ones(2, 4, 3, 8)}, ValueError, "q_len"),
+        ({f: torch.ones(2, 4, 6, 0) for f in ("query", "key")}, ValueError, "head_dim"),
+        ({"sink_logits": torch.zeros(4)}, ValueError, "sink_logits"),
+        ({"sink_logits": torch.zeros(4, 1, dtype=torch.int64)}, TypeError, "sink_logits"),
+        ({"sink_logits": "0"}, TypeError, "sink_logits"),
+        ({"sink_logits": torch.zeros(4, 1, device="meta")}, ValueError, "sink_logits"),
+        ({"attn_mask": torch.ones(5, dtype=torch.bool)}, ValueError, "attn_mask"),
+        ({"attn_mask": torch.ones(6, dtype=torch.int64)}, TypeError, "attn_mask"),
+        ({"attn_mask": [True]}, TypeError, "attn_mask"),
+        ({"attn_mask": torch.ones(6, device="meta")}, ValueError, "attn_mask"),
+        ({"window": 0}, ValueError, "window"),
+        ({"window": 2.0}, ValueError, "window"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p"),
+        ({"scale": float("nan")}, ValueError, "scale"),
+        ({"backend": "fastest"}, ValueError, "backend"),
+        ({"backend": "cudnn"}, ValueError, "CUDA"),
+        ({"backend": "flash", "dropout_p": 0.5}, ValueError, "dropout"),
+        ({"backend": "flash", "attn_mask": torch.zeros(6, requires_grad=True)}, ValueError, "mask"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, names):
+    with pytest.raises(error, match=names):
+        _call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "names"),
+    [
+        ({"gamma": -1.0}, ValueError, "gamma"),
+        ({"gamma": torch.ones(3)}, ValueError, "gamma"),
+        ({"horizon": -1}, ValueError, "horizon"),
+        ({"positions": torch.arange(5)}, ValueError, "positions"),
+        ({"positions": torch.arange(6.0)}, TypeError, "positions"),
+        ({"positions": torch.zeros(3, 6, dtype=torch.int64)}, ValueError, "positions"),
+    ],
+)
+def test_bad_stable_mask_arguments_are_named(changes, error, names):
+    with pytest.raises(error, match=names):
+        _call(stable_mask_attention, **changes)
+
+
+def test_auto_does_not_store_every_score_of_a_long_input():
+    long = torch.zeros(1, 1, 4097, 8)
+    query = long[:, :, :1]
+    with pytest.raises(ValueError, match="dense"):
+        sink_attention(query, long, long, 0.0, dropout_p=0.5)
+    assert sink_attention(query, long, long, 0.0, dropout_p=0.5, backend="reference").shape == (
+        1, 1, 1, 8,
+    )  # fmt: skip
