@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stablemask import head_decay_rates, pseudo_logsumexp, sink_attention, stable_mask_attention
+from stablemask import head_decay_rates, sink_attention, stable_mask_attention
 from tests.oracle import gradients, sink_definition, stable_mask_definition
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -204,13 +204,9 @@ def test_positions_per_sequence_restart_with_each_document():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], list(range(9))])
     same = torch.ones(2, 1, 9, 9, dtype=torch.bool)
     same[0, 0, 4:, :4] = False
-    out = stable_mask_attention(
-        query, key, value, gamma=0.2, positions=positions, attn_mask=same
-    )
+    out = stable_mask_attention(query, key, value, gamma=0.2, positions=positions, attn_mask=same)
     for document in (slice(0, 4), slice(4, 9)):
-        alone = stable_mask_attention(
-            *(t[:1, :, document] for t in (query, key, value)), gamma=0.2
-        )
+        alone = stable_mask_attention(*(t[:1, :, document] for t in (query, key, value)), gamma=0.2)
         torch.testing.assert_close(out[:1, :, document], alone)
     torch.testing.assert_close(
         out[1:], stable_mask_attention(query[1:], key[1:], value[1:], gamma=0.2)
@@ -334,7 +330,9 @@ def test_dropout_keeps_the_mean_and_leaves_evaluation_alone():
     query = torch.zeros(1, 1, 64, 8)
     value = torch.ones(1, 1, 64, 8)
     plain = sink_attention(query, query, value, 0.0)
-    draws = torch.stack([sink_attention(query, query, value, 0.0, dropout_p=0.25) for _ in range(400)])
+    draws = torch.stack(
+        [sink_attention(query, query, value, 0.0, dropout_p=0.25) for _ in range(400)]
+    )
     # Row 63 is a mean of 64 kept-or-dropped weights: its standard error over the draws is known.
     weight = plain[0, 0, 63, 0].item() / 64
     error = weight * (64 * 0.25 / 0.75 / 400) ** 0.5
@@ -453,7 +451,9 @@ def test_import_brings_in_torch_alone():
         "import sys, stablemask; "
         "print([m for m in ('transformers', 'datasets', 'matplotlib', 'yaml') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 

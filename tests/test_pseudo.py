@@ -77,9 +77,7 @@ def test_gamma_has_the_gradient_of_the_dense_scores(horizon):
     )
     length = horizon or 400
     column = torch.arange(length, dtype=torch.float64)
-    scores = (-gamma.view(2, 1, 1) * column).masked_fill(
-        column <= rows.unsqueeze(-1), -torch.inf
-    )
+    scores = (-gamma.view(2, 1, 1) * column).masked_fill(column <= rows.unsqueeze(-1), -torch.inf)
     (expected,) = torch.autograd.grad((scores.logsumexp(-1) * weights).sum(), gamma)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

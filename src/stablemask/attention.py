@@ -196,7 +196,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does for the stock attention: float32 and half inputs take its dtype."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (
             tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -127,9 +127,7 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
     elif isinstance(gamma, (int, float)) and not isinstance(gamma, bool):
         lowest = float(gamma)
     else:
-        raise TypeError(
-            f"gamma must be a number or a tensor (heads,), got {type(gamma).__name__}"
-        )
+        raise TypeError(f"gamma must be a number or a tensor (heads,), got {type(gamma).__name__}")
     if not (lowest > 0 or (lowest == 0 and horizon is not None)):
         allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
         raise ValueError(f"gamma must be {allowed}, got {lowest}")

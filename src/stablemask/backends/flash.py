@@ -74,13 +74,15 @@ def attend(
     scale: float,
 ) -> Tensor:
     """See the module text; ``dropout_p`` is 0 here."""
-    if query.device.type == "cpu":
-        kernel = "cpu"
-    elif query.dtype in _FLASH_DTYPES and bias is None:
-        kernel = "cuda"
-    else:
-        kernel = "efficient"
+    kernel = kernel_for(query.device.type, query.dtype, bias is not None)
     return _attend(query, key, value, sink_logits, bias, scale, kernel)
+
+
+def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
+    """The stock kernel that serves a device and dtype, a key of ``KERNELS``."""
+    if device == "cpu":
+        return "cpu"
+    return "cuda" if dtype in _FLASH_DTYPES and not has_bias else "efficient"
 
 
 def attend_cudnn(
@@ -210,7 +212,9 @@ def flash_forward(
     if len(parts) == 1:
         out = _in_kernel_order(parts[0][0].mul_(weights[0].unsqueeze(-1)))
     else:
-        total = sum(part * weight.unsqueeze(-1) for (part, _), weight in zip(parts, weights))
+        total = torch.stack(
+            [part * weight.unsqueeze(-1) for (part, _), weight in zip(parts, weights)]
+        ).sum(0)
         out = _in_kernel_order(total.to(query.dtype))
     return out, lse.contiguous()
 
@@ -245,7 +249,11 @@ def flash_backward(
             _columns(bias, keys), causal, scale,
         )  # fmt: skip
         if len(ranges) == 1:
-            return tuple(map(_in_kernel_order, (part_query, part_key, part_value)))
+            return (
+                _in_kernel_order(part_query),
+                _in_kernel_order(part_key),
+                _in_kernel_order(part_value),
+            )
         d_query = d_query.copy_(part_query) if index == 0 else d_query.add_(part_query)
         d_key[:, :, keys], d_value[:, :, keys] = part_key, part_value
     return d_query, d_key, d_value

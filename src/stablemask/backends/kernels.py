@@ -83,7 +83,8 @@ _BIAS_COLUMNS = 16
 
 
 def _repeat_groups(query: Tensor, tensor: Tensor) -> Tensor:
-    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+    groups = query.shape[1] // tensor.shape[1]
+    return tensor.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
