@@ -147,8 +147,8 @@ def _value_as(value: Any, kind: Any) -> Any:
         if value in get_args(kind):
             return value
     elif get_origin(kind) is list:
-        if isinstance(value, list):
-            return [convert_value(item, get_args(kind)[0]) for item in value]
+        items = value if isinstance(value, list) else [value]
+        return [convert_value(item, get_args(kind)[0]) for item in items]
     elif kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value

@@ -87,6 +87,7 @@ def test_flags(argv, name, value):
         ("gamma: slopes", "gamma", "slopes"),
         ("out: a/b", "out", Path("a/b")),
         ("prompt: [a, b]", "prompt", ["a", "b"]),
+        ("prompt: a", "prompt", ["a"]),
         ("tokenizer: 12", "tokenizer", "12"),
     ],
 )
@@ -139,7 +140,7 @@ def test_wrong_flags_are_one_sentence_that_names_them(argv, words):
         ("model: no", ["model", "text"]),
         ("model: m\nposition: nope", ["position", "rope, alibi"]),
         ("model: m\nlengths: [1, x]", ["lengths", "a list, each item a whole number"]),
-        ("model: m\nlengths: 1", ["lengths", "a list"]),
+        ("model: m\nlengths: x", ["lengths", "a list"]),
         ("max_new_tokens: 1\nmax-new-tokens: 2", ["max_new_tokens", "twice"]),
         ("- model", ["no options"]),
         ("model: [", ["not valid YAML"]),

@@ -1,0 +1,138 @@
+"""Perplexity of a model on a text, by the length of its context, past the training length too."""
+
+import json
+import time
+from dataclasses import MISSING, asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from stablemask import __version__
+from stablemask.data import load_documents, load_tokenizer, tokenize_documents
+from stablemask.errors import InputError
+from stablemask.evaluation import perplexity
+from stablemask.hf.loading import load_model
+from stablemask.inference.model import choose_device
+from stablemask.options import option
+
+SUMMARY = "perplexity of a model on a text, by length"
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    model: str = option(MISSING, "folder or hub name of the model")
+    data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
+    split: Literal["validation", "train", "all"] = option("validation", "which part of the data")
+    text_column: str = option("text", "field of a record that holds its text")
+    lengths: list[str] = option(["1x", "2x", "4x"], "in tokens, or in training lengths")  # noqa: RUF009
+    stride: int | None = option(None, "new tokens a window scores; by default half its length")
+    batch_size: int | None = option(None, "windows in a batch; by default what memory allows")
+    max_tokens: int | None = option(None, "read so many tokens of the text at most")
+    device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
+    json: bool = option(False, "print the JSON line alone, without the table")
+
+
+def run(options: EvaluateOptions) -> None:
+    device = choose_device(options.device)
+    model = load_model(options.model, device=device)
+    lengths = parse_lengths(options.lengths, model)
+    tokenizer = load_tokenizer(options.model)
+    documents = load_documents(options.data, split=options.split, text_column=options.text_column)
+    tokens = tokenize_documents(documents, tokenizer)
+    bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
+
+    table = _Table(model, quiet=options.json)
+    results: list[dict[str, Any]] = []
+    refused: list[InputError] = []
+    for length in lengths:
+        start = time.perf_counter()
+        try:
+            result = perplexity(
+                model,
+                tokens,
+                length=length,
+                stride=options.stride,
+                batch_size=options.batch_size,
+                max_tokens=options.max_tokens,
+                bytes_per_token=bytes_per_token,
+            )
+            row = {**asdict(result), "seconds": time.perf_counter() - start}
+        except InputError as error:  # one length may be impossible and the others not
+            refused.append(error)
+            row = {"length": length, "error": str(error)}
+        if len(refused) == len(lengths):
+            raise refused[0]
+        results.append(row)
+        table.print_row(row)
+
+    summary = {
+        "model": options.model,
+        "data": options.data,
+        "split": options.split,
+        "trained_length": trained_length(model),
+        "results": results,
+        "device": str(device),
+        "versions": {"stablemask": __version__, "torch": torch.__version__},
+    }
+    print(json.dumps(summary))
+
+
+def trained_length(model: PreTrainedModel) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def parse_lengths(texts: list[str], model: PreTrainedModel) -> list[int]:
+    """``["1x,2x", "512"]`` -> tokens; an x stands for the model's training length."""
+    return [_parse_length(text, model) for text in ",".join(texts).replace(" ", "").split(",")]
+
+
+def _parse_length(text: str, model: PreTrainedModel) -> int:
+    try:
+        if not text.endswith("x"):
+            return int(text)
+        multiple = float(text[:-1])
+        trained = trained_length(model)
+        if trained is not None:
+            return int(multiple * trained)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"lengths must be tokens such as 512, or training lengths such as 2x, got {text!r}"
+        ) from None
+    raise InputError(f"the model names no training length; give tokens, not {text!r}")
+
+
+class _Table:
+    """Prints each row as soon as it is known: the long lengths take their time."""
+
+    names = ("length", "trained", "perplexity", "nats/token", "bits/byte", "tokens", "tokens/s")
+    columns = "{:>8}  {:>8}  {:>11}  {:>10}  {:>9}  {:>10}  {:>8}"
+
+    def __init__(self, model: PreTrainedModel, *, quiet: bool):
+        self.trained = trained_length(model)
+        self.quiet = quiet
+        self.empty = True
+
+    def print_row(self, row: dict[str, Any]) -> None:
+        if self.empty:
+            self._print(self.columns.format(*self.names))
+            self.empty = False
+        multiple = f"{row['length'] / self.trained:.4g}x" if self.trained else "-"
+        if "error" in row:
+            self._print(f"{row['length']:>8}  {multiple:>8}  not scored: {row['error']}")
+            return
+        self._print(
+            self.columns.format(
+                row["length"],
+                multiple,
+                f"{row['perplexity']:.2f}",
+                f"{row['nats_per_token']:.4f}",
+                f"{row['bits_per_byte']:.4f}",
+                row["tokens"],
+                f"{row['tokens'] / row['seconds']:.0f}",
+            )
+        )
+
+    def _print(self, line: str) -> None:
+        if not self.quiet:
+            print(line, flush=True)

@@ -1,0 +1,5 @@
+"""Running trained models: `generate.py` writes text, `model.py` knows what a model can take."""
+
+from .generate import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,69 @@
+"""What must be known of a model before it runs: its device, its limits, its mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or by default the GPU where there is one and the CPU elsewhere.
+
+    Raises:
+        InputError: the device does not exist here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"device {name!r} cannot be used here: {reason}") from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; the model's mode comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def position_table_length(model: PreTrainedModel) -> int | None:
+    """The longest sequence a learned position table allows, None for a model without one."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return None
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    # OPT's table has two rows more than it has positions.
+    has_table = any(table.num_embeddings - context in (0, 2) for table in tables)
+    return context if has_table else None
+
+
+def check_length(model: PreTrainedModel, length: int, what: str) -> None:
+    """Raise InputError where ``length`` positions are more than a learned table has."""
+    table = position_table_length(model)
+    if table is not None and length > table:
+        raise InputError(
+            f"{what} needs {length} positions, and the model's learned position table has {table}; "
+            "shorten it, or use a model with another position encoding"
+        )
+
+
+def check_token_ids(model: PreTrainedModel, highest: int) -> None:
+    """Raise InputError where a token id lies outside the model's vocabulary."""
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if highest >= rows:
+        raise InputError(
+            f"token id {highest} is outside the model's vocabulary of {rows}; "
+            "use the tokenizer the model was trained with"
+        )
