@@ -187,14 +187,21 @@ def _write(
     try:
         unfinished.mkdir()
         for name, array in tokens.items():
-            with open(unfinished / name, "wb") as file:
-                np.save(file, array)
+            _save_array(array, unfinished / name)
         _save_tokenizer(tokenizer, unfinished / "tokenizer")
         shutil.rmtree(entry, ignore_errors=True)  # a damaged one
         os.replace(unfinished, entry)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _save_array(array: np.ndarray, path: Path) -> None:
+    """``np.save``, which would lose the reason (errno) when the disk fills up midway."""
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -296,7 +296,9 @@ def _load_dataset(source: str, name: str, config: str | None) -> Any:
             return saved if isinstance(saved, dict) else {"train": saved}
         return datasets.load_dataset(str(folder) if is_local else name, config)
     except Exception as error:  # it lets through whatever its readers and HTTP client raise
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-            raise cause from None
-        raise InputError(f"cannot load {source!r}: {_line(error)}") from error
+        cause = error.__cause__
+        for known in (error, cause):
+            if isinstance(known, OSError) and known.errno == errno.ENOSPC:
+                raise known from None
+        reason = _line(error) + (f": {_line(cause)}" if cause else "")
+        raise InputError(f"cannot load {source!r}: {reason}") from error

@@ -1,0 +1,58 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """No test reads or fills the caches of the user, or reaches the network."""
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setenv("STABLEMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def text_folder(tmp_path) -> Path:
+    """Sixty text files, two folders deep, of a few thousand characters in all."""
+    folder = tmp_path / "texts"
+    for number in range(60):
+        path = folder / f"part{number % 3}" / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"Document {number} counts.\nThen it squares: {number**2}.\n" * 3)
+    return folder
+
+
+@pytest.fixture
+def records() -> list[str]:
+    return [f"record {number}: " + "na " * (number % 7) + "end" for number in range(200)]
+
+
+def write_json_lines(path: Path, texts: list[str], column: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"id": number, column: text}) for number, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def python(caches):
+    """Start another interpreter on ``code``; returns the process."""
+
+    def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

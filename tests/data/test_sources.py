@@ -1,0 +1,281 @@
+import gzip
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stablemask.data import load_documents
+from stablemask.data.sources import _cut, split_documents
+from stablemask.errors import InputError
+
+from .conftest import write_json_lines
+
+
+def write_parquet(path: Path, columns: dict[str, list]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+# What is read
+
+
+def test_builtin_is_the_library_without_its_tests():
+    documents = load_documents("builtin")
+    assert 5e6 < sum(map(len, documents)) < 30e6
+    assert any("class OrderedDict(dict)" in text for text in documents)  # collections
+    assert not any("class MinidomTest(" in text for text in documents)  # test.test_minidom
+    assert documents == load_documents("builtin")
+    held_out = sum(map(len, load_documents("builtin", split="validation")))
+    assert 0.02 < held_out / sum(map(len, documents)) < 0.09
+
+
+def test_folder_is_read_in_order_of_names(text_folder):
+    (text_folder / "notes.md").write_text("not a source")
+    (text_folder / ".hidden.txt").write_text("not a source")
+    (text_folder / "part0" / "blank.txt").write_text(" \n")
+    paths = sorted(text_folder.rglob("[0-9]*.txt"), key=lambda path: path.as_posix())
+    assert load_documents(str(text_folder)) == [path.read_text() for path in paths]
+
+
+def test_text_is_kept_as_it_is(tmp_path):
+    path = tmp_path / "a.TXT"
+    path.write_bytes(b"\xef\xbb\xbfline\r\n\ttab \xc3\xa9\n")  # a byte order mark is not text
+    assert load_documents(str(path)) == ["line\r\n\ttab é\n"]
+
+
+def test_record_files_agree(tmp_path, records):
+    plain = write_json_lines(tmp_path / "a.jsonl", records)
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    parquet = write_parquet(tmp_path / "c.parquet", {"text": records, "id": range(200)})
+    for path in (plain, packed, parquet):
+        assert load_documents(str(path)) == records
+        assert split_documents(str(path)) == split_documents(str(plain))
+
+
+def test_text_column_and_missing_text(tmp_path):
+    parquet = write_parquet(tmp_path / "a.parquet", {"body": ["one", None, "", "two"]})
+    assert load_documents(str(parquet), text_column="body") == ["one", "two"]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"body": "one"}\n\n{"body": null}\n{"body": "two"}')
+    assert load_documents(str(lines), text_column="body") == ["one", "two"]
+
+
+def test_folder_mixes_formats(tmp_path, records):
+    write_json_lines(tmp_path / "mix/b.jsonl", records[:3])
+    (tmp_path / "mix/a.txt").write_text("first")
+    assert load_documents(str(tmp_path / "mix")) == ["first", *records[:3]]
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["files", "save_to_disk"])
+def test_dataset_folder_keeps_its_own_validation(tmp_path, records, saved):
+    import datasets
+
+    folder = tmp_path / "dataset"
+    if saved:
+        datasets.DatasetDict(
+            train=datasets.Dataset.from_dict({"text": records[:150]}),
+            validation=datasets.Dataset.from_dict({"text": records[150:]}),
+        ).save_to_disk(str(folder))
+    else:
+        write_json_lines(folder / "train.jsonl", records[:150])
+        write_json_lines(folder / "validation.jsonl", records[150:])
+    source = f"hub:{folder}"
+    assert load_documents(source, split="train") == records[:150]
+    assert load_documents(source, split="validation") == records[150:]
+    assert load_documents(source) == records
+
+
+def test_dataset_without_validation_is_split_as_its_files_are(tmp_path, records):
+    path = write_json_lines(tmp_path / "dataset/train.jsonl", records)
+    assert split_documents(f"hub:{path.parent}") == split_documents(str(path))
+
+
+def test_dataset_configuration(tmp_path):
+    write_json_lines(tmp_path / "dataset/en/a.jsonl", ["english"])
+    write_json_lines(tmp_path / "dataset/fr/a.jsonl", ["français"])
+    (tmp_path / "dataset/README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n"
+        "- config_name: fr\n  data_files: fr/*.jsonl\n---\n"
+    )
+    assert load_documents(f"hub:{tmp_path / 'dataset'}:fr") == ["français"]
+    with pytest.raises(InputError, match="de"):
+        load_documents(f"hub:{tmp_path / 'dataset'}:de")
+
+
+# How it is split
+
+
+def test_split_is_disjoint_and_complete(text_folder):
+    train, validation = split_documents(str(text_folder), validation_fraction=0.2)
+    assert 0 < len(validation) < 30
+    assert Counter(train + validation) == Counter(load_documents(str(text_folder)))
+    assert load_documents(str(text_folder), split="train", validation_fraction=0.2) == train
+
+
+def test_split_of_files_goes_by_relative_name(text_folder):
+    _, before = split_documents(str(text_folder), validation_fraction=0.2)
+    moved = text_folder.rename(text_folder.with_name("moved"))
+    for path in moved.rglob("*.txt"):
+        path.write_text(path.read_text().replace("counts", "still counts"))
+    (moved / "new.txt").write_text("one more")
+    _, after = split_documents(str(moved), validation_fraction=0.2)
+    assert [text.replace("still ", "") for text in after if text != "one more"] == before
+
+
+def test_split_of_records_goes_by_content(tmp_path, records):
+    twice = write_json_lines(tmp_path / "a.jsonl", records[::-1] + records)
+    train, validation = split_documents(str(twice))
+    assert validation
+    assert not set(train) & set(validation)
+
+
+def test_one_text_file_is_cut_at_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    text = "".join(f"line {number}\n" for number in range(1000))
+    path.write_text(text)
+    (train,), (validation,) = split_documents(str(path))
+    assert train + validation == text
+    assert validation.startswith("line")
+    assert 0.045 * len(text) < len(validation) <= 0.05 * len(text)
+    assert load_documents(str(path)) == [text]
+
+
+@given(
+    documents=st.lists(st.text("ab\n", min_size=1), min_size=1, max_size=5),
+    fraction=st.floats(0.01, 0.99),
+)
+def test_cut_loses_nothing_and_fills_both_sides(documents, fraction):
+    train, validation = _cut(documents, fraction)
+    assert "".join(train + validation) == "".join(documents)
+    assert all(train + validation)
+    if sum(map(len, documents)) > 1:
+        assert train
+        assert validation
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(min_size=1).filter(lambda text: not text.isspace()), min_size=1))
+def test_any_records_are_split_without_loss(texts):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_json_lines(Path(folder) / "a.jsonl", texts)
+        train, validation = split_documents(str(path), validation_fraction=0.5)
+        assert load_documents(str(path)) == texts
+    was_cut = "".join(train + validation) == "".join(texts)  # all had fallen on one side
+    assert was_cut or Counter(train + validation) == Counter(texts)
+
+
+# What is refused
+
+
+def refused(source: object, *parts: str, **options) -> None:
+    with pytest.raises(InputError) as info:
+        split_documents(str(source), **options)
+    message = str(info.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_missing_path(tmp_path):
+    refused(tmp_path / "nope.txt", "nope.txt", "builtin", "hub:OWNER/NAME")
+    refused("", "no file or folder ''")
+
+
+def test_empty_file_and_folder(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n")
+    refused(tmp_path / "a.txt", "a.txt", "holds no text")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no .txt, .jsonl, .jsonl.gz, .parquet file", "empty")
+
+
+def test_unknown_extension(tmp_path):
+    (tmp_path / "a.docx").write_text("text")
+    refused(tmp_path / "a.docx", "a.docx", ".txt, .jsonl, .jsonl.gz, .parquet")
+
+
+@pytest.mark.parametrize("data", [b"ELF\0\1\2", b"caf\xe9 noir", b"\xff\xfea\0b\0"])
+def test_binary_file(tmp_path, data):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.txt").write_bytes(data)
+    refused(tmp_path / "folder", "a.txt", "UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "cut', "not a JSON record"),
+        (b"\xff", "not a JSON record"),
+        (b'["text"]', "a JSON object is wanted, not list"),
+        (b'{"body": "x", "id": 1}', "no column 'text'; the columns are: body, id"),
+        (b'{"text": 5}', "holds int"),
+        (b'{"text": "\\ud800"}', "not valid Unicode"),
+    ],
+)
+def test_malformed_json_lines(tmp_path, line, problem):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    refused(path, "a.jsonl", "line 2", problem)
+
+
+def test_malformed_parquet_and_gzip(tmp_path):
+    whole = write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]})
+    refused(whole, "no column 'text'; the columns are: body, n")
+    refused(whole, "holds int", text_column="n")
+    whole.write_bytes(whole.read_bytes()[:-20])
+    refused(whole, "a.parquet", "not a readable Parquet file")
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps({"text": os.urandom(999).hex()}).encode())[:-100])
+    refused(packed, "cannot read", "a.jsonl.gz")
+
+
+def test_datasets_that_do_not_load(tmp_path):
+    write_json_lines(tmp_path / "other/test.jsonl", ["x"])
+    refused(f"hub:{tmp_path / 'other'}", "no 'train' split", "test")
+    write_json_lines(tmp_path / "column/train.jsonl", ["x"], column="body")
+    refused(f"hub:{tmp_path / 'column'}", "no column 'text'; the columns are: body, id")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    refused(f"hub:{tmp_path / 'damaged'}", "cannot load", "JSON")
+    (tmp_path / "empty").mkdir()
+    refused(f"hub:{tmp_path / 'empty'}", "cannot load", "empty")
+    for name in ("", "a/b/c", "/no/folder", "./none"):
+        refused(f"hub:{name}", "neither a folder nor a name on the Hub")
+
+
+def test_hub_out_of_reach_is_told_at_once():
+    start = time.monotonic()
+    refused("hub:owner/name:config", "hub:owner/name:config", "cannot reach", "network")
+    assert time.monotonic() - start < 8
+
+
+def test_hub_offline_looks_in_the_cache_alone(python, tmp_path):
+    code = """
+from stablemask.data import load_documents, load_tokenizer
+for load, name in ((load_documents, "hub:owner/name"), (load_tokenizer, "owner/name")):
+    try:
+        load(name)
+    except ValueError as error:
+        print(type(error).__name__, error)
+"""
+    process = python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert [line.split()[0] for line in output.splitlines()] == ["InputError"] * 2
+    assert output.count("owner/name") >= 2
+
+
+def test_settings(tmp_path):
+    for fraction in (0, 1, -0.5, 2, float("nan")):
+        refused("builtin", f"validation fraction {fraction}", validation_fraction=fraction)
+    with pytest.raises(InputError, match="split 'test'"):
+        load_documents("builtin", split="test")
