@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -36,13 +38,15 @@ def load_model(
     """
     name_or_path = str(name_or_path)
     folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
+    if name_or_path and folder.is_dir():
         name_or_path = str(folder)
         _check_folder(folder)
-    elif folder.exists():
+    elif folder.is_file():
         raise InputError(f"{name_or_path} is a file; give the folder that holds the model")
     elif not HUB_NAME.fullmatch(name_or_path):
         raise InputError(f"no model folder at {name_or_path!r}")
+    else:
+        _check_hub(name_or_path)
 
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
@@ -60,12 +64,7 @@ def load_model(
         ) from error
     # What Transformers raises for a bad folder, name, connection or configuration, and no more.
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        problem = (
-            "cannot be loaded"
-            if folder.is_dir()
-            else "is no folder here, and not to be had from the hub"
-        )
-        raise InputError(f"model {name_or_path} {problem}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the model {name_or_path}: {_first_line(error)}") from error
 
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -94,6 +93,23 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"{path} is damaged: it must hold a JSON object")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} holds no .safetensors weights, the only format that is read")
+
+
+def _check_hub(name: str) -> None:
+    """Ask the hub once, where Transformers would retry for half a minute."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"no model folder at {name!r}, and no model of that name on the hub that you may read"
+        ) from error
+    except Exception as error:  # its HTTP client, and so its errors, differ between versions
+        raise InputError(
+            f"no model folder at {name!r}, and the hub could not be asked for a model of that name "
+            f"({_first_line(error)})"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,46 @@
+"""One import makes the Auto classes know our model; without it they refuse, loudly."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import stablemask.hf  # noqa: F401
+from stablemask.models import StableMaskForCausalLM, StableMaskModel
+
+from ..models.tiny import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model(stablemask={"gamma": 0.02, "horizon": 9}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_auto_classes_load_our_model(folder):
+    assert AutoConfig.from_pretrained(folder).stablemask == {"gamma": 0.02, "horizon": 9}
+    assert type(AutoModel.from_pretrained(folder)) is StableMaskModel
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is StableMaskForCausalLM
+    assert model.config._attn_implementation == "stablemask"
+    assert type(AutoModelForCausalLM.from_config(model.config)) is StableMaskForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [("pass", 1), ("import stablemask", 1), ("import stablemask.hf, stablemask.hf as again", 0)],
+)
+def test_without_the_import_loading_fails_loudly(first, code, folder):
+    program = (
+        f"{first}\nfrom transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert code == 0 or "model type `stablemask`" in run.stderr
+
+
+def test_importing_the_package_alone_loads_no_transformers():
+    program = "import sys, stablemask; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

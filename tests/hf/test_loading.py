@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stablemask.errors import InputError
+from stablemask.hf import load_model
+from stablemask.models import StableMaskForCausalLM
+
+from ..models.tiny import random_ids, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(path, match):
+    with pytest.raises(InputError, match=match) as caught:
+        load_model(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_loads_our_model(folder):
+    model = load_model(str(folder))
+    assert isinstance(model, StableMaskForCausalLM)
+    assert not model.training
+    assert next(model.parameters()).dtype == torch.float32
+    low = load_model(str(folder), dtype=torch.bfloat16, device="cpu")
+    assert next(low.parameters()).dtype == torch.bfloat16
+    input_ids = random_ids(1, 6)
+    assert torch.equal(model(input_ids).logits, load_model(str(folder))(input_ids).logits)
+
+
+def llama(**settings):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes, **settings)
+    return LlamaForCausalLM(config)
+
+
+def test_loads_any_causal_model(tmp_path):
+    llama().bfloat16().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert isinstance(model, LlamaForCausalLM)
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_no_folder_or_no_model_in_it(tmp_path, folder, monkeypatch):
+    refused("", "no model folder at ''")
+    refused(tmp_path / "missing", "no model folder at .*missing")
+    refused(folder / "config.json", "is a file; give the folder")
+    refused(tmp_path, r"holds no config.json")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("somebody/no-such-model", "no model folder at .* the hub could not be asked")
+
+
+def test_damaged_config(folder):
+    config = folder / "config.json"
+    text = config.read_text()
+    config.write_text(text[: len(text) // 2])
+    refused(folder, r"config.json is damaged")
+    config.write_text("[]")
+    refused(folder, "must hold a JSON object")
+    config.write_text(json.dumps(json.loads(text) | {"position_encoding": "none"}))
+    refused(folder, "cannot load .* position_encoding must be one of")
+    config.write_text(json.dumps(json.loads(text) | {"model_type": "no-such-type"}))
+    refused(folder, "cannot load .*no-such-type")
+
+
+def test_damaged_weights(folder):
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    for damaged in (data[:-100], data[:50], b"", b"\xff" * len(data)):
+        weights.write_bytes(damaged)
+        refused(folder, "damaged or cut short")
+    weights.unlink()
+    refused(folder, r"holds no .safetensors")
+    torch.save({}, folder / "pytorch_model.bin")
+    refused(folder, r"holds no .safetensors")
+
+
+def test_weights_that_do_not_fit_the_config(folder):
+    weights = folder / "model.safetensors"
+    state = load_file(weights)
+    lacking = {name: tensor for name, tensor in state.items() if "q_proj" not in name}
+    save_file(lacking, weights, metadata={"format": "pt"})
+    refused(folder, "lack 2 tensors .*q_proj")
+    state["model.norm.weight"] = torch.ones(5)
+    save_file(state, weights, metadata={"format": "pt"})
+    refused(folder, "cannot load|damaged")
+
+
+def test_a_config_that_asks_for_what_would_not_run_is_refused(tmp_path):
+    llama(stablemask={"gamma": 0.01}).save_pretrained(tmp_path)
+    refused(tmp_path, "asks for StableMask .* model_type 'llama'")

@@ -1,0 +1,111 @@
+import pytest
+
+from stablemask.errors import InputError
+from stablemask.models import PRESETS, StableMaskConfig, preset_config
+
+from .tiny import tiny_config
+
+
+def test_defaults():
+    config = tiny_config(num_key_value_heads=None)
+    assert config.stablemask == {"gamma": 1 / 32, "horizon": None}
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert tiny_config(attention="softmax").stablemask is None
+    assert tiny_config(position_encoding="nope").rope_parameters is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stablemask": {"gamma": 0.003, "horizon": None}},
+        {"stablemask": {"gamma": "slopes", "horizon": 77}},
+        {"stablemask": {"gamma": [0.1, 0.2, 0.0, 0.4], "horizon": 12}},
+        {"attention": "learned-sink", "position_encoding": "alibi"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "head_dim": 6},
+    ],
+)
+def test_settings_survive_saving(settings, tmp_path):
+    config = tiny_config(**settings)
+    config.save_pretrained(tmp_path)
+    assert StableMaskConfig.from_pretrained(tmp_path).to_dict() == config.to_dict() | {
+        "transformers_version": StableMaskConfig.from_pretrained(tmp_path).transformers_version
+    }
+
+
+def test_gamma_stays_when_the_context_is_overridden_on_loading(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    config = StableMaskConfig.from_pretrained(tmp_path, max_position_embeddings=128)
+    assert config.stablemask["gamma"] == 1 / 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"position_encoding": "rotary"},
+            "position_encoding must be one of rope, alibi, .*'rotary'",
+        ),
+        ({"attention": "flash"}, "attention must be one of stablemask, softmax, .*'flash'"),
+        ({"num_attention_heads": 5}, r"num_attention_heads must divide hidden_size \(32\).*got 5"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads must divide .*\(4\), got 3"),
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, got 0"),
+        ({"vocab_size": 3.5}, "vocab_size must be an integer of at least 1, got 3.5"),
+        (
+            {"num_hidden_layers": True},
+            "num_hidden_layers must be an integer of at least 1, got True",
+        ),
+        ({"head_dim": 7}, "head_dim must be even with rope positions, got 7"),
+        ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\), got 1.0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
+        (
+            {"hidden_size": 33, "head_dim": 8, "position_encoding": "sinusoidal"},
+            "hidden_size must be even with sinusoidal positions, got 33",
+        ),
+        (
+            {"stablemask": {"gamma": 0}},
+            r"\['gamma'\] must be greater than 0 with an infinite .*got 0",
+        ),
+        (
+            {"stablemask": {"gamma": -0.1, "horizon": 9}},
+            r"\['gamma'\] must be at least 0, got -0.1",
+        ),
+        ({"stablemask": {"gamma": "steep"}}, "must be a number, 'slopes', or a list .*'steep'"),
+        ({"stablemask": {"gamma": float("nan")}}, "must be a number, 'slopes', or a list .*nan"),
+        ({"stablemask": {"gamma": [0.1, 0.2]}}, r"one number per head \(4\), got \[0.1, 0.2\]"),
+        ({"stablemask": {"gamma": []}}, r"one number per head \(4\), got \[\]"),
+        ({"stablemask": {"horizon": 0}}, r"\['horizon'\] must be an integer .* or None, got 0"),
+        ({"stablemask": {"decay": 1}}, "stablemask must be a dict of gamma and horizon, got"),
+        ({"stablemask": 0.1}, "stablemask must be a dict of gamma and horizon, got 0.1"),
+        (
+            {"attention": "softmax", "stablemask": {"gamma": 0.1}},
+            "stablemask must be None with attention='softmax'",
+        ),
+        (
+            {"position_encoding": "alibi", "rope_parameters": {"rope_theta": 1e4}},
+            "rope_parameters must be None with position_encoding='alibi'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "must hold rope_type 'default'",
+        ),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta must be a positive number, got -1"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**settings)
+
+
+def test_presets_take_overrides_and_unknown_names_list_the_known():
+    config = preset_config("tiny", attention="softmax", max_position_embeddings=64)
+    assert (config.hidden_size, config.attention, config.max_position_embeddings) == (
+        192,
+        "softmax",
+        64,
+    )
+    assert preset_config("tiny").stablemask == {"gamma": 1 / 256, "horizon": None}
+    with pytest.raises(InputError, match=r"must be one of tiny, 71m, 160m, 410m, 1.4b, got 'huge'"):
+        preset_config("huge")
+    assert set(PRESETS) == {"tiny", "71m", "160m", "410m", "1.4b"}

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stablemask.models import (
+    StableMaskForCausalLM,
+    count_parameters,
+    flops_per_token,
+    preset_config,
+    training_memory,
+)
+
+from .tiny import random_ids, tiny_config, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("tiny", 3.0e6), ("71m", 71e6), ("160m", 160e6), ("410m", 410e6), ("1.4b", 1.4e9)],
+)
+def test_presets_have_the_parameters_of_their_name(name, size):
+    assert abs(count_parameters(preset_config(name)) / size - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"tie_word_embeddings": True}, {"position_encoding": "learned", "head_dim": 6}],
+)
+def test_parameters_are_those_of_the_model(settings):
+    config = tiny_config(attention="learned-sink", **settings)
+    model = tiny_model(attention="learned-sink", **settings)
+    assert count_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_dim": 6, "num_key_value_heads": 1}])
+def test_flops_are_those_of_the_matrix_multiplications(settings):
+    config, model, context = tiny_config(**settings), tiny_model(**settings), 12
+    input_ids = random_ids(2, context)
+    linear = flops_per_token(config, 0)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(input_ids, labels=input_ids).loss
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.aten.mm] == 2 * context * linear.forward
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.aten.mm] == 2 * context * (linear.training - linear.forward)
+
+    attention = flops_per_token(config, context).forward - linear.forward
+    query = torch.empty(1, 4, context, config.head_dim, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        query @ query.mT @ query
+    assert attention * context == config.num_hidden_layers * counter.get_total_flops()
+
+
+def bytes_saved_for_backward(config, dtype, checkpointing):
+    model = StableMaskForCausalLM(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weight_shapes = {shape for p in model.parameters() for shape in (p.shape, p.t().shape)}
+    saved = {}
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.shape not in weight_shapes:
+            saved[storage.data_ptr()] = storage  # kept alive, so that no address comes back
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+    ):
+        output = model.model(random_ids(2, 100), use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_a_layers_activations_are_what_autograd_saves(dtype, checkpointing, kv_heads):
+    measured, estimated = [], []
+    for layers in (2, 4):
+        config = preset_config(
+            "tiny", vocab_size=64, num_hidden_layers=layers, num_key_value_heads=kv_heads
+        )
+        measured.append(bytes_saved_for_backward(config, dtype, checkpointing))
+        memory = training_memory(config, 2, 100, dtype, checkpointing)
+        estimated.append(memory["activations"])
+    assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.01)
+
+
+def test_memory_adds_up():
+    config = preset_config("1.4b")
+    memory = training_memory(config, 4, 1024, torch.bfloat16)
+    assert memory["total"] == sum(nbytes for name, nbytes in memory.items() if name != "total")
+    assert memory["weights"] == 4 * count_parameters(config)
+    assert memory["optimizer"] == 2 * memory["gradients"]
+    saved = training_memory(config, 4, 1024, torch.bfloat16, gradient_checkpointing=True)
+    assert saved["activations"] < memory["activations"] / 5

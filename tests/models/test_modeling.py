@@ -1,0 +1,310 @@
+"""The decoder against its definition, and each thing Transformers expects of a model."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import stablemask
+from stablemask.models import StableMaskForCausalLM
+from stablemask.models.modeling import StableMaskAttention
+
+from .tiny import DESIGNS, random_ids, tiny_config, tiny_model
+
+
+def dense_attention(module, hidden_states, rotary, sink_logits, alibi_slopes):
+    """The attention's output with every score written down, (batch, length, hidden)."""
+    query, key, value = module.project(hidden_states, rotary)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    rows = torch.arange(query.shape[2])
+    distance = rows[:, None] - rows
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[:, None, None] * distance
+    scores = scores.masked_fill(distance < 0, -torch.inf)
+    sink_logits = module.sinks[:, None] if sink_logits is None else sink_logits
+    sink = sink_logits.to(scores.dtype).expand(scores.shape[:-1])[..., None]
+    weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    return module.o_proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("position", "kind"), DESIGNS)
+def test_attention_equals_its_definition_rebuilt_from_a_hook(position, kind):
+    model = tiny_model(torch.float64, position_encoding=position, attention=kind)
+    calls = []
+    for module in model.modules():
+        if isinstance(module, StableMaskAttention):
+            module.register_forward_hook(
+                lambda module, args, kwargs, output: calls.append((module, args, kwargs, output)),
+                with_kwargs=True,
+            )
+    with torch.no_grad():
+        model(random_ids(2, 11), use_cache=False)
+    assert len(calls) == 2
+    for module, (hidden_states,), kwargs, output in calls:
+        expected = dense_attention(
+            module, hidden_states, kwargs["rotary"], kwargs["sink_logits"], kwargs["alibi_slopes"]
+        )
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "nope"])
+def test_identical_tokens_look_alike_under_softmax_only(position):
+    """method: a softmax row of equal scores averages equal values, wherever it stands."""
+    spread = {}
+    for kind in ("softmax", "stablemask"):
+        model = tiny_model(position_encoding=position, attention=kind, initializer_range=0.1)
+        with torch.no_grad():
+            hidden = model.model(torch.full((1, 24), 7)).last_hidden_state[0]
+        spread[kind] = (hidden - hidden[:1]).abs().max().item()
+    assert spread["softmax"] < 5e-6
+    assert spread["stablemask"] > 1e-3
+
+
+@pytest.mark.parametrize(("position", "kind"), DESIGNS)
+def test_padding_on_either_side_changes_nothing(position, kind):
+    model = tiny_model(torch.float64, position_encoding=position, attention=kind)
+    input_ids = random_ids(1, 7)
+    with torch.no_grad():
+        alone = model(input_ids).logits
+        for sides in ((4, 0), (0, 4)):
+            padded = torch.nn.functional.pad(input_ids, sides)
+            mask = torch.nn.functional.pad(torch.ones_like(input_ids), sides)
+            logits = model(padded, attention_mask=mask).logits
+            assert logits.isfinite().all()
+            torch.testing.assert_close(logits[mask.bool()][None], alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("position", "kind"), DESIGNS)
+def test_packed_documents_are_kept_apart(position, kind, use_cache):
+    model = tiny_model(torch.float64, position_encoding=position, attention=kind)
+    documents = [random_ids(1, length) for length in (5, 1, 8)]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    with torch.no_grad():
+        packed = model(torch.cat(documents, 1), position_ids=positions, use_cache=use_cache).logits
+        alone = torch.cat([model(document).logits for document in documents], 1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
+
+
+def test_inputs_embeds_equal_input_ids():
+    model = tiny_model(position_encoding="sinusoidal")
+    input_ids = random_ids(2, 5)
+    with torch.no_grad():
+        logits = model(inputs_embeds=model.get_input_embeddings()(input_ids)).logits
+        torch.testing.assert_close(logits, model(input_ids).logits)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+@pytest.mark.parametrize("kind", ["stablemask", "learned-sink"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    model = tiny_model(attention=kind, position_encoding="alibi").train()
+    input_ids = random_ids(2, 9)
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids, labels=input_ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+
+
+def test_learned_sinks_start_small_and_get_a_gradient():
+    model = tiny_model(attention="learned-sink", initializer_range=0.02)
+    sinks = [layer.self_attn.sinks for layer in model.model.layers]
+    assert all(0 < sink.abs().max() < 0.1 for sink in sinks)
+    input_ids = random_ids(2, 9)
+    model(input_ids, labels=input_ids).loss.backward()
+    assert all((sink.grad != 0).all() for sink in sinks)
+    assert tiny_model(attention="softmax1").model.layers[0].self_attn.sinks is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_embeddings(tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied)
+    same = model.lm_head.weight is model.model.embed_tokens.weight
+    assert same == tied
+    model.save_pretrained(tmp_path)
+    loaded = StableMaskForCausalLM.from_pretrained(tmp_path).eval()
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    input_ids = random_ids(1, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads_equal_repeated_ones(kv_heads):
+    model = tiny_model(torch.float64, num_key_value_heads=kv_heads)
+    full = tiny_model(torch.float64, num_key_value_heads=4)
+    state = model.state_dict()
+    for name, weight in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = weight.unflatten(0, (kv_heads, 8)).repeat_interleave(4 // kv_heads, 0)
+            state[name] = heads.flatten(0, 1)
+    full.load_state_dict(state)
+    input_ids = random_ids(1, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(full(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "sinusoidal"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16(position, autocast):
+    model = tiny_model(position_encoding=position, initializer_range=0.05)
+    input_ids = random_ids(2, 20)
+    with torch.no_grad():
+        exact = model(input_ids).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            low = (model if autocast else model.bfloat16())(input_ids).logits
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_bfloat16_sink_logits_and_angles_stay_float32():
+    model = tiny_model().bfloat16()
+    seen = {}
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(random_ids(1, 5))
+    assert seen["sink_logits"].dtype == torch.float32
+    assert seen["rotary"][0].dtype == torch.float32
+    expected = stablemask.pseudo_logsumexp(torch.arange(5)[None], 1 / 32)
+    assert torch.equal(seen["sink_logits"], expected)
+
+
+@pytest.mark.parametrize(("position", "kind"), [("rope", "stablemask"), ("alibi", "learned-sink")])
+def test_compiles_into_one_graph(position, kind):
+    model = tiny_model(position_encoding=position, attention=kind)
+    input_ids = random_ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(input_ids, labels=input_ids, use_cache=False).loss
+    torch.testing.assert_close(loss, model(input_ids, labels=input_ids).loss)
+    loss.backward()
+    assert model.lm_head.weight.grad is not None
+
+
+def test_compiled_decoding_with_a_static_cache():
+    model = tiny_model(position_encoding="learned")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    input_ids = random_ids(1, 5)
+    expected = model.generate(input_ids, **options)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    tokens = model.generate(input_ids, cache_implementation="static", **options)
+    assert torch.equal(tokens, expected)
+
+
+def test_learned_positions_end_with_a_clear_error():
+    model = tiny_model(position_encoding="learned", max_position_embeddings=16)
+    model(random_ids(1, 16))
+    message = r"17 tokens .* learned position table of 16"
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(1, 17))
+    # Known before the first token, though the prompt itself fits.
+    with pytest.raises(ValueError, match=r"20 tokens .* learned position table of 16"):
+        model.generate(random_ids(1, 10), max_new_tokens=11, pad_token_id=0)
+    assert model.generate(random_ids(1, 10), max_new_tokens=7, pad_token_id=0).shape == (1, 17)
+    # Padding takes no position.
+    mask = torch.tensor([[0] * 4 + [1] * 16])
+    model(random_ids(1, 20), attention_mask=mask)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "nope", "sinusoidal"])
+def test_other_positions_run_past_the_training_context(position):
+    model = tiny_model(position_encoding=position)
+    assert model(random_ids(1, 70)).logits.isfinite().all()
+
+
+def test_logits_to_keep_and_hidden_states():
+    model = tiny_model()
+    input_ids = random_ids(2, 6)
+    with torch.no_grad():
+        outputs = model(input_ids, output_hidden_states=True)
+        torch.testing.assert_close(
+            model(input_ids, logits_to_keep=2).logits, outputs.logits[:, -2:]
+        )
+        rows = torch.tensor([0, 3])
+        kept = model(input_ids, logits_to_keep=rows).logits
+    torch.testing.assert_close(kept, outputs.logits[:, rows])
+    assert len(outputs.hidden_states) == 3
+    assert outputs.past_key_values.get_seq_length() == 6
+    assert model(input_ids, use_cache=False).past_key_values is None
+    assert isinstance(model(input_ids, return_dict=False), tuple)
+
+
+def test_loss_is_the_shifted_cross_entropy_over_the_items_in_the_batch():
+    model = tiny_model()
+    input_ids = random_ids(2, 6)
+    labels = input_ids.clone()
+    labels[0, :3] = -100
+    outputs = model(input_ids, labels=labels)
+    per_token = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(outputs.loss, per_token / 8)
+    counted = model(input_ids, labels=labels, num_items_in_batch=torch.tensor(40)).loss
+    torch.testing.assert_close(counted, per_token / 40)
+
+
+def test_trainer_accumulates_gradients_exactly(tmp_path):
+    """Two steps of one sequence train as one batch of two, whatever the number of labels in each."""
+    data = [{"input_ids": ids, "labels": ids.clone()} for ids in random_ids(2, 8)]
+    data[0]["labels"][:6] = -100
+    weights = []
+    for batch, accumulation in ((2, 1), (1, 2)):
+        torch.manual_seed(0)
+        model = tiny_model()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=data).train()
+        weights.append(model.lm_head.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2"])
+def test_another_attention_is_refused(name, tmp_path):
+    message = f"attn_implementation must be 'stablemask' or not given.*{name}"
+    with pytest.raises(ValueError, match=message):
+        StableMaskForCausalLM(tiny_config(attn_implementation=name))
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation(name)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        StableMaskForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+    model = StableMaskForCausalLM.from_pretrained(tmp_path, attn_implementation="stablemask")
+    assert model.config._attn_implementation == "stablemask"
+
+
+def test_attention_maps_are_refused():
+    with pytest.raises(ValueError, match="output_attentions"):
+        tiny_model()(random_ids(1, 4), output_attentions=True)
+
+
+def test_a_mask_that_forgets_the_cache_is_refused():
+    model = tiny_model()
+    past = model(random_ids(1, 4)).past_key_values
+    with pytest.raises(ValueError, match="attention_mask must cover the cache and the input, 6"):
+        model(random_ids(1, 2), attention_mask=torch.ones(1, 2), past_key_values=past)
+
+
+def test_dropout_acts_in_training_only():
+    model = tiny_model(attention_dropout=0.5)
+    input_ids = random_ids(1, 8)
+    assert torch.equal(model(input_ids).logits, model(input_ids).logits)
+    model.train()
+    assert not torch.equal(model(input_ids).logits, model(input_ids).logits)

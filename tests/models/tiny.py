@@ -1,0 +1,32 @@
+"""Models small enough to check exhaustively, with weights large enough that logits differ."""
+
+from typing import Any
+
+import torch
+
+from stablemask.models import StableMaskConfig, StableMaskForCausalLM
+from stablemask.models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS
+
+DESIGNS = [(position, kind) for position in POSITION_ENCODINGS for kind in ATTENTION_KINDS]
+
+
+def tiny_config(**overrides: Any) -> StableMaskConfig:
+    settings = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.3,
+    }
+    return StableMaskConfig(**{**settings, **overrides})
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, **overrides: Any) -> StableMaskForCausalLM:
+    return StableMaskForCausalLM(tiny_config(**overrides)).to(dtype).eval()
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(1, 61, shape)
