@@ -139,7 +139,7 @@ def test_bugs_keep_their_traceback(command, error):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("argv", [["--help"], ["env", "--help"], ["env"]])
+@pytest.mark.parametrize("argv", [["env", "--help"], ["env"]])
 def test_a_full_disk_under_stdout(argv):
     with open("/dev/full", "w") as full:
         result = subprocess.run(

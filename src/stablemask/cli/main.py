@@ -59,6 +59,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if name not in _available():
         raise InputError(f"no command {name!r}; the commands are {', '.join(_available())}")
+    _quieten_libraries()
     command = importlib.import_module(f"stablemask.cli.{name}")
     options = parse_options(
         get_type_hints(command.run)["options"],
@@ -67,6 +68,12 @@ def _dispatch(argv: list[str]) -> int:
         description=command.__doc__,
     )
     return command.run(options) or 0
+
+
+def _quieten_libraries() -> None:
+    """No bar for work of less than a second, no hints to programmers; the user's settings win."""
+    os.environ.setdefault("TQDM_DELAY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _available() -> list[str]:

@@ -98,8 +98,9 @@ def perplexity(
             total=sum(scored),
             desc=f"length {length}",
             unit="tok",
+            unit_scale=True,
             leave=False,
-            disable=not progress,
+            disable=None if progress else True,  # None: shown on a terminal
         ) as bar,
     ):
         for i in range(0, len(starts), batch_size):

@@ -45,6 +45,8 @@ def generate(
             than a learned position table.
     """
     _check(max_new_tokens, temperature, top_p, top_k)
+    if not prompts:
+        return []
     encoded = [_encode(model, tokenizer, prompt) for prompt in prompts]
     for number, ids in enumerate(encoded, 1):
         which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
