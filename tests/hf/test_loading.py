@@ -82,15 +82,19 @@ def test_damaged_weights(folder):
     refused(folder, r"holds no .safetensors")
 
 
-def test_weights_that_do_not_fit_the_config(folder):
+def test_weights_that_do_not_fit_the_config(folder, capfd):
     weights = folder / "model.safetensors"
     state = load_file(weights)
     lacking = {name: tensor for name, tensor in state.items() if "q_proj" not in name}
     save_file(lacking, weights, metadata={"format": "pt"})
-    refused(folder, "lack 2 tensors .*q_proj")
-    state["model.norm.weight"] = torch.ones(5)
-    save_file(state, weights, metadata={"format": "pt"})
-    refused(folder, "cannot load|damaged")
+    refused(folder, "lack tensors .*0.self_attn.q_proj.weight and 1 more")
+    for name, match in (
+        ("model.norm.weight", "hold tensors of another shape .* model.norm.weight"),
+        ("model.extra.weight", "hold tensors that its config.json does not .* model.extra.weight"),
+    ):
+        save_file(state | {name: torch.ones(5)}, weights, metadata={"format": "pt"})
+        refused(folder, match)
+    assert "REPORT" not in capfd.readouterr().err
 
 
 def test_a_config_that_asks_for_what_would_not_run_is_refused(tmp_path):

@@ -1,12 +1,14 @@
 """The decoder against its definition, and each thing Transformers expects of a model."""
 
+import math
+
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import stablemask
 from stablemask.models import StableMaskForCausalLM
-from stablemask.models.modeling import StableMaskAttention
+from stablemask.models.modeling import StableMaskAttention, sinusoidal_encoding
 
 from .tiny import DESIGNS, random_ids, tiny_config, tiny_model
 
@@ -46,6 +48,32 @@ def test_attention_equals_its_definition_rebuilt_from_a_hook(position, kind):
             module, hidden_states, kwargs["rotary"], kwargs["sink_logits"], kwargs["alibi_slopes"]
         )
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rope_with_softmax_is_transformers_llama(tied):
+    model = tiny_model(attention="softmax", tie_word_embeddings=tied)
+    settings = model.config.to_dict()
+    for ours in ("attention", "position_encoding", "stablemask", "model_type"):
+        del settings[ours]
+    llama = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    llama.load_state_dict(model.state_dict())
+    input_ids = random_ids(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids).logits, llama(input_ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_sinusoidal_encoding_is_that_of_the_paper():
+    position, dim = 13, 10
+    expected = []
+    for i in range(dim // 2):
+        angle = position / 10000 ** (2 * i / dim)
+        expected += [math.sin(angle), math.cos(angle)]
+    encoding = sinusoidal_encoding(torch.tensor([[0, position]]), dim)
+    torch.testing.assert_close(encoding[0, 1], torch.tensor(expected))
+    torch.testing.assert_close(encoding[0, 0], torch.tensor([0.0, 1.0] * (dim // 2)))
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi", "nope"])

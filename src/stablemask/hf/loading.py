@@ -9,7 +9,8 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import InputError
 from ..models import StableMaskConfig
@@ -48,37 +49,44 @@ def load_model(
     else:
         _check_hub(name_or_path)
 
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise InputError(
-            f"the weights in {name_or_path} are damaged or cut short ({error}); copy them again"
-        ) from error
-    # What Transformers raises for a bad folder, name, connection or configuration, and no more.
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"cannot load the model {name_or_path}: {_first_line(error)}") from error
-
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"the weights in {name_or_path} lack {len(missing)} tensors its config.json asks for, "
-            f"{missing[0]} among them"
-        )
-    if getattr(config, "stablemask", None) is not None and not isinstance(config, StableMaskConfig):
+    config, model, report = _from_pretrained(name_or_path, "auto" if dtype is None else dtype)
+    ours = isinstance(config, StableMaskConfig)
+    _check_report(name_or_path, report, ours)
+    if not ours and getattr(config, "stablemask", None) is not None:
         raise InputError(
             f"{name_or_path} asks for StableMask in its config.json, and nothing here runs it for "
             f"model_type {config.model_type!r}"
         )
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _from_pretrained(
+    name: str, dtype: torch.dtype | str
+) -> tuple[PreTrainedConfig, PreTrainedModel, dict[str, Any]]:
+    """The configuration, the model and Transformers' report on its weights."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report is ours to judge, and to word
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except SafetensorError as error:
+        raise InputError(
+            f"the weights in {name} are damaged or cut short ({error}); copy them again"
+        ) from error
+    # What Transformers raises for a bad folder, name, connection or configuration, and no more.
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"cannot load the model {name}: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return config, *loaded
 
 
 def _check_folder(folder: Path) -> None:
@@ -110,6 +118,20 @@ def _check_hub(name: str) -> None:
             f"no model folder at {name!r}, and the hub could not be asked for a model of that name "
             f"({_first_line(error)})"
         ) from error
+
+
+def _check_report(name: str, report: dict[str, Any], ours: bool) -> None:
+    """Refuse weights that do not fit the model; some in Transformers carry tensors they do not use."""
+    unexpected = report["unexpected_keys"] if ours else ()
+    problems = {
+        "lack tensors that its config.json asks for": report["missing_keys"],
+        "hold tensors of another shape than its config.json asks for": report["mismatched_keys"],
+        "hold tensors that its config.json does not ask for": unexpected,
+    }
+    for problem, keys in problems.items():
+        if keys:
+            first = min(key if isinstance(key, str) else key[0] for key in keys)
+            raise InputError(f"the weights in {name} {problem}: {first} and {len(keys) - 1} more")
 
 
 def _first_line(error: Exception) -> str:
