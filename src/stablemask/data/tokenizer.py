@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 END_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 256 + 1 + 1  # every byte, the end token, and a merge
-PIECE_CHARACTERS = 1 << 18
+PIECE_CHARACTERS = 1 << 14
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
