@@ -16,9 +16,15 @@ from stablemask.errors import InputError
 from stablemask.options import option
 
 
-def stablemask(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+def stablemask(*argv: str) -> subprocess.CompletedProcess:
+    # What `main` sets for its own process must not reach a new one from the tests'.
+    hidden = ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
     return subprocess.run(
-        [sys.executable, "-m", "stablemask", *argv], capture_output=True, text=True, **kwargs
+        [sys.executable, "-m", "stablemask", *argv],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
 
 

@@ -168,7 +168,8 @@ def test_help_tells_defaults_choices_and_requirements(capsys):
     for words in [
         "--model TEXT which model (required)",
         "--max-new-tokens N how many, at most 100% of the context (default: 64)",
-        "--stream, --no-stream print as it comes (default: false)",
+        "--stream, --no-stream print as it comes --horizon",
+        "--lengths N [N ...] lengths (default: 1 2)",
         "--position {rope,alibi}",
         "--precision float32|bfloat16",
         "--gamma X|slopes decay rate",

@@ -71,9 +71,10 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _quieten_libraries() -> None:
-    """No bar for work of less than a second, no hints to programmers; the user's settings win."""
-    os.environ.setdefault("TQDM_DELAY", "1")
+    """No hints to programmers, and bars on a terminal only; what the user has set stays."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _available() -> list[str]:

@@ -89,12 +89,14 @@ def _converter(kind: Any, choices: Sequence[str] | None) -> Callable[[str], Any]
 
 
 def _help(field: OptionField) -> str:
-    text = field.help
+    text, default = field.help, field.default
     if field.required:
         text += " (required)"
-    elif field.default is not None and field.default != []:
-        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        text += f" (default: {default})"
+    elif isinstance(default, bool):
+        text += " (default: on)" if default else ""
+    elif default is not None and default != []:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text += f" (default: {shown})"
     return text.replace("%", "%%")
 
 
