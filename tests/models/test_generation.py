@@ -105,7 +105,7 @@ def test_a_static_cache_without_mask_equals_the_full_pass(position):
 def test_beam_search_and_prompt_lookup_agree_with_and_without_cache():
     model = tiny_model()
     input_ids = random_ids(1, 6)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": PAD}
+    options = {"max_new_tokens": NEW_TOKENS, "pad_token_id": PAD, "eos_token_id": PAD}
     beams = [
         model.generate(input_ids, num_beams=3, use_cache=use_cache, **options).tolist()
         for use_cache in (True, False)

@@ -57,7 +57,9 @@ def load_model(
             f"{name_or_path} asks for StableMask in its config.json, and nothing here runs it for "
             f"model_type {config.model_type!r}"
         )
-    return model.to(device).eval() if device is not None else model.eval()
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    return model.eval()
 
 
 def _from_pretrained(
