@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what a user hands us."""
+"""The exceptions that carry a message for the user rather than a bug for us."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The command line prints it as a single line and exits with code 2; in Python it is an ordinary
     ``ValueError``.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that began well cannot go on, such as a loss that is no longer finite.
+
+    The command line prints it as a single line and exits with code 1.
     """

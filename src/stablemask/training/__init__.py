@@ -1,0 +1,1 @@
+"""Training: our part only; the loop is the Transformers Trainer on Accelerate."""

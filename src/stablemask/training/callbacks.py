@@ -1,0 +1,158 @@
+"""What a run shows and records while it goes, and how it is stopped: callbacks for the Trainer."""
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import RunError
+
+
+class Record(TrainerCallback):
+    """One line of JSON a log or evaluation, in ``metrics.jsonl``, and a progress bar on stderr.
+
+    A resumed run drops the lines past its checkpoint first, so that no step stands twice.
+    """
+
+    def __init__(self, path: Path, tokens_per_step: int) -> None:
+        self.path = path
+        self.tokens_per_step = tokens_per_step
+        self._bar: tqdm | None = None
+        self._begun = 0.0
+        self._seconds, self._steps = 0.0, 0  # since the last log, evaluation and saving left out
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        _keep_lines_up_to(self.path, state.global_step)
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if interactive else 30.0,
+        )
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._seconds += time.perf_counter() - self._begun
+        self._steps += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._bar is None or not logs or "train_runtime" in logs:
+            return
+        row: dict[str, float] = {"step": state.global_step}
+        if "loss" in logs:
+            row |= {name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}
+            row["tokens"] = state.global_step * self.tokens_per_step
+            row["tokens_per_second"] = round(self._steps * self.tokens_per_step / self._seconds, 1)
+            self._seconds, self._steps = 0.0, 0
+            self._bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=True
+            )
+        elif "eval_loss" in logs:
+            row["eval_loss"] = logs["eval_loss"]
+            row["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+            self._bar.write(
+                f"step {state.global_step}: validation perplexity {row['eval_perplexity']:.2f}",
+                file=sys.stderr,
+            )
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class StopWhenNotFinite(TrainerCallback):
+    """Refuse a step whose gradients are not finite, before it reaches the weights."""
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        assert model is not None
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise RunError(
+                f"the loss or its gradients are not finite at step {state.global_step + 1}; "
+                "the last checkpoint is kept. Try a lower --learning-rate or a longer --warmup"
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        # From a signal handler only an unbuffered write is safe.
+        os.write(2, f"\n{self.received.name}: saving a checkpoint, then stopping\n".encode())
+
+    def __enter__(self) -> "StopOnSignal":
+        self._previous: dict[signal.Signals, Callable | int | None] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut short
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
