@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
 
 import stablemask
 from stablemask.models import StableMaskForCausalLM
-from stablemask.models.modeling import StableMaskAttention, sinusoidal_encoding
+from stablemask.models.modeling import StableMaskAttention
+from stablemask.models.positions import sinusoidal_encoding
 
 from .tiny import DESIGNS, random_ids, tiny_config, tiny_model
 
@@ -113,6 +114,29 @@ def test_packed_documents_are_kept_apart(position, kind, use_cache):
         packed = model(torch.cat(documents, 1), position_ids=positions, use_cache=use_cache).logits
         alone = torch.cat([model(document).logits for document in documents], 1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_a_mask_ready_for_attention_is_taken_bool_or_additive(position, static):
+    model = tiny_model(torch.float64, position_encoding=position)
+    input_ids = random_ids(1, 6)
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3]])
+    length = 9 if static else 6
+    ready = torch.ones(6, length, dtype=torch.bool).tril() & (torch.arange(length) >= 2)
+    additive = torch.zeros(ready.shape, dtype=torch.float64).masked_fill(~ready, -torch.inf)
+    with torch.no_grad():
+        expected = model(input_ids, attention_mask=padding).logits
+        for mask in (ready, additive):
+            past = StaticCache(model.config, max_cache_len=length) if static else None
+            logits = model(
+                input_ids,
+                attention_mask=mask[None, None],
+                position_ids=positions,
+                past_key_values=past,
+            ).logits
+            torch.testing.assert_close(logits[:, 2:], expected[:, 2:], rtol=0, atol=1e-9)
 
 
 def test_inputs_embeds_equal_input_ids():

@@ -24,12 +24,19 @@ from transformers.utils.output_capturing import capture_outputs
 from ..attention import sink_attention
 from ..pseudo import head_decay_rates, pseudo_logsumexp
 from .configuration import StableMaskConfig
+from .positions import (
+    Rotary,
+    alibi_mask,
+    check_length,
+    check_table,
+    rotary_angles,
+    rotate,
+    sinusoidal_encoding,
+)
 
 ATTN_IMPLEMENTATION = "stablemask"
 # `create_causal_mask` looks masks up by the attention's name; sdpa's are None or bool, as we take.
 AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sdpa_mask)
-
-Rotary = tuple[Tensor, Tensor]
 
 
 class StableMaskMLP(nn.Module):
@@ -226,7 +233,7 @@ class StableMaskModel(StableMaskPreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = self._positions(position_ids, attention_mask, past_length, given)
         if config.position_encoding == "learned":
-            _check_table(positions, config.max_position_embeddings)
+            check_table(positions, config.max_position_embeddings)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # With `position_ids` as given and no cache made yet, packed documents are recognised, and a
@@ -354,7 +361,7 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
     ) -> None:
         # Before any token is made; the last one needs no position.
         if self.config.position_encoding == "learned":
-            _check_length(generation_config.max_length - 1, self.config.max_position_embeddings)
+            check_length(generation_config.max_length - 1, self.config.max_position_embeddings)
         super()._validate_generated_length(  # type: ignore[misc]
             generation_config, input_ids_length, *args
         )
@@ -377,60 +384,3 @@ def position_sink_logits(config: StableMaskConfig, positions: Tensor) -> Tensor 
         return None
     value = 0.0 if config.attention == "softmax1" else -torch.inf
     return torch.full((1, 1, 1), value, device=positions.device)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """cos and sin of RoPE (Su et al., arXiv 2104.09864).
-
-    Returns:
-        Two float32 tensors (batch or 1, 1, length, head_dim / 2).
-    """
-    frequencies = _inverse_frequencies(head_dim, theta, positions.device)
-    angles = positions[:, None, :, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (batch, heads, length, head_dim), its two halves paired, in float32 or better."""
-    first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(states.dtype)
-
-
-def sinusoidal_encoding(positions: Tensor, hidden_size: int) -> Tensor:
-    """Sine and cosine in turn (Vaswani et al., 3.5): float32 (batch or 1, length, hidden)."""
-    angles = positions[..., None] * _inverse_frequencies(hidden_size, 1e4, positions.device)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
-
-
-def alibi_mask(slopes: Tensor, attn_mask: Tensor, past_length: int | Tensor) -> Tensor:
-    """ALiBi added to a mask whose first query row is key ``past_length``, float32.
-
-    Args:
-        slopes: (heads,).
-        attn_mask: bool or additive, (batch, 1 or heads, length, keys).
-    """
-    rows = past_length + torch.arange(attn_mask.shape[2], device=slopes.device)
-    distance = rows[:, None] - torch.arange(attn_mask.shape[3], device=slopes.device)
-    bias = -slopes[:, None, None] * distance
-    if attn_mask.dtype == torch.bool:
-        return torch.where(attn_mask, bias, -torch.inf)
-    return bias + attn_mask
-
-
-def _inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-
-
-def _check_table(positions: Tensor, table_length: int) -> None:
-    if not torch.compiler.is_compiling():
-        _check_length(int(positions.max()) + 1, table_length)
-
-
-def _check_length(length: int, table_length: int) -> None:
-    if length > table_length:
-        raise ValueError(
-            f"a sequence of {length} tokens is longer than the learned position table of "
-            f"{table_length} (max_position_embeddings); shorten it, or use a model with another "
-            "position encoding"
-        )

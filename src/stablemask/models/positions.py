@@ -1,0 +1,65 @@
+"""The ways a model is told where a token stands, each a few lines."""
+
+import torch
+from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """cos and sin of RoPE (Su et al., arXiv 2104.09864).
+
+    Returns:
+        Two float32 tensors (batch or 1, 1, length, head_dim / 2).
+    """
+    frequencies = _inverse_frequencies(head_dim, theta, positions.device)
+    angles = positions[:, None, :, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (batch, heads, length, head_dim), its two halves paired, in float32 or better."""
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(states.dtype)
+
+
+def sinusoidal_encoding(positions: Tensor, hidden_size: int) -> Tensor:
+    """Sine and cosine in turn (Vaswani et al., 3.5): float32 (batch or 1, length, hidden)."""
+    angles = positions[..., None] * _inverse_frequencies(hidden_size, 1e4, positions.device)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def alibi_mask(slopes: Tensor, attn_mask: Tensor, past_length: int | Tensor) -> Tensor:
+    """ALiBi added to a mask whose first query row is key ``past_length``, float32.
+
+    Args:
+        slopes: (heads,).
+        attn_mask: bool or additive, (batch, 1 or heads, length, keys).
+    """
+    rows = past_length + torch.arange(attn_mask.shape[2], device=slopes.device)
+    distance = rows[:, None] - torch.arange(attn_mask.shape[3], device=slopes.device)
+    bias = -slopes[:, None, None] * distance
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, bias, -torch.inf)
+    return bias + attn_mask
+
+
+def check_table(positions: Tensor, table_length: int) -> None:
+    """Refuse positions past a learned table; a compiled graph cannot look, and fails at the lookup."""
+    if not torch.compiler.is_compiling():
+        check_length(int(positions.max()) + 1, table_length)
+
+
+def check_length(length: int, table_length: int) -> None:
+    """Refuse a sequence longer than a learned table."""
+    if length > table_length:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the learned position table of "
+            f"{table_length} (max_position_embeddings); shorten it, or use a model with another "
+            "position encoding"
+        )
+
+
+def _inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
