@@ -12,7 +12,7 @@ import pytest
 
 from stablemask import __version__
 from stablemask.cli import main as cli
-from stablemask.errors import InputError
+from stablemask.errors import InputError, RunError
 from stablemask.options import option
 
 
@@ -80,6 +80,16 @@ def test_help_and_mistakes_load_no_command():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def test_a_command_whose_package_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for module in [name for name in sys.modules if name.startswith("stablemask.")]:
+        if module.partition(".")[2].partition(".")[0] in ("cli", "hf", "inference", "models"):
+            monkeypatch.delitem(sys.modules, module)
+    assert cli.main(["generate", "--model", "m", "--prompt", "p"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("stablemask: error: generate needs the package 'transformers'; pip")
+
+
 def test_version():
     assert stablemask("--version").stdout == f"stablemask {__version__}\n"
 
@@ -113,6 +123,7 @@ def test_result_of_a_command_is_the_exit_code(command):
     ("error", "code", "line"),
     [
         (InputError("two\n  lines"), 2, "stablemask: error: two lines\n"),
+        (RunError("the loss is nan"), 1, "stablemask: error: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "stablemask: interrupted\n"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/root/x"),

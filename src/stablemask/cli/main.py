@@ -7,15 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import get_type_hints
 
 from stablemask import __version__
 from stablemask.cli.parser import parse_options
-from stablemask.errors import InputError
+from stablemask.errors import InputError, RunError
 
 # In the order a new user meets them. Each is the module of that name in this folder.
 COMMANDS = ("env", "demo", "pretrain", "generate", "evaluate", "bench")
 
+FAILED_RUN = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as the shell reports a process that SIGPIPE ended
@@ -23,7 +25,9 @@ _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 and one line on stderr for bad input.
+    """Run one command and return its exit code, with one line on stderr where it is not 0.
+
+    0 success, 1 a run that could not go on, 2 bad input, 130 interrupted, 141 stdout closed.
 
     Any other exception is a bug and keeps its traceback.
     """
@@ -34,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
     except InputError as error:
         return _fail(f"error: {error}", BAD_INPUT)
+    except RunError as error:
+        return _fail(f"error: {error}", FAILED_RUN)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -60,7 +66,7 @@ def _dispatch(argv: list[str]) -> int:
     if name not in _available():
         raise InputError(f"no command {name!r}; the commands are {', '.join(_available())}")
     _quieten_libraries()
-    command = importlib.import_module(f"stablemask.cli.{name}")
+    command = _import_command(name)
     options = parse_options(
         get_type_hints(command.run)["options"],
         rest,
@@ -68,6 +74,18 @@ def _dispatch(argv: list[str]) -> int:
         description=command.__doc__,
     )
     return command.run(options) or 0
+
+
+def _import_command(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"stablemask.cli.{name}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "stablemask"):
+            raise
+        raise InputError(
+            f"{name} needs the package {package!r}; pip install 'stablemask[all]' brings it"
+        ) from error
 
 
 def _quieten_libraries() -> None:

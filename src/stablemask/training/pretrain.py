@@ -218,6 +218,8 @@ def _build_trainer(
     checkpoint: Path | None,
 ) -> LanguageModelTrainer:
     on_gpu = torch.cuda.is_available()
+    assert options.warmup is not None
+    assert options.save_every is not None
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=options.steps,

@@ -17,6 +17,7 @@ class LanguageModelTrainer(Trainer):
     def __init__(self, *args: Any, keep: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.keep = keep
+        assert self.args.output_dir is not None
         self._folder = Path(self.args.output_dir)
 
     def _get_output_dir(self, trial: Any) -> str:
