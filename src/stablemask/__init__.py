@@ -1,10 +1,15 @@
 """Attention with a pseudo mass, at the speed of the stock kernel.
 
-``import stablemask`` loads torch and nothing else; ``stablemask.hf`` brings in Transformers.
+Read ``pseudo.py`` for the method and ``attention.py`` for the functions; ``stablemask.hf`` brings in
+Transformers.
 """
 
-from .attention import sink_attention, stable_mask_attention
-from .pseudo import dense_stable_mask, head_decay_rates, mask_ratio, pseudo_logsumexp
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import sink_attention, stable_mask_attention
+    from .pseudo import dense_stable_mask, head_decay_rates, mask_ratio, pseudo_logsumexp
 
 __version__ = "0.1.0"
 
@@ -16,3 +21,11 @@ __all__ = [
     "sink_attention",
     "stable_mask_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Torch is loaded with the first function that needs it, so that `stablemask --help` is instant.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "attention" if name.endswith("_attention") else "pseudo"
+    return getattr(importlib.import_module(f".{module}", __name__), name)

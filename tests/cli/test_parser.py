@@ -1,6 +1,5 @@
 """Options from flags and from YAML: every type, who wins, and what a mistake says."""
 
-# ruff: noqa: RUF009 - option() makes a field, not a shared default
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal

@@ -15,7 +15,7 @@ SUMMARY = "continue a prompt with a trained model"
 @dataclass(kw_only=True)
 class GenerateOptions:
     model: str = option(MISSING, "folder or hub name of the model")
-    prompt: list[str] = option(MISSING, "text to continue, or several")  # noqa: RUF009
+    prompt: list[str] = option(MISSING, "text to continue, or several")
     max_new_tokens: int = option(64, "add at most so many tokens")
     temperature: float = option(0.0, "0 takes the likeliest token, above it tokens are sampled")
     top_p: float = option(1.0, "sample among the likeliest tokens that hold this probability")
