@@ -1,0 +1,127 @@
+"""Train a small model with softmax and one with StableMask, and write a report that compares them."""
+
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stablemask.errors import InputError
+from stablemask.options import option, option_fields
+from stablemask.report import compare, render, text_table
+from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain import OPTIONS_FILE, pretrain
+
+SUMMARY = "train softmax and StableMask side by side, and report"
+
+KINDS = ("softmax", "stablemask")
+RESULTS, REPORT = "results.json", "report.html"
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    out: str = option("runs/demo", "folder for both runs, the results and the report")
+    steps: int = option(250, "optimizer steps of each training")
+    seed: int = option(0, "of the weights and the order of the data")
+    data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
+    resume: bool = option(False, "go on with the demo in --out; what is finished is used again")
+
+
+def run(options: DemoOptions) -> int:
+    out = Path(options.out)
+    trainings = {kind: _training(options, kind) for kind in KINDS}
+    _check_out(out, options.resume)
+    with _advice_when_interrupted(options):
+        for number, (kind, training) in enumerate(trainings.items(), 1):
+            print(f"[{number}/3] {training.preset} with {kind} attention, {options.steps} steps")
+            result = pretrain(training)
+            if result.stopped_by is signal.SIGINT:
+                raise KeyboardInterrupt
+            if result.stopped_by is not None:
+                print(f"stopped; go on with: {_command(options, resume=True)}")
+                return 0
+        print("[3/3] comparing", flush=True)
+        comparison = compare(
+            {kind: out / kind for kind in KINDS},
+            prompt="def " if options.data == "builtin" else None,
+            seed=options.seed,
+            command=_command(options),
+        )
+        _write(out / RESULTS, comparison.to_json())
+        _write(out / REPORT, render(comparison))
+    print(f"\n{text_table(comparison)}\n")
+    print(_what_next(options))
+    return 0
+
+
+def _training(options: DemoOptions, kind: str) -> PretrainOptions:
+    """The run of one attention kind, its options checked."""
+    folder = Path(options.out) / kind
+    training = PretrainOptions(
+        steps=options.steps,
+        out=str(folder),
+        data=options.data,
+        attention=kind,
+        seed=options.seed,
+        eval_tokens=32768,
+        resume=options.resume and (folder / OPTIONS_FILE).exists(),
+    )
+    training.resolved()
+    return training
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out must be a folder, {out} is a file")
+    begun = any((out / kind / OPTIONS_FILE).exists() for kind in KINDS)
+    if begun and not resume:
+        raise InputError(f"{out} already holds a demo; add --resume, or name another --out")
+    if resume and not begun:
+        raise InputError(f"{out} holds no demo to resume; leave out --resume to start one")
+    if not begun and out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no demo; name another --out")
+
+
+@contextmanager
+def _advice_when_interrupted(options: DemoOptions) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        begun = any((Path(options.out) / kind / OPTIONS_FILE).exists() for kind in KINDS)
+        print(f"\nstopped; go on with: {_command(options, resume=begun)}", flush=True)
+        raise
+
+
+def _command(options: DemoOptions, *, resume: bool = False) -> str:
+    """The command with these options, defaults left out."""
+    words = ["stablemask", "demo"]
+    for field in option_fields(DemoOptions):
+        value = getattr(options, field.name)
+        if value != field.default and field.name != "resume":
+            words += [field.flag, str(value)]
+    return shlex.join(words + ["--resume"] * resume)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _what_next(options: DemoOptions) -> str:
+    out = Path(options.out)
+    model = shlex.quote(str(out / "stablemask"))
+    report = (out / REPORT).resolve()
+    return f"""report   {report}
+         open it in a browser: {report.as_uri()}
+numbers  {out / RESULTS}
+
+Try next:
+  stablemask generate --model {model} --prompt "def " --temperature 0.8 --stream
+  stablemask evaluate --model {model} --lengths 1x 2x 4x 8x
+  stablemask pretrain --attention stablemask --steps 2000 --out runs/longer"""

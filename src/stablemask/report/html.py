@@ -1,0 +1,252 @@
+"""The page: one file that needs no other, and no script."""
+
+from collections.abc import Sequence
+from html import escape
+from string import Template
+from typing import Any
+
+from .comparison import Comparison
+from .figures import COLORS, draw_all
+from .summary import captions, table, what_differs
+
+PAPER = "https://arxiv.org/abs/2402.04779"  # the one link out of the page
+
+FIGURES = {
+    "loss": "Loss during training",
+    "perplexity": "Perplexity at and beyond the training length",
+    "map": "Where attention goes: one head, token by token",
+    "heads": "The same layer, all heads",
+    "ratio": "Mask ratio by position",
+    "layers": "Attention by layer",
+    "identical": "The same token at every position",
+}
+# Options of a run that a reader wants to see, beside what is measured.
+SHOWN_OPTIONS = (
+    "preset", "attention", "position", "gamma", "horizon", "data", "context", "vocab_size", "steps",
+    "batch_size", "gradient_accumulation", "learning_rate", "dtype", "seed",
+)  # fmt: skip
+
+_PAGE = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light; --ink: #111827; --soft: #4b5563; --line: #e5e7eb; --pale: #f8fafc; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.6 system-ui, -apple-system,
+  "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 .75rem; letter-spacing: -.01em; }
+h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 2.5rem 0 .5rem; }
+p { max-width: 46rem; margin: .6rem 0; }
+.lead { font-size: 1.08rem; }
+.soft, figcaption, .notes { color: var(--soft); font-size: .93rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; }
+th { font-weight: 600; }
+tbody th { font-weight: 400; padding-right: 2rem; }
+.numbers td, .numbers thead th { text-align: right; padding: .45rem 0 .45rem 1.5rem;
+  white-space: nowrap; }
+.numbers thead th:first-child { padding: 0; }
+.best { font-weight: 700; }
+.differs { background: var(--pale); }
+.swatch { display: inline-block; width: .75em; height: .75em; border-radius: .2em;
+  margin-right: .45em; }
+figure { margin: 0; }
+figure img { display: block; width: 100%; min-width: 38rem; height: auto; }
+figcaption { max-width: 46rem; margin-top: .5rem; }
+pre { background: var(--pale); border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem;
+  font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; }
+pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre b { font-weight: 600; color: #92400e; }
+code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.samples { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
+.samples h3 { margin-top: 1rem; }
+@media (max-width: 40rem) {
+  main { padding: 1.5rem 1rem 3rem; }
+  h1 { font-size: 1.5rem; }
+  .numbers td, .numbers thead th { padding-left: .8rem; }
+  .numbers { font-size: .88rem; }
+  tbody th { padding-right: .5rem; }
+}
+@media print {
+  main { max-width: none; padding: 0; }
+  section, figure { break-inside: avoid; }
+  figure img { min-width: 0; }
+}
+</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+$lead
+$table
+$figures
+$samples
+$reproduce
+</main>
+</body>
+</html>
+""")
+
+
+def render(comparison: Comparison) -> str:
+    """The whole page."""
+    return _PAGE.substitute(
+        title=escape(_title(comparison)),
+        lead=_lead(comparison),
+        table=_table(comparison),
+        figures=_figures(comparison),
+        samples=_samples(comparison),
+        reproduce=_reproduce(comparison),
+    )
+
+
+def _title(comparison: Comparison) -> str:
+    *others, last = comparison.runs
+    return f"Attention compared: {', '.join(others)} and {last}"
+
+
+def _lead(comparison: Comparison) -> str:
+    run = comparison.runs[comparison.baseline]
+    options = run.options
+    tokens = (
+        options["steps"]
+        * options["batch_size"]
+        * options["gradient_accumulation"]
+        * options["context"]
+    )
+    facts = (
+        f"Here {len(comparison.runs)} models of {run.parameters / 1e6:.1f} million parameters "
+        f"({options['preset']}, positions: {options['position']}) are trained from scratch on "
+        f"{tokens / 1e6:.2f} million tokens each, in blocks of {options['context']:,}. "
+        f"{what_differs(comparison)}"
+    )
+    return f"""<p class="lead">In a causal language model every token must hand out exactly 1 of
+attention, even when nothing before it is of use; models learn to dump the surplus on the first
+token, and with relative positions alone (such as RoPE) they cannot know where a token stands.
+<a href="{PAPER}">StableMask</a> gives every row a <em>pseudo mass</em> in place of the masked
+future: it takes part in the softmax and carries no value, so surplus attention has somewhere to go.
+It shrinks from row to row, and so tells the model its position. It has no parameters and runs on the
+stock attention kernels.</p>
+<p>{escape(facts)}</p>"""
+
+
+def _table(comparison: Comparison) -> str:
+    heads = "".join(
+        f'<th scope="col">{_swatch(run.attention)}{escape(label)}</th>'
+        for label, run in comparison.runs.items()
+    )
+    body = []
+    for row in table(comparison):
+        cells = "".join(
+            f"<td{_class('best', row.best == label)}>{escape(row.text(label))}</td>"
+            for label in comparison.runs
+        )
+        body.append(f'<tr><th scope="row">{escape(row.name)}</th>{cells}</tr>')
+    notes = [
+        f"{label}, {row['length']:,} tokens: {row['note']}"
+        for label, run in comparison.runs.items()
+        for row in run.perplexity
+        if row["note"]
+    ]
+    return f"""<h2>The numbers</h2>
+<div class="scroll"><table class="numbers"><thead><tr><th></th>{heads}</tr></thead>
+<tbody>{"".join(body)}</tbody></table></div>
+<p class="soft">Bold: the best of a row, where one end is better; lower is better for perplexity,
+the exponential of the mean loss. Tokens per second is the median over the log lines of each
+training; the trainings ran one after another, so what else the machine did weighs on it. Attention
+is averaged over layers, heads and rows. The last row feeds one token over and over: 0 up to rounding
+means that the model cannot tell positions apart.</p>
+{_paragraphs(notes, "notes")}"""
+
+
+def _figures(comparison: Comparison) -> str:
+    images, texts = draw_all(comparison), captions(comparison)
+    parts = [
+        f"""<section><h3>Figure {number}. {escape(title)}</h3>
+<figure><div class="scroll"><img alt="{escape(title)}" src="{images[name]}"></div>
+<figcaption>{escape(texts[name])}</figcaption></figure></section>"""
+        for number, (name, title) in enumerate(FIGURES.items(), 1)
+    ]
+    return "<h2>The figures</h2>\n" + "\n".join(parts)
+
+
+def _samples(comparison: Comparison) -> str:
+    how = (
+        "greedily"
+        if comparison.temperature == 0
+        else f"at temperature {comparison.temperature:g}, seed {comparison.seed}"
+    )
+    samples = "\n".join(
+        f"<div><h3>{_swatch(run.attention)}{escape(label)}</h3>"
+        f'<pre class="wrap"><b>{escape(comparison.prompt)}</b>{escape(run.sample)}</pre></div>'
+        for label, run in comparison.runs.items()
+    )
+    return f"""<h2>A sample of each</h2>
+<p class="soft">The same prompt (in bold) continued {how}. After so short a training, look for the
+shape of the text rather than its sense.</p>
+<div class="samples">
+{samples}
+</div>"""
+
+
+def _reproduce(comparison: Comparison) -> str:
+    trainings = [run.record["command"] for run in comparison.runs.values()]
+    commands = ""
+    if comparison.command is not None:
+        commands = f"<p>All of it:</p><pre>{escape(comparison.command)}</pre><p>Each training:</p>"
+    first = comparison.runs[comparison.baseline]
+    machine = comparison.machine
+    lines = [
+        f"Trained with {_versions(first.record['versions'])}.",
+        f"Measured with {_versions(comparison.versions)}, on {machine['device']} "
+        f"({machine['system']}, {machine['cpu']}, {machine['threads']} threads).",
+        f"Text: {first.record['train_tokens']:,} training and "
+        f"{first.record['validation_tokens']:,} validation tokens, key {first.record['corpus']}.",
+    ]
+    return f"""<h2>Do it again</h2>
+{commands}<pre>{escape(chr(10).join(trainings))}</pre>
+{_paragraphs(lines, "soft")}
+<div class="scroll">{_settings(comparison)}</div>"""
+
+
+def _settings(comparison: Comparison) -> str:
+    heads = "".join(f'<th scope="col">{escape(label)}</th>' for label in comparison.runs)
+    rows: list[tuple[str, list[Any]]] = [
+        (name, [run.options[name] for run in comparison.runs.values()]) for name in SHOWN_OPTIONS
+    ]
+    rows.append(("parameters", [f"{run.parameters:,}" for run in comparison.runs.values()]))
+    body = "".join(
+        f'<tr{_class("differs", name in comparison.differences)}><th scope="row">'
+        f"{escape(name.replace('_', ' '))}</th>{_cells(values)}</tr>"
+        for name, values in rows
+    )
+    return f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cells(values: Sequence[Any]) -> str:
+    shown = ["default" if value is None else str(value) for value in values]
+    return "".join(f"<td>{escape(value)}</td>" for value in shown)
+
+
+def _paragraphs(texts: Sequence[str], kind: str) -> str:
+    return "\n".join(f'<p class="{kind}">{escape(text)}</p>' for text in texts)
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _swatch(attention: str) -> str:
+    return f'<span class="swatch" style="background:{COLORS[attention]}"></span>'
+
+
+def _class(name: str, applies: bool) -> str:
+    return f' class="{name}"' if applies else ""

@@ -1,0 +1,291 @@
+"""A comparison in words and in a table. What a sentence claims, it computes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+
+from .comparison import Comparison, RunMeasurement
+from .figures import even_attention
+
+# Outputs of unit scale that differ by less than this differ by the rounding of float32.
+ROUNDING = 1e-4
+ATTENTION_OPTIONS = {"attention", "gamma", "horizon"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure of every run; ``better`` is min or max where one end is the good one."""
+
+    name: str
+    values: dict[str, float | None]
+    format: str
+    better: Callable | None = None
+
+    def text(self, label: str) -> str:
+        value = self.values[label]
+        return "–" if value is None else format(value, self.format)
+
+    @property
+    def best(self) -> str | None:
+        """The label of the best run, None where no end is better or two runs look the same."""
+        known = {label: value for label, value in self.values.items() if value is not None}
+        if self.better is None or len(known) < 2:
+            return None
+        best = self.better(known, key=known.__getitem__)
+        ties = [label for label in known if self.text(label) == self.text(best)]
+        return best if ties == [best] else None
+
+
+def table(comparison: Comparison) -> list[Row]:
+    def row(
+        name: str,
+        value: Callable[[RunMeasurement], float | None],
+        form: str,
+        better: Callable | None = None,
+    ) -> Row:
+        return Row(name, {lab: value(run) for lab, run in comparison.runs.items()}, form, better)
+
+    lengths = [
+        row(
+            f"validation perplexity, {length['length']:,} tokens ({length['multiple']}x)",
+            lambda run, i=i: run.perplexity[i]["perplexity"],  # type: ignore[misc]
+            ".2f",
+            min,
+        )
+        for i, length in enumerate(comparison.runs[comparison.baseline].perplexity)
+    ]
+    return [
+        *lengths,
+        row("training, tokens per second", lambda run: run.tokens_per_second, ",.0f", max),
+        row("attention on the first token", lambda run: fmean(run.first_token), ".1%"),
+        row("... of what real tokens receive", lambda run: fmean(run.first_token_of_real), ".1%"),
+        row("attention that real tokens receive", lambda run: fmean(run.real_share), ".1%"),
+        row("spread of identical tokens' output", lambda run: run.identical_spread, ".2g"),
+    ]
+
+
+def text_table(comparison: Comparison) -> str:
+    """The table for a terminal."""
+    rows = table(comparison)
+    labels = list(comparison.runs)
+    wide = max(len(row.name) for row in rows)
+    columns = {label: max(len(label), *(len(row.text(label)) for row in rows)) for label in labels}
+    lines = ["  ".join([" " * wide, *(label.rjust(columns[label]) for label in labels)])]
+    for row in rows:
+        cells = [row.text(label).rjust(columns[label]) for label in labels]
+        lines.append("  ".join([row.name.ljust(wide), *cells]))
+    return "\n".join(lines)
+
+
+def captions(comparison: Comparison) -> dict[str, str]:
+    """What each figure of ``figures.draw_all`` shows, by its name."""
+    write = {
+        "loss": _loss,
+        "perplexity": _perplexity,
+        "map": _map,
+        "heads": _heads,
+        "ratio": _ratio,
+        "layers": _layers,
+        "identical": _identical,
+    }
+    return {name: " ".join(sentences(comparison)) for name, sentences in write.items()}
+
+
+def what_differs(comparison: Comparison) -> str:
+    """How far the runs are the same, in a sentence."""
+    differences = comparison.differences
+    if not differences:
+        return "The runs have the same options."
+    names = _listed([name.replace("_", " ") for name in differences])
+    if set(differences) <= ATTENTION_OPTIONS:
+        return (
+            f"The runs differ in {names} and in nothing else: "
+            "same text, same order of batches, same seed, same schedule."
+        )
+    return f"Mind that the runs differ in {names}."
+
+
+def _loss(comparison: Comparison) -> list[str]:
+    base = {point["step"]: point["loss"] for point in _base(comparison).validation}
+    sentences = [what_differs(comparison)]
+    for label, run in _others(comparison):
+        gaps = [
+            (p["step"], p["loss"] - base[p["step"]]) for p in run.validation if p["step"] in base
+        ]
+        if not gaps:
+            continue
+        below = sum(gap < 0 for _, gap in gaps)
+        step, last = gaps[-1]
+        sentences.append(
+            f"The validation loss of {label} is below that of {comparison.baseline} at {below} of "
+            f"{len(gaps)} evaluations; at the last, step {step:.0f}, it is {abs(last):.3f} nats a "
+            f"token {'lower' if last < 0 else 'higher'}."
+        )
+    sentences.append("One run of each: how much of it is chance, only more seeds can tell.")
+    return sentences
+
+
+def _perplexity(comparison: Comparison) -> list[str]:
+    base = _base(comparison)
+    sentences = []
+    for label, run in _others(comparison):
+        parts = [
+            f"{change(ours['perplexity'], theirs['perplexity'])} at {ours['length']:,} tokens"
+            for ours, theirs in zip(run.perplexity, base.perplexity)
+            if ours["perplexity"] and theirs["perplexity"]
+        ]
+        if parts:
+            sentences.append(
+                f"Against {comparison.baseline}, the perplexity of {label} is {_listed(parts)}."
+            )
+    growth = []
+    for label, run in comparison.runs.items():
+        known = [row for row in run.perplexity if row["perplexity"]]
+        if len(known) > 1:
+            ratio = known[-1]["perplexity"] / known[0]["perplexity"] - 1
+            growth.append(f"{label}'s by {ratio:+.1%}")
+    if growth:
+        longest = known[-1]["length"]
+        sentences.append(
+            f"From {comparison.context:,} to {longest:,} tokens it changes: {_listed(growth)}."
+        )
+    missing = sorted({row["length"] for run in comparison.runs.values() for row in run.perplexity
+                      if row["perplexity"] is None})  # fmt: skip
+    if missing:
+        lengths = _listed([f"{length:,}" for length in missing])
+        sentences.append(f"Not scored by every run: {lengths} tokens (the reasons are below).")
+    sentences.append(
+        f"Scored on the first {comparison.validation_tokens:,} validation tokens in windows that do not "
+        "overlap, as in the project's tables: the first tokens of each window have little to go "
+        "by. `stablemask evaluate` overlaps its windows unless told otherwise (--stride), and "
+        "finds lower values."
+    )
+    return sentences
+
+
+def _map(comparison: Comparison) -> list[str]:
+    head = comparison.head
+    shares = []
+    for label, run in comparison.runs.items():
+        first = fmean(row[0] for row in run.map_real[head][1:])
+        pseudo = fmean(run.map_pseudo[head][1:])
+        shares.append(f"in {label}, {first:.1%} and {pseudo:.1%}")
+    return [
+        f"Layer {comparison.layer}, head {head} on the beginning of the validation text: of all "
+        "heads, the one that gives the first token most, over all runs.",
+        "A row shares exactly 1 among its own token, the tokens before it and, in the narrow last "
+        "column, the pseudo mass, which carries no value; gray is the future, which no row sees.",
+        f"Rows after the first give the first token and the pseudo mass, on average: "
+        f"{_listed(shares)}.",
+        "The models were trained apart, so a head need not do the same in all of them.",
+    ]
+
+
+def _heads(comparison: Comparison) -> list[str]:
+    parts = []
+    for label, run in comparison.runs.items():
+        by_head = [fmean(row[0] for row in head[1:]) for head in run.map_real]
+        parts.append(f"from {min(by_head):.1%} to {max(by_head):.1%} in {label}")
+    return [
+        f"All heads of layer {comparison.layer} on the same text and the same colour scale.",
+        f"What they give the first token goes {_listed(parts)}.",
+    ]
+
+
+def _ratio(comparison: Comparison) -> list[str]:
+    last = comparison.context - 1
+    sentences = []
+    for label, run in comparison.runs.items():
+        heads = [head for layer in run.mask_ratio for head in layer]
+        if not any(map(any, heads)):
+            sentences.append(f"{label} has no pseudo mass: its ratio is 0 everywhere.")
+            continue
+        start, end = fmean(head[0] for head in heads), fmean(head[-1] for head in heads)
+        low, high = min(head[-1] for head in heads), max(head[-1] for head in heads)
+        sentences.append(
+            f"Over all layers and heads of {label}, the mask ratio goes from {start:.1%} at "
+            f"position 0 to {end:.1%} at position {last:,}, where heads range from {low:.1%} to "
+            f"{high:.1%}."
+        )
+        if isinstance(run.gamma, float):
+            sentences.append(
+                f"With one gamma ({run.gamma:.4g}) the pseudo mass M of a position is the same in "
+                "every head; the ratio M / (Z + M) is not, for the real mass Z is the head's own."
+            )
+        elif run.gamma is not None:
+            sentences.append(
+                f"In {label} every head has a gamma, and so a pseudo mass, of its own."
+            )
+    smoothing = comparison.context // 32
+    if smoothing > 1:
+        sentences.append(f"Lines are running means over {smoothing} positions.")
+    sentences.append(_averaged(comparison))
+    return sentences
+
+
+def _layers(comparison: Comparison) -> list[str]:
+    def means(values: Callable[[RunMeasurement], list[float]]) -> str:
+        runs = comparison.runs.items()
+        return _listed([f"{fmean(values(run)):.1%} in {label}" for label, run in runs])
+
+    even = even_attention(comparison.context)
+    sinks = [
+        label for label, run in comparison.runs.items() if max(run.first_token_of_real) > 2 * even
+    ]
+    return [
+        f"The first token gets {means(lambda run: run.first_token)} (left; mean over layers).",
+        "Whatever the pseudo mass takes lowers every other share too; of what is left to real "
+        f"tokens, the first gets {means(lambda run: run.first_token_of_real)} (middle).",
+        f"Real tokens receive {means(lambda run: run.real_share)} (right).",
+        f"Spread evenly, attention would leave the first token {even:.1%} (dotted); row 0, which "
+        "sees nothing else, is left out of these two.",
+        (
+            f"A layer that gives it more than twice as much is found in {_listed(sinks)}."
+            if sinks
+            else "No layer of any run gives it more than twice as much: no sink has formed here."
+        ),
+        _averaged(comparison),
+    ]
+
+
+def _identical(comparison: Comparison) -> list[str]:
+    sentences = [
+        f"One token, {comparison.identical_token!r}, repeated {comparison.context:,} times: does the "
+        "final hidden state depend on where it stands?"
+    ]
+    for label, run in comparison.runs.items():
+        spread = run.identical_spread
+        verdict = (
+            "rounding, so the output says nothing of the position"
+            if spread < ROUNDING
+            else "far more than rounding, so the output depends on the position"
+        )
+        sentences.append(f"In {label} it moves by at most {spread:.2g}: {verdict}.")
+    return sentences
+
+
+def change(value: float, base: float) -> str:
+    """``value`` against ``base`` in words."""
+    ratio = value / base - 1
+    if abs(ratio) < 0.0005:
+        return "the same within 0.1%"
+    return f"{abs(ratio):.1%} {'lower' if ratio < 0 else 'higher'}"
+
+
+def _base(comparison: Comparison) -> RunMeasurement:
+    return comparison.runs[comparison.baseline]
+
+
+def _others(comparison: Comparison) -> list[tuple[str, RunMeasurement]]:
+    return list(comparison.runs.items())[1:]
+
+
+def _averaged(comparison: Comparison) -> str:
+    return (
+        f"Mean over {comparison.attention_blocks} blocks of {comparison.context:,} tokens, spread "
+        "over the validation text."
+    )
+
+
+def _listed(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
