@@ -6,7 +6,31 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: setup demo test lint typecheck bench clean
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
+	@echo "make test    set up, run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the attention and training benchmark, about ten minutes"
+	@echo "make clean   remove .venv and caches"
+
+demo: setup
+	$(BIN)/stablemask demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)),--resume)
+
+test: setup
+	$(BIN)/python -m pytest -q --cov=stablemask --cov-report=term
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/stablemask bench --save benchmarks/results
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage
 
 setup: $(VENV)/.ready
 
@@ -24,4 +48,3 @@ $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py
 	fi
 	$(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
-

@@ -308,12 +308,14 @@ def test_the_run_folder_is_guarded(uninterrupted, options, tmp_path):
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"beta2": 1.5}, "beta2"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"wandb": True}, "wandb"),
         ({"data": "/no/such/file.txt"}, "no/such/file"),
         ({"context": 100_000}, "block"),
         ({"tokenizer": "/no/such/tokenizer"}, "tokenizer"),
     ],
 )
-def test_bad_options_write_nothing(changes, names, options, tmp_path):
+def test_bad_options_write_nothing(changes, names, options, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     with pytest.raises(InputError, match=names):
         pretrain(replace(options, out=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """What a pretraining run can be told, and the checks that need no data."""
 
 import dataclasses
+import importlib.util
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -110,6 +111,8 @@ class PretrainOptions:
                 raise InputError(f"{name} must be greater than 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.wandb and not _installed("wandb"):
+            raise InputError("wandb is not installed; pip install wandb, or leave out --wandb")
         self.model_config()
 
     def model_config(self, **overrides: Any) -> StableMaskConfig:
@@ -141,3 +144,10 @@ def default_dtype() -> str:
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # its entry in sys.modules says that it cannot be imported
+        return False
