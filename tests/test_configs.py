@@ -1,0 +1,63 @@
+"""Every recipe under configs/ is read by the parser that its command uses."""
+
+from pathlib import Path
+
+import pytest
+
+from stablemask.cli.parser import parse_options
+from stablemask.errors import InputError
+from stablemask.models.presets import PRESETS
+from stablemask.options import load_yaml
+from stablemask.training.options import PretrainOptions
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Which command reads the files of a folder.
+OPTIONS = {"pretrain": PretrainOptions}
+RECIPES = sorted(path for path in CONFIGS.rglob("*") if path.is_file())
+
+
+def parse(path: Path, *flags: str) -> PretrainOptions:
+    options_class = OPTIONS[path.relative_to(CONFIGS).parts[0]]
+    return parse_options(options_class, ["--config", str(path), *flags])
+
+
+def recipe_name(path: Path) -> str:
+    return path.relative_to(CONFIGS).as_posix()
+
+
+def test_each_preset_has_a_recipe():
+    assert {path.stem for path in (CONFIGS / "pretrain").iterdir()} == set(PRESETS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+def test_recipe_is_valid_and_means_what_it_says(path, tmp_path):
+    options = parse(path, "--out", str(tmp_path)).resolved()
+    written = load_yaml(path)
+    assert options.preset == path.stem
+    assert {name: getattr(options, name) for name in written} == written
+    assert options.warmup < options.steps
+    config = options.model_config()
+    assert options.context == config.max_position_embeddings
+    assert config.stablemask == {"gamma": 1 / options.context, "horizon": None}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+def test_the_preset_of_a_recipe_has_the_context_it_names(path):
+    written = load_yaml(path)
+    assert written["context"] == PRESETS[written["preset"]]["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+def test_a_recipe_leaves_out_to_the_user_and_flags_win(path):
+    with pytest.raises(InputError, match="--out must be given"):
+        parse(path)
+    options = parse(path, "--out", "x", "--attention", "softmax", "--steps", "7", "--warmup", "1")
+    assert (options.attention, options.steps, options.resolved().warmup) == ("softmax", 7, 1)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+def test_an_unknown_key_is_refused_by_name(path, tmp_path):
+    changed = tmp_path / path.name
+    changed.write_text(path.read_text() + "learning_rat: 1.0e-3\n")
+    with pytest.raises(InputError, match=r"'learning_rat'.*learning_rate"):
+        parse_options(PretrainOptions, ["--config", str(changed), "--out", "x"])
