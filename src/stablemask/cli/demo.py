@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from stablemask.errors import InputError
 from stablemask.options import option, option_fields
 from stablemask.report import compare, render, text_table
@@ -33,9 +35,14 @@ def run(options: DemoOptions) -> int:
     out = Path(options.out)
     trainings = {kind: _training(options, kind) for kind in KINDS}
     _check_out(out, options.resume)
+    transformers_logging.disable_progress_bar()  # ours say more
     with _advice_when_interrupted(options):
         for number, (kind, training) in enumerate(trainings.items(), 1):
-            print(f"[{number}/3] {training.preset} with {kind} attention, {options.steps} steps")
+            print(
+                f"[{number}/3] training {training.preset} with {kind} attention, "
+                f"{options.steps} steps",
+                flush=True,
+            )
             result = pretrain(training)
             if result.stopped_by is signal.SIGINT:
                 raise KeyboardInterrupt

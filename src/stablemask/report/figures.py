@@ -1,7 +1,7 @@
 """The figures of a comparison, each a function from its data to a Matplotlib figure.
 
 An attention kind has the same colour everywhere; runs of one kind differ by their line. The colours
-are Okabe and Ito's, which the colour-blind can tell apart.
+are from Okabe and Ito's palette, which the colour-blind can tell apart.
 """
 
 import base64
@@ -173,17 +173,18 @@ def mask_ratio(comparison: Comparison) -> Figure:
             axes.set_visible(False)
             continue
         for label, run, style in _styled(comparison):
-            heads = np.array(run.mask_ratio[layer])
+            heads = run.mask_ratio[layer]
             for head, ratio in enumerate(heads):
+                shade = _shade(style["color"], head / max(1, len(heads) - 1))
                 name = label if layer == head == 0 else None
-                axes.plot(
-                    ratio, color=style["color"], ls=style["ls"], lw=0.9, alpha=0.6, label=name
-                )
+                axes.plot(*_smooth(ratio), color=shade, ls=style["ls"], lw=1.2, label=name)
         axes.set_title(f"layer {layer}")
         axes.set_ylim(-0.03, 1.03)
     figure.supxlabel("position (tokens from the start)", fontsize=10)
     figure.supylabel("mask ratio (share of a row)", fontsize=10)
-    figure.legend(loc="outside upper right", ncols=len(comparison.runs))
+    legend = figure.legend(loc="outside upper right", ncols=len(comparison.runs))
+    for handle, run in zip(legend.get_lines(), comparison.runs.values()):
+        handle.set(color=COLORS[run.attention], linewidth=2)
     return figure
 
 
@@ -206,7 +207,7 @@ def attention_by_layer(comparison: Comparison) -> Figure:
     for axes in panels:
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     figure.legend(loc="outside upper right", ncols=len(comparison.runs))
     return figure
 

@@ -121,7 +121,10 @@ def _loss(comparison: Comparison) -> list[str]:
             f"{len(gaps)} evaluations; at the last, step {step:.0f}, it is {abs(last):.3f} nats a "
             f"token {'lower' if last < 0 else 'higher'}."
         )
-    sentences.append("One run of each: how much of it is chance, only more seeds can tell.")
+    sentences.append(
+        "One short training of each: it shows how a model gets going rather than where it would "
+        "end, and how much of a difference is chance, only more seeds can tell."
+    )
     return sentences
 
 
@@ -218,7 +221,9 @@ def _ratio(comparison: Comparison) -> list[str]:
             )
     smoothing = comparison.context // 32
     if smoothing > 1:
-        sentences.append(f"Lines are running means over {smoothing} positions.")
+        sentences.append(
+            f"One line a head, from pale (head 0) to dark; running means over {smoothing} positions."
+        )
     sentences.append(_averaged(comparison))
     return sentences
 
