@@ -175,7 +175,9 @@ def mask_ratio(comparison: Comparison) -> Figure:
         for label, run, style in _styled(comparison):
             heads = run.mask_ratio[layer]
             for head, ratio in enumerate(heads):
-                shade = _shade(style["color"], head / max(1, len(heads) - 1))
+                shade: Any = style["color"]
+                if any(ratio):
+                    shade = _shade(shade, head / max(1, len(heads) - 1))
                 name = label if layer == head == 0 else None
                 axes.plot(*_smooth(ratio), color=shade, ls=style["ls"], lw=1.2, label=name)
         axes.set_title(f"layer {layer}")

@@ -5,7 +5,7 @@ from html import escape
 from string import Template
 from typing import Any
 
-from .comparison import Comparison
+from .comparison import Comparison, RunMeasurement
 from .figures import COLORS, draw_all
 from .summary import captions, table, what_differs
 
@@ -22,7 +22,7 @@ FIGURES = {
 }
 # Options of a run that a reader wants to see, beside what is measured.
 SHOWN_OPTIONS = (
-    "preset", "attention", "position", "gamma", "horizon", "data", "context", "vocab_size", "steps",
+    "preset", "attention", "position", "data", "context", "vocab_size", "steps",
     "batch_size", "gradient_accumulation", "learning_rate", "dtype", "seed",
 )  # fmt: skip
 
@@ -219,10 +219,13 @@ def _reproduce(comparison: Comparison) -> str:
 
 def _settings(comparison: Comparison) -> str:
     heads = "".join(f'<th scope="col">{escape(label)}</th>' for label in comparison.runs)
+    runs = comparison.runs.values()
     rows: list[tuple[str, list[Any]]] = [
-        (name, [run.options[name] for run in comparison.runs.values()]) for name in SHOWN_OPTIONS
+        (name, [run.options[name] for run in runs]) for name in SHOWN_OPTIONS
     ]
-    rows.append(("parameters", [f"{run.parameters:,}" for run in comparison.runs.values()]))
+    rows.append(("gamma", [_gamma(run) for run in runs]))
+    rows.append(("horizon", [_horizon(run) for run in runs]))
+    rows.append(("parameters", [f"{run.parameters:,}" for run in runs]))
     body = "".join(
         f'<tr{_class("differs", name in comparison.differences)}><th scope="row">'
         f"{escape(name.replace('_', ' '))}</th>{_cells(values)}</tr>"
@@ -231,9 +234,20 @@ def _settings(comparison: Comparison) -> str:
     return f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _gamma(run: RunMeasurement) -> str:
+    if isinstance(run.gamma, float):
+        return f"{run.gamma:.4g}"
+    return "none" if run.gamma is None else str(run.gamma)
+
+
+def _horizon(run: RunMeasurement) -> str:
+    if run.gamma is None:
+        return "none"
+    return str(run.options["horizon"] or "infinite")
+
+
 def _cells(values: Sequence[Any]) -> str:
-    shown = ["default" if value is None else str(value) for value in values]
-    return "".join(f"<td>{escape(value)}</td>" for value in shown)
+    return "".join(f"<td>{escape(str(value))}</td>" for value in values)
 
 
 def _paragraphs(texts: Sequence[str], kind: str) -> str:

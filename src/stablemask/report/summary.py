@@ -152,13 +152,15 @@ def _perplexity(comparison: Comparison) -> list[str]:
         sentences.append(
             f"From {comparison.context:,} to {longest:,} tokens it changes: {_listed(growth)}."
         )
+    everything = base.record["validation_tokens"]
+    which = "all" if comparison.validation_tokens == everything else "the first"
     missing = sorted({row["length"] for run in comparison.runs.values() for row in run.perplexity
                       if row["perplexity"] is None})  # fmt: skip
     if missing:
         lengths = _listed([f"{length:,}" for length in missing])
         sentences.append(f"Not scored by every run: {lengths} tokens (the reasons are below).")
     sentences.append(
-        f"Scored on the first {comparison.validation_tokens:,} validation tokens in windows that do not "
+        f"Scored on {which} {comparison.validation_tokens:,} validation tokens in windows that do not "
         "overlap, as in the project's tables: the first tokens of each window have little to go "
         "by. `stablemask evaluate` overlaps its windows unless told otherwise (--stride), and "
         "finds lower values."
@@ -167,7 +169,7 @@ def _perplexity(comparison: Comparison) -> list[str]:
 
 
 def _map(comparison: Comparison) -> list[str]:
-    head = comparison.head
+    head, even = comparison.head, even_attention(len(comparison.snippet))
     shares = []
     for label, run in comparison.runs.items():
         first = fmean(row[0] for row in run.map_real[head][1:])
@@ -179,7 +181,7 @@ def _map(comparison: Comparison) -> list[str]:
         "A row shares exactly 1 among its own token, the tokens before it and, in the narrow last "
         "column, the pseudo mass, which carries no value; gray is the future, which no row sees.",
         f"Rows after the first give the first token and the pseudo mass, on average: "
-        f"{_listed(shares)}.",
+        f"{_listed(shares)}; spread evenly, the first token would have {even:.1%}.",
         "The models were trained apart, so a head need not do the same in all of them.",
     ]
 
@@ -247,7 +249,7 @@ def _layers(comparison: Comparison) -> list[str]:
         (
             f"A layer that gives it more than twice as much is found in {_listed(sinks)}."
             if sinks
-            else "No layer of any run gives it more than twice as much: no sink has formed here."
+            else "No layer of any run gives it more than twice as much, so none has made it a sink."
         ),
         _averaged(comparison),
     ]
