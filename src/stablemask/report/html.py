@@ -159,10 +159,10 @@ def _table(comparison: Comparison) -> str:
     return f"""<h2>The numbers</h2>
 <div class="scroll"><table class="numbers"><thead><tr><th></th>{heads}</tr></thead>
 <tbody>{"".join(body)}</tbody></table></div>
-<p class="soft">Bold: the best of a row, where one end is better; lower is better for perplexity,
-the exponential of the mean loss. Tokens per second is the median over the log lines of each
-training; the trainings ran one after another, so what else the machine did weighs on it. Attention
-is averaged over layers, heads and rows. The last row feeds one token over and over: 0 up to rounding
+<p class="soft">Perplexity is the exponential of the mean loss; lower is better, and the lowest is
+bold. Tokens per second is the median over the log lines of each training; the trainings ran one
+after another, so what else the machine did weighs on it, and <code>stablemask bench</code> is the
+fair race. Attention is averaged over layers, heads and rows. The last row feeds one token over and over: 0 up to rounding
 means that the model cannot tell positions apart.</p>
 {_paragraphs(notes, "notes")}"""
 

@@ -14,7 +14,7 @@ ATTENTION_OPTIONS = {"attention", "gamma", "horizon"}
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of every run; ``better`` is min or max where one end is the good one."""
+    """One measure of every run; ``better`` is min or max where the best is to be marked."""
 
     name: str
     values: dict[str, float | None]
@@ -56,7 +56,7 @@ def table(comparison: Comparison) -> list[Row]:
     ]
     return [
         *lengths,
-        row("training, tokens per second", lambda run: run.tokens_per_second, ",.0f", max),
+        row("training, tokens per second", lambda run: run.tokens_per_second, ",.0f"),
         row("attention on the first token", lambda run: fmean(run.first_token), ".1%"),
         row("... of what real tokens receive", lambda run: fmean(run.first_token_of_real), ".1%"),
         row("attention that real tokens receive", lambda run: fmean(run.real_share), ".1%"),
