@@ -162,8 +162,8 @@ def _table(comparison: Comparison) -> str:
 <p class="soft">Perplexity is the exponential of the mean loss; lower is better, and the lowest is
 bold. Tokens per second is the median over the log lines of each training; the trainings ran one
 after another, so what else the machine did weighs on it, and <code>stablemask bench</code> is the
-fair race. Attention is averaged over layers, heads and rows. The last row feeds one token over and over: 0 up to rounding
-means that the model cannot tell positions apart.</p>
+fair race. Attention is averaged over layers, heads and rows. The last row feeds one token over and
+over: 0 up to rounding means that the model cannot tell positions apart.</p>
 {_paragraphs(notes, "notes")}"""
 
 
