@@ -107,7 +107,10 @@ def what_differs(comparison: Comparison) -> str:
 
 def _loss(comparison: Comparison) -> list[str]:
     base = {point["step"]: point["loss"] for point in _base(comparison).validation}
-    sentences = [what_differs(comparison)]
+    sentences = [
+        what_differs(comparison),
+        "A point of the training loss (pale) is the mean since the one before.",
+    ]
     for label, run in _others(comparison):
         gaps = [
             (p["step"], p["loss"] - base[p["step"]]) for p in run.validation if p["step"] in base
@@ -162,8 +165,8 @@ def _perplexity(comparison: Comparison) -> list[str]:
     sentences.append(
         f"Scored on {which} {comparison.validation_tokens:,} validation tokens in windows that do not "
         "overlap, as in the project's tables: the first tokens of each window have little to go "
-        "by. `stablemask evaluate` overlaps its windows unless told otherwise (--stride), and "
-        "finds lower values."
+        "by. `stablemask evaluate` overlaps its windows unless told otherwise (--stride), so its "
+        "values are others."
     )
     return sentences
 
