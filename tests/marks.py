@@ -1,5 +1,8 @@
 """Every reason to skip a test, in one place."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,3 +10,12 @@ gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here"),
 ]
+
+# Real Wikipedia text that some checkouts have beside them.
+WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/valid.txt"
+wikitext = pytest.mark.skipif(
+    not WIKITEXT.is_file(), reason="needs the validation text of WikiText-2 beside the repository"
+)
+
+full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")

@@ -11,6 +11,7 @@ from stablemask.benchmarks.memory import peak_memory
 from stablemask.benchmarks.training import measure_training
 from stablemask.cli.bench import BenchOptions, run
 from stablemask.errors import InputError
+from tests import marks
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ def test_ratios_are_medians_over_rounds():
     assert ratio == round(statistics.median([1.1, 1.3, 1.0]), 3)
 
 
-@pytest.mark.skipif(peak_memory("sdpa", 64, "float32", CPU) is None, reason="needs Linux's /proc")
+@marks.proc
 def test_memory_is_linear_in_length_and_the_definition_is_not():
     one_score_matrix = 8 * 16384 * 16384 * 4 / 2**20
     sdpa = peak_memory("sdpa", 16384, "float32", CPU)

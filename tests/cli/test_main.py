@@ -14,6 +14,7 @@ from stablemask import __version__
 from stablemask.cli import main as cli
 from stablemask.errors import InputError, RunError
 from stablemask.options import option
+from tests import marks
 
 
 def stablemask(*argv: str) -> subprocess.CompletedProcess:
@@ -157,7 +158,7 @@ def test_bugs_keep_their_traceback(command, error):
         cli.main(["fake"])
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@marks.full_disk
 @pytest.mark.parametrize("argv", [["env", "--help"], ["env"]])
 def test_a_full_disk_under_stdout(argv):
     with open("/dev/full", "w") as full:

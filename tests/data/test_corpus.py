@@ -7,8 +7,7 @@ import pytest
 
 from stablemask.data import corpus, load_documents, prepare_corpus, train_tokenizer
 from stablemask.errors import InputError
-
-WIKITEXT = Path(__file__).parents[2].parent / "shared/data/wikitext-2/valid.txt"
+from tests import marks
 
 
 def entries(cache: Path) -> list[Path]:
@@ -49,10 +48,10 @@ def test_builtin(caches, tokenized):
     assert second.validation[0]["input_ids"][256:].equal(first.validation[1]["input_ids"])
 
 
-@pytest.mark.skipif(not WIKITEXT.is_file(), reason=f"needs WikiText-2 at {WIKITEXT}")
+@marks.wikitext
 def test_wikitext():
-    prepared = prepare_corpus(str(WIKITEXT), block_size=128, vocab_size=2048)
-    text = WIKITEXT.read_text()
+    prepared = prepare_corpus(str(marks.WIKITEXT), block_size=128, vocab_size=2048)
+    text = marks.WIKITEXT.read_text()
     parts = [
         prepared.tokenizer.decode(np.asarray(split.tokens)[:-1])
         for split in (prepared.train, prepared.validation)

@@ -352,3 +352,19 @@ def test_other_kinds_of_attention_train(attention, options, tmp_path):
     assert result.step == 4
     assert result.perplexity < 400
     assert stablemask.hf.load_model(str(result.folder)).config.attention == attention
+
+
+def test_a_dry_run_needs_neither_steps_nor_a_folder_and_a_run_both(options):
+    text = describe_cost(PretrainOptions(preset="tiny", dry_run=True))
+    assert "3,000,768" in text
+    assert "steps" not in text
+    for missing in ("steps", "out"):
+        with pytest.raises(InputError, match=f"--{missing}"):
+            pretrain(replace(options, **{"out": "runs/x", missing: None}))
+
+
+def test_progress_without_a_terminal_is_a_line_a_log(options, tmp_path, capsys):
+    pretrain(replace(options, out=str(tmp_path / "run"), steps=10))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
+    assert [line.partition(":")[0] for line in lines] == ["step 5/10", "step 10/10"]
+    assert all("loss" in line and "left" in line for line in lines)

@@ -25,7 +25,7 @@ class EvaluateOptions:
     data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     split: Literal["validation", "train", "all"] = option("validation", "which part of the data")
     text_column: str = option("text", "field of a record that holds its text")
-    lengths: list[str] = option(["1x", "2x", "4x"], "in tokens, or in training lengths")  # noqa: RUF009
+    lengths: list[str] = option(["1x", "2x", "4x"], "in tokens, or in training lengths")
     stride: int | None = option(None, "new tokens a window scores; by default half its length")
     batch_size: int | None = option(None, "windows in a batch; by default what memory allows")
     max_tokens: int | None = option(None, "read so many tokens of the text at most")
@@ -84,7 +84,8 @@ def trained_length(model: PreTrainedModel) -> int | None:
 
 def parse_lengths(texts: list[str], model: PreTrainedModel) -> list[int]:
     """``["1x,2x", "512"]`` -> tokens; an x stands for the model's training length."""
-    return [_parse_length(text, model) for text in ",".join(texts).replace(" ", "").split(",")]
+    words = ",".join(texts).replace(" ", "").split(",")
+    return list(dict.fromkeys(_parse_length(word, model) for word in words))
 
 
 def _parse_length(text: str, model: PreTrainedModel) -> int:

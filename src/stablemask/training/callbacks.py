@@ -30,6 +30,7 @@ class Record(TrainerCallback):
         self.tokens_per_step = tokens_per_step
         self._bar: tqdm | None = None
         self._begun = 0.0
+        self._first_step, self._first_time = 0, 0.0
         self._seconds, self._steps = 0.0, 0  # since the last log, evaluation and saving left out
 
     def on_train_begin(
@@ -38,14 +39,14 @@ class Record(TrainerCallback):
         if not state.is_world_process_zero:
             return
         _keep_lines_up_to(self.path, state.global_step)
-        interactive = sys.stderr.isatty()
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.5 if interactive else 30.0,
+            disable=not sys.stderr.isatty(),
         )
+        self._first_step, self._first_time = state.global_step, time.perf_counter()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = time.perf_counter()
@@ -72,9 +73,7 @@ class Record(TrainerCallback):
             row["tokens"] = state.global_step * self.tokens_per_step
             row["tokens_per_second"] = round(self._steps * self.tokens_per_step / self._seconds, 1)
             self._seconds, self._steps = 0.0, 0
-            self._bar.set_postfix_str(
-                f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=True
-            )
+            self._show(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s", state)
         elif "eval_loss" in logs:
             row["eval_loss"] = logs["eval_loss"]
             row["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
@@ -84,6 +83,18 @@ class Record(TrainerCallback):
             )
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def _show(self, text: str, state: TrainerState) -> None:
+        """On the bar, or where there is no terminal as a line of its own."""
+        assert self._bar is not None
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text)
+            return
+        elapsed = time.perf_counter() - self._first_time
+        left = elapsed / (state.global_step - self._first_step)
+        left *= state.max_steps - state.global_step
+        count = f"step {state.global_step}/{state.max_steps}"
+        print(f"{count}: {text}, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:

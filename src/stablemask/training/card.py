@@ -10,14 +10,14 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [stablemask, {attention}]
+tags: [{tags}]
 ---
 
 # {name}
 
 A causal language model of the `{preset}` preset with `{attention}` attention and `{position}`
-positions, pretrained from scratch with [StableMask](https://arxiv.org/abs/2402.04779) attention's
-tools.
+positions, pretrained from scratch with `stablemask`
+([StableMask](https://arxiv.org/abs/2402.04779)).
 
 | | |
 |---|---|
@@ -33,8 +33,8 @@ tools.
 import stablemask.hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 """
 
@@ -42,10 +42,13 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 def write_model_card(folder: Path, options: PretrainOptions, record: dict[str, Any]) -> None:
     """Write ``README.md`` from the options and the record of a finished run."""
     assert options.context is not None
+    assert options.steps is not None
     eval_loss = record["result"]["eval_loss"]
     tokens_per_step = options.batch_size * options.gradient_accumulation * options.context
     card = _CARD.format(
         name=folder.name,
+        folder=options.out,
+        tags=", ".join(dict.fromkeys(["stablemask", options.attention])),
         preset=options.preset,
         attention=options.attention,
         position=options.position,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ FREE_ON_RESUME = {"out", "resume", "dry_run", "tensorboard", "wandb", "keep_chec
 class PretrainOptions:
     """Options of ``stablemask pretrain``; the defaults suit the ``tiny`` preset."""
 
-    steps: int = option(MISSING, "optimizer steps")
-    out: str = option(MISSING, "folder for the model and everything about its run")
+    steps: int | None = option(None, "optimizer steps; only --dry-run goes without")
+    out: str | None = option(None, "folder for the run and its model; only --dry-run goes without")
     preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
     data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     text_column: str = option("text", "column that holds the text, in jsonl and parquet")
@@ -71,7 +71,10 @@ class PretrainOptions:
         if self.preset not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         preset = PRESETS[self.preset]
-        tenth = max(1, self.steps // 10)
+        for name in ("steps", "out"):
+            if getattr(self, name) is None and not self.dry_run:
+                raise InputError(f"{name} must be given: --{name}")
+        tenth = max(1, (self.steps or 0) // 10)
         defaults = {
             "vocab_size": preset["vocab_size"],
             "context": preset["max_position_embeddings"],
@@ -94,7 +97,7 @@ class PretrainOptions:
             "context": 2, "warmup": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         ranges: dict[str, tuple[float, float]] = {
             "min_learning_rate": (0.0, 1.0),

@@ -16,7 +16,7 @@ import shlex
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -41,6 +41,7 @@ from .trainer import LanguageModelTrainer
 OPTIONS_FILE = "pretrain.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,16 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     """
     command = command_line(options)
     options = options.resolved()
-    folder = Path(options.out)
+    folder = Path(_given(options.out))
     checkpoint = _open_run(folder, options)
     finished = _finished(folder) if options.resume else None
     if finished is not None:
         return finished
 
-    assert options.vocab_size is not None
     corpus = prepare_corpus(
         options.data,
-        block_size=_context(options),
-        vocab_size=options.vocab_size,
+        block_size=_given(options.context),
+        vocab_size=_given(options.vocab_size),
         tokenizer=options.tokenizer,
         text_column=options.text_column,
     )
@@ -89,7 +89,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
-    if stop.received is not None and step < options.steps:
+    if stop.received is not None and step < _given(options.steps):
         return PretrainResult(folder, step, None, stop.received)
     return _finish_run(folder, options, trainer, corpus)
 
@@ -99,33 +99,37 @@ def describe_cost(options: PretrainOptions) -> str:
     options = options.resolved()
     config = options.model_config()
     dtype = getattr(torch, options.dtype)
-    flops = flops_per_token(config, _context(options))
+    flops = flops_per_token(config, _given(options.context))
     memory = training_memory(
-        config, options.batch_size, _context(options), dtype, options.gradient_checkpointing
+        config, options.batch_size, _given(options.context), dtype, options.gradient_checkpointing
     )
-    tokens = options.steps * _tokens_per_step(options)
     lines = [
         f"preset            {options.preset}, {options.attention} attention, {options.position} positions",
         f"parameters        {count_parameters(config):,}",
-        f"tokens            {tokens:,} ({options.steps:,} steps of {_tokens_per_step(options):,})",
         f"FLOPs per token   {flops.training:.3e} to train, {flops.forward:.3e} forward",
-        f"FLOPs             {flops.training * tokens:.3e} in all",
         f"memory, estimate  {memory['total'] / 2**30:.2f} GiB a device at batch size "
         f"{options.batch_size} in {options.dtype}",
     ]
     parts = [
         f"  {name:<15} {size / 2**30:.2f} GiB" for name, size in memory.items() if name != "total"
     ]
+    if options.steps is not None:
+        tokens = options.steps * _tokens_per_step(options)
+        parts += [
+            f"tokens            {tokens:,} ({options.steps:,} steps of {_tokens_per_step(options):,})",
+            f"FLOPs             {flops.training * tokens:.3e} in all",
+        ]
     return "\n".join(lines + parts)
 
 
-def _context(options: PretrainOptions) -> int:
-    assert options.context is not None
-    return options.context
+def _given(value: Value | None) -> Value:
+    """An option that is filled in once the options are resolved."""
+    assert value is not None
+    return value
 
 
 def _tokens_per_step(options: PretrainOptions) -> int:
-    return options.batch_size * options.gradient_accumulation * _context(options)
+    return options.batch_size * options.gradient_accumulation * _given(options.context)
 
 
 def _open_run(folder: Path, options: PretrainOptions) -> Path | None:
@@ -196,12 +200,11 @@ def _begin_run(folder: Path, options: PretrainOptions, corpus: Corpus, command: 
 
 
 def _config_for(options: PretrainOptions, corpus: Corpus) -> Any:
-    assert options.vocab_size is not None
     tokens = len(corpus.tokenizer)
     # A tokenizer that was given may be larger than the preset's vocabulary; 64 suits the hardware.
-    vocab_size = max(options.vocab_size, math.ceil(tokens / 64) * 64)
-    if options.tokenizer is None:
-        vocab_size = options.vocab_size
+    vocab_size = _given(options.vocab_size)
+    if options.tokenizer is not None:
+        vocab_size = max(vocab_size, math.ceil(tokens / 64) * 64)
     return options.model_config(
         vocab_size=vocab_size,
         eos_token_id=corpus.tokenizer.eos_token_id,
@@ -218,18 +221,16 @@ def _build_trainer(
     checkpoint: Path | None,
 ) -> LanguageModelTrainer:
     on_gpu = torch.cuda.is_available()
-    assert options.warmup is not None
-    assert options.save_every is not None
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        max_steps=options.steps,
+        max_steps=_given(options.steps),
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": options.min_learning_rate},
-        warmup_steps=options.warmup,
+        warmup_steps=_given(options.warmup),
         weight_decay=options.weight_decay,
         adam_beta1=options.beta1,
         adam_beta2=options.beta2,
@@ -242,7 +243,7 @@ def _build_trainer(
         eval_strategy="steps",
         eval_steps=options.eval_every,
         save_strategy="steps",
-        save_steps=options.save_every,
+        save_steps=_given(options.save_every),
         seed=options.seed,
         data_seed=options.seed,
         dataloader_pin_memory=on_gpu,
@@ -254,7 +255,7 @@ def _build_trainer(
     )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    blocks = min(len(corpus.validation), math.ceil(options.eval_tokens / _context(options)))
+    blocks = min(len(corpus.validation), math.ceil(options.eval_tokens / _given(options.context)))
     trainer = LanguageModelTrainer(
         model=model,
         args=arguments,
