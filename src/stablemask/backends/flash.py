@@ -200,10 +200,11 @@ def flash_forward(
         )
         for keys, causal in _key_ranges(query, key)
     ]
-    lse = sink_logits.to(dtype).expand(rows)
-    for _, part_lse in parts:
-        lse = torch.logaddexp(lse, part_lse.to(dtype))
-    weights = [torch.exp(part_lse - lse) for _, part_lse in parts]
+    lse = parts[0][1] if len(parts) == 1 else torch.logaddexp(parts[0][1], parts[1][1])
+    # exp(lse - lse') and lse' = logaddexp(lse, sink), by functions that are vectorised.
+    kept = torch.sigmoid(lse - sink_logits.to(dtype))
+    weights = [kept] if len(parts) == 1 else [torch.exp(part - lse) * kept for _, part in parts]
+    lse = lse - torch.log(kept)
     if bias is not None:
         sees_nothing = lse <= _masked_score(bias.dtype) / 2
         lse = lse.masked_fill(sees_nothing, 0.0)
