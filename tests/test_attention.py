@@ -225,22 +225,28 @@ def test_real_mass_of_equal_scores_rises_with_the_row(horizon, gamma):
     assert (mass <= 1).all()
 
 
-@pytest.mark.parametrize("mask", ["bool", "float", "window", "alibi", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["bool", "float", "window", "alibi", "documents", "all"])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(19, 19), (6, 19), (1, 19)])
-def test_masks_equal_the_definition(mask, q_len, kv_len):
+@pytest.mark.parametrize("rows_in_block", [4, 256])
+def test_masks_equal_the_definition(dtype, mask, q_len, kv_len, rows_in_block, monkeypatch):
+    monkeypatch.setattr("stablemask.backends.flash.ROWS_IN_BLOCK", rows_in_block)
     distance = torch.arange(kv_len - q_len, kv_len).unsqueeze(-1) - torch.arange(kv_len)
     allowed = torch.rand(2, 1, q_len, kv_len) > 0.3
     added = torch.randn(1, 4, q_len, kv_len, dtype=torch.float64)
     slopes = head_decay_rates(4)
     alibi = -slopes.double().view(1, 4, 1, 1) * distance
+    documents = torch.stack([torch.arange(kv_len) // 7, torch.arange(kv_len) // 3])
+    same = documents[:, None, kv_len - q_len :, None] == documents[:, None, None, :]
     keywords, visible, bias = {
         "bool": ({"attn_mask": allowed}, allowed, None),
         "float": ({"attn_mask": added}, None, added),
         "window": ({"window": 5}, distance < 5, None),
         "alibi": ({"alibi_slopes": slopes}, None, alibi),
+        "documents": ({"documents": documents}, same, None),
         "all": (
-            {"attn_mask": allowed, "window": 5, "alibi_slopes": slopes},
-            allowed & (distance < 5),
+            {"attn_mask": allowed, "window": 5, "alibi_slopes": slopes, "documents": documents},
+            allowed & (distance < 5) & same,
             alibi,
         ),
     }[mask]
@@ -248,7 +254,7 @@ def test_masks_equal_the_definition(mask, q_len, kv_len):
     compare(
         lambda q, k, v, s, backend: sink_attention(q, k, v, s, backend=backend, **keywords),
         lambda q, k, v, s: sink_definition(q, k, v, s, visible=visible, bias=bias),
-        (*make_inputs(2, 4, 2, q_len, kv_len, 8, torch.float64), sink),
+        (*make_inputs(2, 4, 2, q_len, kv_len, 8, dtype), sink),
     )
 
 
@@ -343,7 +349,7 @@ def test_dropout_keeps_the_mean_and_leaves_evaluation_alone():
 # Ways of running
 
 
-@pytest.mark.parametrize("sample", ["square", "cache", "padding", "learned"])
+@pytest.mark.parametrize("sample", ["square", "cache", "padding", "learned", "blocks"])
 def test_opcheck(sample):
     from stablemask.backends.flash import flash_backward, flash_forward
 
@@ -354,13 +360,13 @@ def test_opcheck(sample):
     if sample == "padding":
         bias = torch.zeros(2, 1, 1, kv_len)
         bias[0, ..., :3] = -1e30
-    arguments = (query, key, value, sink, bias, 0.3, "cpu")
-    torch.library.opcheck(flash_forward, arguments)
-    out, lse = (t.detach() for t in flash_forward(*arguments))
+    window, slopes = (3, head_decay_rates(4)) if sample == "blocks" else (None, None)
+    documents = torch.arange(kv_len)[None] // 4 if sample == "blocks" else None
+    rest = (bias, slopes, window, documents, 0.3, "cpu")
+    torch.library.opcheck(flash_forward, (query, key, value, sink, *rest))
+    out, lse = (t.detach() for t in flash_forward(query, key, value, sink, *rest))
     tensors = tuple(t.detach() for t in (query, key, value))
-    torch.library.opcheck(
-        flash_backward, (torch.randn_like(out), *tensors, out, lse, bias, 0.3, "cpu")
-    )
+    torch.library.opcheck(flash_backward, (torch.randn_like(out), *tensors, out, lse, *rest))
 
 
 @pytest.mark.parametrize("case", ["plain", "cache", "padding", "slopes"])
@@ -495,6 +501,9 @@ def _call(function=sink_attention, **changes):
         ({"window": 0}, ValueError, "window"),
         ({"window": 2.0}, ValueError, "window"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes"),
+        ({"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes"),
+        ({"documents": torch.ones(6)}, TypeError, "documents"),
+        ({"documents": torch.ones(5, dtype=torch.int64)}, ValueError, "documents"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p"),
         ({"scale": float("nan")}, ValueError, "scale"),

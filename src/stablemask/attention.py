@@ -1,4 +1,4 @@
-"""The public functions: check the arguments once, fold the masks, choose a backend.
+"""The public functions: check the arguments once, choose a backend.
 
 Every shape here is that of ``F.scaled_dot_product_attention``. Where to go next: ``pseudo.py`` for
 the sink logits of StableMask, ``backends/`` for the ways of computing.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
+from .masks import Masks
 from .pseudo import pseudo_logsumexp
 
 # Above this many keys "auto" raises rather than fall to the dense backend.
@@ -27,6 +28,7 @@ def stable_mask_attention(
     attn_mask: Tensor | None = None,
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
+    documents: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
@@ -49,7 +51,7 @@ def stable_mask_attention(
         positions: absolute position of each query row in its own sequence, int, ``(q_len,)`` or
             ``(batch, q_len)``. Default: ``kv_len - q_len + arange(q_len)``. With left padding or packed
             documents, give the position that starts after the padding or at each document.
-        attn_mask, window, alibi_slopes, dropout_p, scale, backend: as in :func:`sink_attention`.
+        attn_mask, window, alibi_slopes, documents, dropout_p, scale, backend: as in :func:`sink_attention`.
 
     Returns:
         ``(batch, heads, q_len, value_dim)`` in the dtype of ``query``.
@@ -77,7 +79,7 @@ def stable_mask_attention(
     sink_logits = pseudo_logsumexp(positions, gamma, horizon).to(query.device)
     return sink_attention(
         query, key, value, sink_logits,
-        attn_mask=attn_mask, window=window, alibi_slopes=alibi_slopes,
+        attn_mask=attn_mask, window=window, alibi_slopes=alibi_slopes, documents=documents,
         dropout_p=dropout_p, scale=scale, backend=backend,
     )  # fmt: skip
 
@@ -91,6 +93,7 @@ def sink_attention(
     attn_mask: Tensor | None = None,
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
+    documents: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
@@ -114,6 +117,8 @@ def sink_attention(
         window: how many of the latest keys, itself included, a row sees.
         alibi_slopes: ``(heads,)``; subtracts ``slope * distance`` from the scores, where distance is
             counted in keys.
+        documents: integer ids of packed documents, ``(kv_len,)`` or ``(batch, kv_len)``: a row sees
+            keys of its own document only.
         dropout_p: dropout on the attention weights, the sink's share not among them.
         scale: of the scores; default ``head_dim ** -0.5``.
         backend: ``"auto"`` or one of ``stablemask.backends.BACKENDS``.
@@ -134,9 +139,9 @@ def sink_attention(
         scale = query.shape[-1] ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
-    bias = _fold_masks(query, key, attn_mask, window, alibi_slopes)
+    masks = _check_masks(query, key, attn_mask, window, alibi_slopes, documents)
 
-    arguments = (query, key, value, sink_logits, bias, dropout_p)
+    arguments = (query, key, value, sink_logits, masks, dropout_p)
     return _choose(backend, arguments).attend(*arguments, float(scale))
 
 
@@ -230,62 +235,53 @@ def _check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
     return sink_logits.reshape((1,) * (3 - sink_logits.dim()) + tuple(sink_logits.shape))
 
 
-def _fold_masks(
+def _check_masks(
     query: Tensor,
     key: Tensor,
     attn_mask: Tensor | None,
     window: int | None,
     alibi_slopes: Tensor | None,
-) -> Tensor | None:
-    """All masks but causality as one additive bias, broadcastable to ``(batch, heads, q, kv)``.
+    documents: Tensor | None,
+) -> Masks:
+    heads, kv_len = query.shape[1], key.shape[2]
+    shape = (*query.shape[:3], kv_len)
+    for name, tensor in (
+        ("attn_mask", attn_mask), ("alibi_slopes", alibi_slopes), ("documents", documents),
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
 
-    A padding mask stays as small as it came; a window or ALiBi makes a dense one.
-    """
-    shape = (*query.shape[:3], key.shape[2])
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    bias = None
     if attn_mask is not None:
-        bias = _additive(attn_mask, shape, query.device, dtype)
-    if window is None and alibi_slopes is None:
-        return bias
-
-    q_len, kv_len = shape[2:]
-    row = torch.arange(kv_len - q_len, kv_len, device=query.device).unsqueeze(-1)
-    distance = (row - torch.arange(kv_len, device=query.device)).view(1, 1, q_len, kv_len)
-    if alibi_slopes is not None:
-        if tuple(alibi_slopes.shape) != (shape[1],):
+        if attn_mask.dim() > 4 or any(
+            size not in (1, full) for size, full in zip(reversed(attn_mask.shape), reversed(shape))
+        ):
             raise ValueError(
-                f"alibi_slopes must be (heads,) = ({shape[1]},), got {tuple(alibi_slopes.shape)}"
+                f"attn_mask must broadcast to (batch, heads, q_len, kv_len) = {shape}, "
+                f"got shape {tuple(attn_mask.shape)}"
             )
-        slopes = alibi_slopes.to(query.device, dtype).view(1, -1, 1, 1)
-        alibi = -slopes * distance
-        bias = alibi if bias is None else bias + alibi
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be an int of at least 1, or None, got {window!r}")
-        bias = torch.zeros((), dtype=dtype, device=query.device) if bias is None else bias
-        bias = bias.masked_fill(distance >= window, -torch.inf)
-    return bias
-
-
-def _additive(
-    attn_mask: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a tensor, got {type(attn_mask).__name__}")
-    if attn_mask.device != device:
-        raise ValueError(f"attn_mask is on {attn_mask.device}, query on {device}")
-    if attn_mask.dim() > 4 or any(
-        size not in (1, full) for size, full in zip(reversed(attn_mask.shape), reversed(shape))
-    ):
+        if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+            raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], kv_len)
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) != (heads,):
         raise ValueError(
-            f"attn_mask must broadcast to (batch, heads, q_len, kv_len) = {shape}, "
-            f"got shape {tuple(attn_mask.shape)}"
+            f"alibi_slopes must be (heads,) = ({heads},), got shape {tuple(alibi_slopes.shape)}"
         )
-    attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
-    attn_mask = attn_mask.expand(*attn_mask.shape[:-1], shape[-1])
-    if attn_mask.dtype == torch.bool:
-        return torch.zeros((), dtype=dtype, device=device).masked_fill(~attn_mask, -torch.inf)
-    if not attn_mask.dtype.is_floating_point:
-        raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
-    return attn_mask.to(dtype)
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, int) or window < 1
+    ):
+        raise ValueError(f"window must be an int of at least 1, or None, got {window!r}")
+    if documents is not None:
+        if documents.dtype.is_floating_point or documents.dtype.is_complex:
+            raise TypeError(f"documents must be an integer tensor, got {documents.dtype}")
+        if tuple(documents.shape) not in ((kv_len,), (1, kv_len), (shape[0], kv_len)):
+            raise ValueError(
+                f"documents must be (kv_len,) or (batch, kv_len) = ({shape[0]}, {kv_len}), "
+                f"got shape {tuple(documents.shape)}"
+            )
+        documents = documents.reshape(-1, kv_len)
+    return Masks(attn_mask, alibi_slopes, window, documents)

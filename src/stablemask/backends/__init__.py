@@ -1,11 +1,11 @@
 """Ways of computing attention with a sink logit: one file each, one signature.
 
-    attend(query, key, value, sink_logits, bias, dropout_p, scale) -> (batch, heads, q_len, value_dim)
+    attend(query, key, value, sink_logits, masks, dropout_p, scale) -> (batch, heads, q_len, value_dim)
 
-Arguments arrive checked, with sink logits three-dimensional and every mask but causality folded into
-``bias`` (see ``attention.py``). Each module also says what it cannot do:
+Arguments arrive checked (see ``attention.py``), with sink logits three-dimensional and every mask but
+causality in one :class:`~stablemask.masks.Masks`. Each module also says what it cannot do:
 
-    unsupported(query, key, value, sink_logits, bias, dropout_p) -> the reason, or None
+    unsupported(query, key, value, sink_logits, masks, dropout_p) -> the reason, or None
 
 ``BACKENDS`` is the only list of them, in the order in which ``backend="auto"`` tries them.
 """

@@ -11,13 +11,20 @@ the sink logit is ``-exp(s - lse') * rowsum(grad * out)``.
 
 The same algebra joins key ranges computed apart, and the sink is just the last of them. So a chunk of
 queries behind a cache is two calls, the past (all visible) and the chunk itself (square, causal), and
-needs no mask.
+needs no mask. And so ALiBi, windows and documents, which a kernel takes only as a bias, are done in blocks
+of rows, whose bias is made when its turn comes: memory stays linear in length.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..masks import Masks
 from .kernels import KERNELS
+
+ROWS_IN_BLOCK = 256
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
@@ -28,7 +35,7 @@ def unsupported(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    masks: Masks,
     dropout_p: float,
 ) -> str | None:
     """Why no stock kernel can serve this call, or None."""
@@ -36,8 +43,8 @@ def unsupported(
         return f"no stock flash kernel for device type {query.device.type!r}"
     if dropout_p > 0:
         return "the stock flash kernels are called without dropout"
-    if bias is not None and bias.requires_grad:
-        return "the stock flash kernels give no gradient for attn_mask"
+    if masks.need_gradient:
+        return "the stock flash kernels give no gradient for attn_mask or alibi_slopes"
     if query.device.type == "cuda":
         if query.dtype == torch.float64:
             return "no CUDA flash kernel takes float64"
@@ -51,7 +58,7 @@ def unsupported_cudnn(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    masks: Masks,
     dropout_p: float,
 ) -> str | None:
     """Why the cuDNN kernel cannot serve this call, or None."""
@@ -61,7 +68,7 @@ def unsupported_cudnn(
         return f"cuDNN attention takes float16 and bfloat16, not {query.dtype}"
     if not torch.backends.cudnn.is_available():
         return "this PyTorch was built without cuDNN"
-    return unsupported(query, key, value, sink_logits, bias, dropout_p)
+    return unsupported(query, key, value, sink_logits, masks, dropout_p)
 
 
 def attend(
@@ -69,13 +76,13 @@ def attend(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    masks: Masks,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
     """See the module text; ``dropout_p`` is 0 here."""
-    kernel = kernel_for(query.device.type, query.dtype, bias is not None)
-    return _attend(query, key, value, sink_logits, bias, scale, kernel)
+    kernel = kernel_for(query.device.type, query.dtype, not masks.empty)
+    return _attend(query, key, value, sink_logits, masks, scale, kernel)
 
 
 def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
@@ -90,12 +97,12 @@ def attend_cudnn(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    masks: Masks,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
     """As ``attend``, through cuDNN."""
-    return _attend(query, key, value, sink_logits, bias, scale, "cudnn")
+    return _attend(query, key, value, sink_logits, masks, scale, "cudnn")
 
 
 def _attend(
@@ -103,19 +110,19 @@ def _attend(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    masks: Masks,
     scale: float,
     kernel: str,
 ) -> Tensor:
     value_dim = value.shape[-1]
-    # Kernels want one head_dim (a multiple of 8 on CUDA); columns of zeros change no score and no value.
+    # Kernels want one head_dim, a multiple of 8 on CUDA; columns of zeros change no score, no value.
     width = max(query.shape[-1], value_dim)
     width += -width % 8 if kernel != "cpu" else 0
     query, key, value = (_widen(tensor, width) for tensor in (query, key, value))
-    if bias is not None:
-        # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
-        bias = _finite_bias(bias, _lse_dtype(query) if kernel == "cpu" else query.dtype)
-    out, _ = flash_forward(query, key, value, sink_logits, bias, scale, kernel)
+    out, _ = flash_forward(
+        query, key, value, sink_logits, masks.attn_mask, masks.alibi_slopes, masks.window,
+        masks.documents, scale, kernel,
+    )  # fmt: skip
     return out[..., :value_dim]
 
 
@@ -127,30 +134,52 @@ def _widen(tensor: Tensor, width: int) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _masked_score(dtype: torch.dtype) -> float:
-    """The bias of a hidden score: finite, so that a row with nothing to see is known by its lse.
+@dataclass(frozen=True)
+class _Tile:
+    """Query rows and a range of keys that go to the kernel in one call."""
 
-    Kernels disagree on the lse of such a row when its scores are -inf (the CPU one reports 0).
+    rows: slice
+    keys: slice
+    causal: bool
+    bias: Tensor | None
+
+
+def _hidden_score(query: Tensor, kernel: str) -> float:
+    """The bias of a score that must not be seen: finite, so that a row with nothing to see is known
+    by its lse. Kernels disagree on the lse of such a row when its scores are -inf (the CPU one says
+    0).
     """
-    return max(torch.finfo(dtype).min, -1e30)
+    return max(torch.finfo(_bias_dtype(query, kernel)).min, -1e30)
 
 
-def _finite_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    return bias.detach().clamp(min=_masked_score(dtype)).to(dtype)
+def _bias_dtype(query: Tensor, kernel: str) -> torch.dtype:
+    # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
+    return _lse_dtype(query) if kernel == "cpu" else query.dtype
 
 
-def _key_ranges(query: Tensor, key: Tensor) -> list[tuple[slice, bool]]:
-    """The ranges of keys to call the kernel on, each with whether it is causal."""
-    rows, keys = query.shape[2], key.shape[2]
-    if rows == 1:
-        return [(slice(0, keys), False)]
-    past = keys - rows
-    square = (slice(past, keys), True)
-    return [square] if past == 0 else [(slice(0, past), False), square]
+def _row_blocks(rows: int, masks: Masks) -> list[slice]:
+    """All rows at once, or blocks of them where a bias for all would be quadratic."""
+    step = ROWS_IN_BLOCK if masks.by_tile else max(rows, 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _columns(bias: Tensor | None, columns: slice) -> Tensor | None:
-    return None if bias is None else bias[..., columns]
+def _tiles(query: Tensor, key: Tensor, rows: slice, masks: Masks, kernel: str) -> Iterator[_Tile]:
+    """The calls that make up a block of rows: the keys before it, and its own, causal."""
+    past = key.shape[2] - query.shape[2]
+    first, stop = past + rows.start, past + rows.stop
+    lowest = masks.first_key(first)
+    if rows.stop - rows.start == 1:
+        ranges = [(slice(lowest, stop), False)]
+    else:
+        ranges = [(slice(lowest, first), False), (slice(first, stop), True)]
+    dtype = _bias_dtype(query, kernel)
+    for keys, causal in ranges:
+        if keys.start < keys.stop:
+            bias = masks.bias(
+                rows, keys, past,
+                hidden=_hidden_score(query, kernel), dtype=_lse_dtype(query), device=query.device,
+            )  # fmt: skip
+            yield _Tile(rows, keys, causal, None if bias is None else bias.to(dtype))
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -173,7 +202,10 @@ def flash_forward(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
@@ -182,46 +214,64 @@ def flash_forward(
     Args:
         query: ``(B, H, n, D)``; key, value ``(B, K, m, D)`` with ``n <= m``, last axis contiguous.
         sink_logits: float, broadcastable to ``(B, H, n)``.
-        bias: finite, added to the scaled scores, broadcastable to ``(B, H, n, m)`` in all axes but the
-            last.
+        attn_mask, alibi_slopes, window, documents: see :class:`~stablemask.masks.Masks`.
         kernel: a key of ``KERNELS``.
 
     Returns:
         ``out`` ``(B, H, n, D)`` and ``lse`` ``(B, H, n)``; a row that sees nothing has 0 in both.
     """
-    rows = query.shape[:3]
-    dtype = _lse_dtype(query)
-    if query.numel() == 0 or key.shape[2] == 0:
-        return _empty(query).zero_(), query.new_zeros(rows, dtype=dtype)
+    out = _empty(query)
+    lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
+    if query.numel() == 0:
+        return out, lse
+    masks = Masks(attn_mask, alibi_slopes, window, documents)
+    blocks = _row_blocks(query.shape[2], masks)
+    for rows in blocks:
+        sink = sink_logits if sink_logits.shape[2] == 1 else sink_logits[..., rows]
+        tiles = list(_tiles(query, key, rows, masks, kernel))
+        block_out, block_lse = _attend_block(query, key, value, sink, tiles, scale, kernel)
+        if len(blocks) == 1:
+            return _in_kernel_order(block_out), block_lse.contiguous()
+        out[:, :, rows], lse[:, :, rows] = block_out, block_lse
+    return out, lse
 
+
+def _attend_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink: Tensor,
+    tiles: list[_Tile],
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """Join the tiles of a block of rows, and the sink as the last part."""
+    dtype = _lse_dtype(query)
     parts = [
         KERNELS[kernel].forward(
-            query, key[:, :, keys], value[:, :, keys], _columns(bias, keys), causal, scale
+            query[:, :, tile.rows], key[:, :, tile.keys], value[:, :, tile.keys],
+            tile.bias, tile.causal, scale,
         )
-        for keys, causal in _key_ranges(query, key)
-    ]
+        for tile in tiles
+    ]  # fmt: skip
     lse = parts[0][1] if len(parts) == 1 else torch.logaddexp(parts[0][1], parts[1][1])
     # exp(lse - lse') and lse' = logaddexp(lse, sink), by functions that are vectorised.
-    kept = torch.sigmoid(lse - sink_logits.to(dtype))
+    kept = torch.sigmoid(lse - sink.to(dtype))
     weights = [kept] if len(parts) == 1 else [torch.exp(part - lse) * kept for _, part in parts]
     lse = lse - torch.log(kept)
-    if bias is not None:
-        sees_nothing = lse <= _masked_score(bias.dtype) / 2
+    if any(tile.bias is not None for tile in tiles):
+        sees_nothing = lse <= _hidden_score(query, kernel) / 2
         lse = lse.masked_fill(sees_nothing, 0.0)
         weights = [weight.masked_fill(sees_nothing, 0.0) for weight in weights]
-
     if len(parts) == 1:
-        out = _in_kernel_order(parts[0][0].mul_(weights[0].unsqueeze(-1)))
-    else:
-        total = torch.stack(
-            [part * weight.unsqueeze(-1) for (part, _), weight in zip(parts, weights)]
-        ).sum(0)
-        out = _in_kernel_order(total.to(query.dtype))
-    return out, lse.contiguous()
+        return parts[0][0].mul_(weights[0].unsqueeze(-1)), lse
+    total = sum(part * weight.unsqueeze(-1) for (part, _), weight in zip(parts, weights))
+    assert isinstance(total, Tensor)
+    return total.to(query.dtype), lse
 
 
 @flash_forward.register_fake
-def _(query, key, value, sink_logits, bias, scale, kernel):
+def _(query, key, value, sink_logits, attn_mask, alibi_slopes, window, documents, scale, kernel):
     return _empty(query), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
 
 
@@ -233,56 +283,71 @@ def flash_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from the results of ``flash_forward``."""
-    d_query, d_key, d_value = _empty(query), _empty(key), _empty(value)
-    if query.numel() == 0 or key.shape[2] == 0:
-        return d_query.zero_(), d_key.zero_(), d_value.zero_()
-
+    if query.numel() == 0:
+        return _empty(query), _empty(key).zero_(), _empty(value).zero_()
     grad = grad.contiguous() if grad.stride(-1) != 1 else grad
-    ranges = _key_ranges(query, key)
-    for index, (keys, causal) in enumerate(ranges):
-        part_query, part_key, part_value = KERNELS[kernel].backward(
-            grad, query, key[:, :, keys], value[:, :, keys], out, lse,
-            _columns(bias, keys), causal, scale,
-        )  # fmt: skip
-        if len(ranges) == 1:
-            return (
-                _in_kernel_order(part_query),
-                _in_kernel_order(part_key),
-                _in_kernel_order(part_value),
-            )
-        d_query = d_query.copy_(part_query) if index == 0 else d_query.add_(part_query)
-        d_key[:, :, keys], d_value[:, :, keys] = part_key, part_value
-    return d_query, d_key, d_value
+    masks = Masks(attn_mask, alibi_slopes, window, documents)
+    blocks = _row_blocks(query.shape[2], masks)
+    # Each key's gradient is a sum over the blocks, taken in float32 or better.
+    precise = query.dtype if len(blocks) == 1 else _lse_dtype(query)
+    d_query = _empty(query)
+    d_key, d_value = (_empty(tensor).to(precise).zero_() for tensor in (key, value))
+    for rows in blocks:
+        for number, tile in enumerate(_tiles(query, key, rows, masks, kernel)):
+            part_query, part_key, part_value = KERNELS[kernel].backward(
+                grad[:, :, rows], query[:, :, rows], key[:, :, tile.keys], value[:, :, tile.keys],
+                out[:, :, rows], lse[:, :, rows].contiguous(), tile.bias, tile.causal, scale,
+            )  # fmt: skip
+            if len(blocks) == 1 and tile.keys == slice(0, key.shape[2]):
+                return (
+                    _in_kernel_order(part_query),
+                    _in_kernel_order(part_key),
+                    _in_kernel_order(part_value),
+                )
+            if number == 0:
+                d_query[:, :, rows] = part_query
+            else:
+                d_query[:, :, rows] += part_query
+            d_key[:, :, tile.keys] += part_key
+            d_value[:, :, tile.keys] += part_value
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
 
 
 @flash_backward.register_fake
-def _(grad, query, key, value, out, lse, bias, scale, kernel):
+def _(
+    grad, query, key, value, out, lse, attn_mask, alibi_slopes, window, documents, scale, kernel
+):  # fmt: skip
     return _empty(query), _empty(key), _empty(value)
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, sink_logits, bias, ctx.scale, ctx.kernel = inputs
+    query, key, value, sink_logits, attn_mask, slopes, ctx.window, documents, *rest = inputs
+    ctx.scale, ctx.kernel = rest
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, sink_logits, bias, *output)
+    ctx.save_for_backward(query, key, value, sink_logits, attn_mask, slopes, documents, *output)
 
 
 def _differentiate(ctx, grad, _):
-    query, key, value, sink_logits, bias, out, lse = ctx.saved_tensors
+    query, key, value, sink_logits, attn_mask, slopes, documents, out, lse = ctx.saved_tensors
     d_query, d_key, d_value = flash_backward(
-        grad, query, key, value, out, lse, bias, ctx.scale, ctx.kernel
-    )
+        grad, query, key, value, out, lse, attn_mask, slopes, ctx.window, documents,
+        ctx.scale, ctx.kernel,
+    )  # fmt: skip
     d_sink = None
     if ctx.needs_input_grad[3]:
         # An infinite sink has taken the whole row; its out, and so its gradient, is 0.
         share = torch.exp(sink_logits.to(lse.dtype) - lse).nan_to_num(nan=1.0)
         d_sink = -share * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         d_sink = d_sink.sum_to_size(sink_logits.shape).to(sink_logits.dtype)
-    return d_query, d_key, d_value, d_sink, None, None, None
+    return d_query, d_key, d_value, d_sink, *(None,) * 6
 
 
 def _refuse_second_order(ctx, *grads):

@@ -8,13 +8,15 @@ twice, and is the only backend with dropout on the CPU.
 import torch
 from torch import Tensor
 
+from ..masks import Masks
+
 
 def unsupported(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    masks: Masks,
     dropout_p: float,
 ) -> str | None:
     return None
@@ -25,7 +27,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     sink_logits: Tensor,
-    bias: Tensor | None,
+    masks: Masks,
     dropout_p: float,
     scale: float,
 ) -> Tensor:
@@ -36,6 +38,10 @@ def attend(
     n, m = query.shape[2], key.shape[2]
 
     scores = query @ key.transpose(-2, -1) * scale  # B H n m
+    bias = masks.bias(
+        slice(0, n), slice(0, m), m - n,
+        hidden=-torch.inf, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32, device=query.device,
+    )  # fmt: skip
     if bias is not None:
         scores = scores + bias
     future = torch.ones(n, m, dtype=torch.bool, device=query.device).triu(m - n + 1)
