@@ -66,7 +66,7 @@ def training_memory(
     normalised input (float32, the residual stream) and their outputs (c = 2 of them, or 5 under
     autocast, which casts once for each projection that reads one), query, key, value and the
     attention's output, its logsumexp, and four tensors of the SwiGLU. The allocator's overhead,
-    autocast's copies of the weights and a dense ALiBi or padding bias come on top.
+    autocast's copies of the weights and a dense padding mask come on top.
     """
     size = torch.empty(0, dtype=dtype).element_size()
     d, layers = config.hidden_size, config.num_hidden_layers
