@@ -77,11 +77,8 @@ def stable_mask_attention(
             f"got shape {tuple(gamma.shape)}"
         )
     sink_logits = pseudo_logsumexp(positions, gamma, horizon).to(query.device)
-    return sink_attention(
-        query, key, value, sink_logits,
-        attn_mask=attn_mask, window=window, alibi_slopes=alibi_slopes, documents=documents,
-        dropout_p=dropout_p, scale=scale, backend=backend,
-    )  # fmt: skip
+    masks = _check_masks(query, key, attn_mask, window, alibi_slopes, documents)
+    return _attend(query, key, value, sink_logits, masks, dropout_p, scale, backend)
 
 
 def sink_attention(
@@ -131,6 +128,20 @@ def sink_attention(
             the message says why.
     """
     _check_tensors(query, key, value)
+    masks = _check_masks(query, key, attn_mask, window, alibi_slopes, documents)
+    return _attend(query, key, value, sink_logits, masks, dropout_p, scale, backend)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | float,
+    masks: Masks,
+    dropout_p: float,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
     query, key, value = _autocast(query, key, value)
     sink_logits = _check_sink(sink_logits, query)
     if not 0.0 <= dropout_p < 1.0:
@@ -139,7 +150,6 @@ def sink_attention(
         scale = query.shape[-1] ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
-    masks = _check_masks(query, key, attn_mask, window, alibi_slopes, documents)
 
     arguments = (query, key, value, sink_logits, masks, dropout_p)
     return _choose(backend, arguments).attend(*arguments, float(scale))
@@ -243,6 +253,8 @@ def _check_masks(
     alibi_slopes: Tensor | None,
     documents: Tensor | None,
 ) -> Masks:
+    if attn_mask is None and window is None and alibi_slopes is None and documents is None:
+        return Masks()
     heads, kv_len = query.shape[1], key.shape[2]
     shape = (*query.shape[:3], kv_len)
     for name, tensor in (
