@@ -220,32 +220,33 @@ def flash_forward(
     Returns:
         ``out`` ``(B, H, n, D)`` and ``lse`` ``(B, H, n)``; a row that sees nothing has 0 in both.
     """
-    out = _empty(query)
-    lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
     if query.numel() == 0:
-        return out, lse
+        return _empty(query), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
     masks = Masks(attn_mask, alibi_slopes, window, documents)
+    arguments = (query, key, value, sink_logits, masks, scale, kernel)
     blocks = _row_blocks(query.shape[2], masks)
+    if len(blocks) == 1:
+        out, lse = _attend_block(blocks[0], *arguments)
+        return _in_kernel_order(out), lse.contiguous()
+    out, lse = _empty(query), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
     for rows in blocks:
-        sink = sink_logits if sink_logits.shape[2] == 1 else sink_logits[..., rows]
-        tiles = list(_tiles(query, key, rows, masks, kernel))
-        block_out, block_lse = _attend_block(query, key, value, sink, tiles, scale, kernel)
-        if len(blocks) == 1:
-            return _in_kernel_order(block_out), block_lse.contiguous()
-        out[:, :, rows], lse[:, :, rows] = block_out, block_lse
+        out[:, :, rows], lse[:, :, rows] = _attend_block(rows, *arguments)
     return out, lse
 
 
 def _attend_block(
+    rows: slice,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sink: Tensor,
-    tiles: list[_Tile],
+    sink_logits: Tensor,
+    masks: Masks,
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Join the tiles of a block of rows, and the sink as the last part."""
+    sink = sink_logits if sink_logits.shape[2] == 1 else sink_logits[..., rows]
+    tiles = list(_tiles(query, key, rows, masks, kernel))
     dtype = _lse_dtype(query)
     parts = [
         KERNELS[kernel].forward(
