@@ -25,7 +25,7 @@ RESULTS, REPORT = "results.json", "report.html"
 @dataclass(kw_only=True)
 class DemoOptions:
     out: str = option("runs/demo", "folder for both runs, the results and the report")
-    steps: int = option(250, "optimizer steps of each training")
+    steps: int = option(300, "optimizer steps of each training")
     seed: int = option(0, "of the weights and the order of the data")
     data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     resume: bool = option(False, "go on with the demo in --out; what is finished is used again")
@@ -72,7 +72,8 @@ def _training(options: DemoOptions, kind: str) -> PretrainOptions:
         data=options.data,
         attention=kind,
         seed=options.seed,
-        eval_tokens=32768,
+        batch_size=8,  # more steps for the same tokens: softmax is slow to get going
+        eval_tokens=16384,
         resume=options.resume and (folder / OPTIONS_FILE).exists(),
     )
     training.resolved()

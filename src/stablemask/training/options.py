@@ -37,7 +37,7 @@ class PretrainOptions:
     context: int | None = option(None, "tokens in a training block; by default the preset's")
     batch_size: int = option(16, "blocks in a batch, on each device")
     gradient_accumulation: int = option(1, "batches in a step")
-    learning_rate: float = option(2e-3, "peak learning rate of AdamW")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     min_learning_rate: float = option(0.1, "where the cosine ends, as a share of the peak")
     warmup: int | None = option(None, "steps of linear warm-up; by default a tenth of the steps")
     weight_decay: float = option(0.1, "decoupled weight decay of AdamW")
