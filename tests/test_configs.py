@@ -49,8 +49,8 @@ def test_the_preset_of_a_recipe_has_the_context_it_names(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
 def test_a_recipe_leaves_out_to_the_user_and_flags_win(path):
-    with pytest.raises(InputError, match="--out must be given"):
-        parse(path)
+    with pytest.raises(InputError, match="out must be given"):
+        parse(path).resolved()
     options = parse(path, "--out", "x", "--attention", "softmax", "--steps", "7", "--warmup", "1")
     assert (options.attention, options.steps, options.resolved().warmup) == ("softmax", 7, 1)
 

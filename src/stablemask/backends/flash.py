@@ -297,26 +297,33 @@ def flash_backward(
     grad = grad.contiguous() if grad.stride(-1) != 1 else grad
     masks = Masks(attn_mask, alibi_slopes, window, documents)
     blocks = _row_blocks(query.shape[2], masks)
-    # Each key's gradient is a sum over the blocks, taken in float32 or better.
+
+    def differentiate(tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
+        return KERNELS[kernel].backward(
+            grad[:, :, tile.rows], query[:, :, tile.rows],
+            key[:, :, tile.keys], value[:, :, tile.keys],
+            out[:, :, tile.rows], lse[:, :, tile.rows].contiguous(),
+            tile.bias, tile.causal, scale,
+        )  # fmt: skip
+
+    if len(blocks) == 1:
+        tiles = list(_tiles(query, key, blocks[0], masks, kernel))
+        if len(tiles) == 1 and tiles[0].keys.start == 0:
+            part_query, part_key, part_value = differentiate(tiles[0])
+            return (
+                _in_kernel_order(part_query),
+                _in_kernel_order(part_key),
+                _in_kernel_order(part_value),
+            )
+
+    # The gradient of a key is a sum over the blocks, taken in float32 or better.
     precise = query.dtype if len(blocks) == 1 else _lse_dtype(query)
-    d_query = _empty(query)
+    d_query = _empty(query).zero_()
     d_key, d_value = (_empty(tensor).to(precise).zero_() for tensor in (key, value))
     for rows in blocks:
-        for number, tile in enumerate(_tiles(query, key, rows, masks, kernel)):
-            part_query, part_key, part_value = KERNELS[kernel].backward(
-                grad[:, :, rows], query[:, :, rows], key[:, :, tile.keys], value[:, :, tile.keys],
-                out[:, :, rows], lse[:, :, rows].contiguous(), tile.bias, tile.causal, scale,
-            )  # fmt: skip
-            if len(blocks) == 1 and tile.keys == slice(0, key.shape[2]):
-                return (
-                    _in_kernel_order(part_query),
-                    _in_kernel_order(part_key),
-                    _in_kernel_order(part_value),
-                )
-            if number == 0:
-                d_query[:, :, rows] = part_query
-            else:
-                d_query[:, :, rows] += part_query
+        for tile in _tiles(query, key, rows, masks, kernel):
+            part_query, part_key, part_value = differentiate(tile)
+            d_query[:, :, rows] += part_query
             d_key[:, :, tile.keys] += part_key
             d_value[:, :, tile.keys] += part_value
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype)

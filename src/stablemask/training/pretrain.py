@@ -254,7 +254,9 @@ def _build_trainer(
         run_name=folder.name,
     )
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Transformers has renamed it; older versions know only the second name.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     blocks = min(len(corpus.validation), math.ceil(options.eval_tokens / _given(options.context)))
     trainer = LanguageModelTrainer(
         model=model,
