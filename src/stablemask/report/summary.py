@@ -165,7 +165,7 @@ def _perplexity(comparison: Comparison) -> list[str]:
     sentences.append(
         f"Scored on {which} {comparison.validation_tokens:,} validation tokens in windows that do not "
         "overlap, as in the project's tables: the first tokens of each window have little to go "
-        "by. `stablemask evaluate` overlaps its windows unless told otherwise (--stride), so its "
+        "by. The command stablemask evaluate overlaps its windows unless told otherwise (--stride), so its "
         "values are others."
     )
     return sentences
