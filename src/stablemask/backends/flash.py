@@ -25,6 +25,7 @@ from ..masks import Masks
 from .kernels import KERNELS
 
 ROWS_IN_BLOCK = 256
+_ROWS_IN_BUFFER = 4096
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
@@ -265,10 +266,29 @@ def _attend_block(
         lse = lse.masked_fill(sees_nothing, 0.0)
         weights = [weight.masked_fill(sees_nothing, 0.0) for weight in weights]
     if len(parts) == 1:
-        return parts[0][0].mul_(weights[0].unsqueeze(-1)), lse
+        return _scale_rows(parts[0][0], weights[0]), lse
     total = sum(part * weight.unsqueeze(-1) for (part, _), weight in zip(parts, weights))
     assert isinstance(total, Tensor)
     return total.to(query.dtype), lse
+
+
+def _scale_rows(out: Tensor, weight: Tensor) -> Tensor:
+    """``out * weight[..., None]`` in place, the product taken in the precision of ``weight``.
+
+    On the CPU a product of two dtypes makes a converted copy of the whole; a buffer that stays in
+    the cache takes half the time.
+    """
+    if out.device.type != "cpu" or out.dtype == weight.dtype:
+        return out.mul_(weight.unsqueeze(-1))
+    rows = out.transpose(1, 2).view(-1, out.shape[-1])
+    weight = weight.transpose(1, 2).reshape(-1, 1)
+    buffer = torch.empty(min(_ROWS_IN_BUFFER, len(rows)), rows.shape[1], dtype=weight.dtype)
+    for start in range(0, len(rows), _ROWS_IN_BUFFER):
+        chunk = rows[start : start + _ROWS_IN_BUFFER]
+        product = buffer[: len(chunk)]
+        product.copy_(chunk).mul_(weight[start : start + _ROWS_IN_BUFFER])
+        chunk.copy_(product)
+    return out
 
 
 @flash_forward.register_fake
