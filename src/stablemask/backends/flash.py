@@ -184,12 +184,15 @@ def _tiles(query: Tensor, key: Tensor, rows: slice, masks: Masks, kernel: str) -
 
 
 def _empty(like: Tensor) -> Tensor:
-    """Uninitialised ``(B, H, n, D)`` in the memory order of the kernels' outputs, ``(B, n, H, D)``."""
+    """Uninitialised ``(B, H, n, D)`` in the memory order ``(B, n, H, D)``, that of all our results.
+
+    Models read the output in that order; the kernels give it or the order of the query.
+    """
     batch, heads, length, dim = like.shape
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
 
 
-def _in_kernel_order(tensor: Tensor) -> Tensor:
+def _in_order(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -228,8 +231,9 @@ def flash_forward(
     blocks = _row_blocks(query.shape[2], masks)
     if len(blocks) == 1:
         out, lse = _attend_block(blocks[0], *arguments)
-        return _in_kernel_order(out), lse.contiguous()
-    out, lse = _empty(query), query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
+        return _in_order(out), lse.contiguous()
+    out = _empty(query)
+    lse = query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
     for rows in blocks:
         out[:, :, rows], lse[:, :, rows] = _attend_block(rows, *arguments)
     return out, lse
@@ -280,8 +284,10 @@ def _scale_rows(out: Tensor, weight: Tensor) -> Tensor:
     """
     if out.device.type != "cpu" or out.dtype == weight.dtype:
         return out.mul_(weight.unsqueeze(-1))
-    rows = out.transpose(1, 2).view(-1, out.shape[-1])
-    weight = weight.transpose(1, 2).reshape(-1, 1)
+    rows = out  # in the order of memory, which follows that of the query
+    if not out.is_contiguous():
+        rows, weight = out.transpose(1, 2), weight.transpose(1, 2)
+    rows, weight = rows.view(-1, out.shape[-1]), weight.reshape(-1, 1)
     buffer = torch.empty(min(_ROWS_IN_BUFFER, len(rows)), rows.shape[1], dtype=weight.dtype)
     for start in range(0, len(rows), _ROWS_IN_BUFFER):
         chunk = rows[start : start + _ROWS_IN_BUFFER]
@@ -331,9 +337,9 @@ def flash_backward(
         if len(tiles) == 1 and tiles[0].keys.start == 0:
             part_query, part_key, part_value = differentiate(tiles[0])
             return (
-                _in_kernel_order(part_query),
-                _in_kernel_order(part_key),
-                _in_kernel_order(part_value),
+                _in_order(part_query),
+                _in_order(part_key),
+                _in_order(part_value),
             )
 
     # The gradient of a key is a sum over the blocks, taken in float32 or better.
