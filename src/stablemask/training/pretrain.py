@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,8 +287,13 @@ def _finish_run(
     trainer.remove_callback(TensorBoardCallback)  # its writer has closed with the training
     metrics = trainer.evaluate(eval_dataset=corpus.validation)
     result = PretrainResult(folder, trainer.state.global_step, metrics["eval_loss"])
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)
+    partial = folder / "checkpoints" / checkpoints.INCOMPLETE
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_model(str(partial))
+    for path in partial.iterdir():
+        if path.name != "training_args.bin":  # a pickle, which nothing of ours reads
+            path.replace(folder / path.name)
+    shutil.rmtree(partial)
     record = json.loads((folder / RUN_FILE).read_text())
     record["result"] = {"step": result.step, "eval_loss": result.eval_loss}
     write_model_card(folder, options, record)
