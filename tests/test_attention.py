@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from stablemask import head_decay_rates, sink_attention, stable_mask_attention
@@ -256,6 +257,36 @@ def test_masks_equal_the_definition(dtype, mask, q_len, kv_len, rows_in_block, m
         lambda q, k, v, s: sink_definition(q, k, v, s, visible=visible, bias=bias),
         (*make_inputs(2, 4, 2, q_len, kv_len, 8, dtype), sink),
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """The elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                size = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.elements = max(self.elements, size)
+        return result
+
+
+@pytest.mark.parametrize("mask", ["alibi", "window", "documents"])
+def test_masks_by_distance_are_linear_in_memory(mask):
+    from stablemask.backends.flash import ROWS_IN_BLOCK, flash_backward, flash_forward
+
+    heads, length = 2, 2048
+    slopes = head_decay_rates(heads) if mask == "alibi" else None
+    window = 64 if mask == "window" else None
+    documents = torch.arange(length)[None] // 100 if mask == "documents" else None
+    query, key, value = (torch.randn(1, heads, length, 8) for _ in range(3))
+    rest = (None, slopes, window, documents, 0.3, "cpu")
+    with LargestTensor() as largest:  # inside the ops, which a mode around them would not see
+        out, lse = flash_forward._init_fn(query, key, value, torch.zeros(1, 1, 1), *rest)
+        flash_backward._init_fn(out, query, key, value, out, lse, *rest)
+    assert 0 < largest.elements <= heads * ROWS_IN_BLOCK * length
 
 
 @settings(deadline=None, max_examples=60)
