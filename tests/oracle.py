@@ -51,3 +51,14 @@ def sink_definition(
 
 def gradients(out: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def make_inputs(batch, heads, kv_heads, q_len, kv_len, dim, dtype, value_dim=None):
+    def leaf(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    return (
+        leaf(batch, heads, q_len, dim),
+        leaf(batch, kv_heads, kv_len, dim),
+        leaf(batch, kv_heads, kv_len, value_dim or dim),
+    )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stablemask.hf
 from stablemask.errors import InputError, RunError
-from stablemask.options import load_yaml
+from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import command_line, describe_cost, pretrain
@@ -368,3 +368,21 @@ def test_progress_without_a_terminal_is_a_line_a_log(options, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
     assert [line.partition(":")[0] for line in lines] == ["step 5/10", "step 10/10"]
     assert all("loss" in line and "left" in line for line in lines)
+
+
+def test_a_run_killed_as_it_began_goes_on(options, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".pretrain.yaml.7.partial").write_text("preset: ti")
+    options = replace(options, out=str(folder))
+    with pytest.raises(InputError, match="no run to resume"):
+        pretrain(replace(options, resume=True))
+    save_yaml(options.resolved(), folder / "pretrain.yaml")
+    pretrain(replace(options, resume=True))
+    assert_same_weights(folder, uninterrupted)
+    assert json.loads((folder / "run.json").read_text())["result"]["step"] == STEPS
+
+
+def test_what_a_kill_left_hidden_does_not_block_a_new_run(options, tmp_path):
+    (tmp_path / ".pretrain.yaml.7.partial").write_text("preset: ti")
+    assert pretrain(replace(options, out=str(tmp_path), steps=2)).step == 2

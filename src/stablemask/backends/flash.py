@@ -173,14 +173,16 @@ def _tiles(query: Tensor, key: Tensor, rows: slice, masks: Masks, kernel: str) -
         ranges = [(slice(lowest, stop), False)]
     else:
         ranges = [(slice(lowest, first), False), (slice(first, stop), True)]
-    dtype = _bias_dtype(query, kernel)
+    dtype, hidden = _bias_dtype(query, kernel), _hidden_score(query, kernel)
     for keys, causal in ranges:
         if keys.start < keys.stop:
             bias = masks.bias(
                 rows, keys, past,
-                hidden=_hidden_score(query, kernel), dtype=_lse_dtype(query), device=query.device,
+                hidden=hidden, dtype=_lse_dtype(query), device=query.device,
             )  # fmt: skip
-            yield _Tile(rows, keys, causal, None if bias is None else bias.to(dtype))
+            if bias is not None and bias.dtype != dtype:
+                bias = bias.clamp(min=hidden).to(dtype)
+            yield _Tile(rows, keys, causal, bias)
 
 
 def _empty(like: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def _open_run(folder: Path, options: PretrainOptions) -> Path | None:
     if not options.resume:
         if written.exists():
             raise InputError(f"{folder} already holds a run; add --resume, or name another --out")
-        if folder.exists() and any(folder.iterdir()):
+        # A hidden file is what a kill left of one that was never renamed.
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no run; name another --out")
         return None
     if not written.exists():
@@ -171,18 +172,17 @@ def _finished(folder: Path) -> PretrainResult | None:
 
 
 def _begin_run(folder: Path, options: PretrainOptions, corpus: Corpus, command: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.resume:
-        try:
-            key = json.loads((folder / RUN_FILE).read_text())["corpus"]
-        except (OSError, ValueError, KeyError):
-            key = corpus.key
+    """Write what makes the folder a run, or check that a run goes on with the text it began with."""
+    if (folder / RUN_FILE).exists():
+        key = json.loads((folder / RUN_FILE).read_text())["corpus"]
         if key != corpus.key:
             raise InputError(
                 f"{options.data} is not what {folder} was started with: its text or its "
                 "tokenizer has changed; restore it, or name another --out"
             )
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_yaml(options, folder / OPTIONS_FILE)  # from here on --resume finds the run
     record = {
         "corpus": corpus.key,
         "train_tokens": len(corpus.train.tokens),
@@ -196,8 +196,6 @@ def _begin_run(folder: Path, options: PretrainOptions, corpus: Corpus, command: 
         },
     }
     _write_json(folder / RUN_FILE, record)
-    # Last of all: a folder with this file is a run.
-    save_yaml(options, folder / OPTIONS_FILE)
 
 
 def _config_for(options: PretrainOptions, corpus: Corpus) -> Any:

@@ -1,0 +1,124 @@
+"""Every way in which PyTorch runs code: compiled, exported, under autocast, checkpointed."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from stablemask import head_decay_rates, stable_mask_attention
+from tests.oracle import gradients, make_inputs
+
+
+@pytest.mark.parametrize("sample", ["square", "cache", "padding", "learned", "blocks"])
+def test_opcheck(sample):
+    from stablemask.backends.flash import flash_backward, flash_forward
+
+    q_len, kv_len = (5, 9) if sample == "cache" else (9, 9)
+    query, key, value = make_inputs(2, 4, 2, q_len, kv_len, 8, torch.float32)
+    sink = torch.zeros(1, 4, 1, requires_grad=sample == "learned")
+    bias = None
+    if sample == "padding":
+        bias = torch.zeros(2, 1, 1, kv_len)
+        bias[0, ..., :3] = -1e30
+    window, slopes = (3, head_decay_rates(4)) if sample == "blocks" else (None, None)
+    documents = torch.arange(kv_len)[None] // 4 if sample == "blocks" else None
+    rest = (bias, slopes, window, documents, 0.3, "cpu")
+    torch.library.opcheck(flash_forward, (query, key, value, sink, *rest))
+    out, lse = (t.detach() for t in flash_forward(query, key, value, sink, *rest))
+    tensors = tuple(t.detach() for t in (query, key, value))
+    torch.library.opcheck(flash_backward, (torch.randn_like(out), *tensors, out, lse, *rest))
+
+
+@pytest.mark.parametrize("case", ["plain", "cache", "padding", "slopes"])
+def test_compiles_without_a_graph_break(case):
+    q_len, kv_len = (5, 9) if case == "cache" else (9, 9)
+    inputs = make_inputs(2, 4, 2, q_len, kv_len, 8, torch.float32)
+    mask = (torch.arange(kv_len) >= 2).view(1, 1, 1, -1) if case == "padding" else None
+    gamma = head_decay_rates(4) if case == "slopes" else 0.1
+
+    def attend(query, key, value):
+        return stable_mask_attention(query, key, value, gamma=gamma, attn_mask=mask)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*inputs), attend(*inputs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for ours, eager in zip(
+        gradients(out, inputs, grad), gradients(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_compiles_with_inductor():
+    inputs = make_inputs(1, 2, 2, 16, 16, 8, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: stable_mask_attention(q, k, v, gamma=0.1) * 2, fullgraph=True
+    )
+    expected = stable_mask_attention(*inputs, gamma=0.1) * 2
+    torch.testing.assert_close(compiled(*inputs), expected)
+
+
+def test_exports():
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value):
+            return stable_mask_attention(query, key, value, gamma=0.1)
+
+    inputs = tuple(t.detach() for t in make_inputs(1, 2, 2, 16, 16, 8, torch.float32))
+    program = torch.export.export(Module(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
+
+
+def test_autocast_reaches_the_kernel():
+    inputs = make_inputs(2, 4, 2, 33, 33, 16, torch.float32)
+    mixed = (inputs[0], inputs[1], inputs[2].detach().bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = stable_mask_attention(*mixed, gamma=0.1)
+    expected = stable_mask_attention(*(t.bfloat16() for t in mixed), gamma=0.1)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_equal_gradients(use_reentrant):
+    inputs = make_inputs(2, 4, 2, 33, 33, 16, torch.float32)
+    attend = functools.partial(stable_mask_attention, gamma=0.1)
+    out = checkpoint(attend, *inputs, use_reentrant=use_reentrant)
+    grad = torch.randn_like(out)
+    for ours, plain in zip(
+        gradients_by_backward(out, inputs, grad), gradients(attend(*inputs), inputs, grad),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(ours, plain)
+
+
+def gradients_by_backward(out, inputs, grad):
+    out.backward(grad)
+    return [tensor.grad for tensor in inputs]
+
+
+def test_second_order_gradients_are_refused_by_flash_and_right_in_reference():
+    inputs = make_inputs(1, 1, 1, 4, 4, 2, torch.float64)
+    out = stable_mask_attention(*inputs, gamma=0.1, backend="flash")
+    (grad,) = torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        grad.sum().backward()
+    assert torch.autograd.gradgradcheck(
+        lambda *t: stable_mask_attention(*t, gamma=0.1, backend="reference"), inputs
+    )
+
+
+def test_the_attention_brings_in_torch_alone():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from stablemask import sink_attention; "
+        "print([m for m in ('transformers', 'datasets', 'matplotlib', 'yaml') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
