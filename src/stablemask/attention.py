@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
+from .backends import BACKENDS, Backend
+from .call import Call
 from .masks import Masks
 from .pseudo import pseudo_logsumexp
 
@@ -151,22 +152,22 @@ def _attend(
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
 
-    arguments = (query, key, value, sink_logits, masks, dropout_p)
-    return _choose(backend, arguments).attend(*arguments, float(scale))
+    call = Call(query, key, value, sink_logits, masks, dropout_p, float(scale))
+    return _choose(backend, call).attend(call)
 
 
-def _choose(backend: str, arguments: tuple):
+def _choose(backend: str, call: Call) -> Backend:
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
-        reason = BACKENDS[backend].unsupported(*arguments)
+        reason = BACKENDS[backend].unsupported(call)
         if reason:
             raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
         return BACKENDS[backend]
-    reason = BACKENDS["flash"].unsupported(*arguments)
+    reason = BACKENDS["flash"].unsupported(call)
     if reason is None:
         return BACKENDS["flash"]
-    kv_len = arguments[1].shape[2]
+    kv_len = call.key.shape[2]
     if kv_len > MAX_DENSE_KEYS:
         raise ValueError(
             f"{reason}, and the dense backend would store every score of {kv_len} keys; "

@@ -1,11 +1,11 @@
 """Ways of computing attention with a sink logit: one file each, one signature.
 
-    attend(query, key, value, sink_logits, masks, dropout_p, scale) -> (batch, heads, q_len, value_dim)
+    attend(call) -> (batch, heads, q_len, value_dim)
 
-Arguments arrive checked (see ``attention.py``), with sink logits three-dimensional and every mask but
-causality in one :class:`~stablemask.masks.Masks`. Each module also says what it cannot do:
+A :class:`~stablemask.call.Call` arrives checked (see ``attention.py``). Each module also says what it
+cannot do:
 
-    unsupported(query, key, value, sink_logits, masks, dropout_p) -> the reason, or None
+    unsupported(call) -> the reason, or None
 
 ``BACKENDS`` is the only list of them, in the order in which ``backend="auto"`` tries them.
 """
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..call import Call
 from . import flash, reference
 
 
 @dataclass(frozen=True)
 class Backend:
-    attend: Callable[..., Tensor]
-    unsupported: Callable[..., str | None]
+    attend: Callable[[Call], Tensor]
+    unsupported: Callable[[Call], str | None]
     summary: str
 
 

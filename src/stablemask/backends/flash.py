@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..call import Call
 from ..masks import Masks
 from .kernels import KERNELS
 
@@ -31,20 +32,14 @@ _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
 
 
-def unsupported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    masks: Masks,
-    dropout_p: float,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
     """Why no stock kernel can serve this call, or None."""
+    query, value = call.query, call.value
     if query.device.type not in ("cpu", "cuda"):
         return f"no stock flash kernel for device type {query.device.type!r}"
-    if dropout_p > 0:
+    if call.dropout_p > 0:
         return "the stock flash kernels are called without dropout"
-    if masks.need_gradient:
+    if call.masks.need_gradient:
         return "the stock flash kernels give no gradient for attn_mask or alibi_slopes"
     if query.device.type == "cuda":
         if query.dtype == torch.float64:
@@ -54,36 +49,26 @@ def unsupported(
     return None
 
 
-def unsupported_cudnn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    masks: Masks,
-    dropout_p: float,
-) -> str | None:
+def unsupported_cudnn(call: Call) -> str | None:
     """Why the cuDNN kernel cannot serve this call, or None."""
-    if query.device.type != "cuda":
-        return f"cuDNN needs a CUDA device, the tensors are on {query.device.type!r}"
-    if query.dtype not in _FLASH_DTYPES:
-        return f"cuDNN attention takes float16 and bfloat16, not {query.dtype}"
+    if call.query.device.type != "cuda":
+        return f"cuDNN needs a CUDA device, the tensors are on {call.query.device.type!r}"
+    if call.query.dtype not in _FLASH_DTYPES:
+        return f"cuDNN attention takes float16 and bfloat16, not {call.query.dtype}"
     if not torch.backends.cudnn.is_available():
         return "this PyTorch was built without cuDNN"
-    return unsupported(query, key, value, sink_logits, masks, dropout_p)
+    return unsupported(call)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    masks: Masks,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
-    """See the module text; ``dropout_p`` is 0 here."""
-    kernel = kernel_for(query.device.type, query.dtype, not masks.empty)
-    return _attend(query, key, value, sink_logits, masks, scale, kernel)
+def attend(call: Call) -> Tensor:
+    """See the module text; there is no dropout here."""
+    query = call.query
+    return _attend(call, kernel_for(query.device.type, query.dtype, not call.masks.empty))
+
+
+def attend_cudnn(call: Call) -> Tensor:
+    """As ``attend``, through cuDNN."""
+    return _attend(call, "cudnn")
 
 
 def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
@@ -93,28 +78,8 @@ def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
     return "cuda" if dtype in _FLASH_DTYPES and not has_bias else "efficient"
 
 
-def attend_cudnn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    masks: Masks,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
-    """As ``attend``, through cuDNN."""
-    return _attend(query, key, value, sink_logits, masks, scale, "cudnn")
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    masks: Masks,
-    scale: float,
-    kernel: str,
-) -> Tensor:
+def _attend(call: Call, kernel: str) -> Tensor:
+    query, key, value, sink_logits, masks, _, scale = call
     value_dim = value.shape[-1]
     # Kernels want one head_dim, a multiple of 8 on CUDA; columns of zeros change no score, no value.
     width = max(query.shape[-1], value_dim)

@@ -8,30 +8,16 @@ twice, and is the only backend with dropout on the CPU.
 import torch
 from torch import Tensor
 
-from ..masks import Masks
+from ..call import Call
 
 
-def unsupported(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    masks: Masks,
-    dropout_p: float,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    masks: Masks,
-    dropout_p: float,
-    scale: float,
-) -> Tensor:
+def attend(call: Call) -> Tensor:
     """Softmax over the visible scores and the sink logit, of which only the former carry values."""
+    query, key, value, sink_logits, masks, dropout_p, scale = call
     num_groups = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(num_groups, dim=1)
     value = value.repeat_interleave(num_groups, dim=1)
