@@ -197,8 +197,10 @@ class Shards:
         return argument.redistribute(placements=targets).to_local(grad_placements=gradients)
 
     def _shared_axis(self, name: str, tensor: Tensor, axis: int, where: int | None) -> int | None:
-        """Where a tensor has an axis of the query; None where it has none, or is broadcast along it."""
+        """Where a tensor has an axis along which the query is cut; None where it is broadcast."""
         if where is None or tensor.dim() < -where or tensor.shape[where] == 1:
+            return None
+        if self.count(axis) == 1:
             return None
         of_query, expected = ("batch", self.batch) if axis == BATCH else ("heads", self.heads)
         if tensor.shape[where] != expected:

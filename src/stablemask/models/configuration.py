@@ -36,6 +36,16 @@ class StableMaskConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "stablemask"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # A learned sink is not in it: whole on every rank, it is sliced as its heads are.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 50304
     hidden_size: int = 512

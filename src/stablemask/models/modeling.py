@@ -6,7 +6,7 @@ out once what all layers share (positions, mask, rotary angles, sink logits) and
 Shapes: (batch, length, hidden) outside attention, (batch, heads, length, head_dim) inside.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from .positions import (
     rotate,
     sinusoidal_encoding,
 )
+
+if TYPE_CHECKING:
+    from ..distributed.tensor_parallel import Shards
 
 ATTN_IMPLEMENTATION = "stablemask"
 # `create_causal_mask` looks masks up by the attention's name; sdpa's are None or bool, as we take.
@@ -63,7 +66,10 @@ class StableMaskAttention(nn.Module):
     def __init__(self, config: StableMaskConfig, layer_idx: int):
         super().__init__()
         assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
         self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_groups = config.num_attention_heads // config.num_key_value_heads
         self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
@@ -79,14 +85,24 @@ class StableMaskAttention(nn.Module):
     def project(
         self, hidden_states: Tensor, rotary: Rotary | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, (batch, heads or kv_heads, length, head_dim), rotated."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        """Query, key and value, (batch, heads or kv_heads, length, head_dim), rotated.
+
+        Under tensor parallelism the heads are those of this rank.
+        """
+        query = self._split_heads(self.q_proj(hidden_states))
+        key = self._split_heads(self.k_proj(hidden_states))
+        value = self._split_heads(self.v_proj(hidden_states))
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         return query, key, value
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        if states.shape[-1] % self.head_dim:
+            raise ValueError(
+                "the ranks of tensor parallelism must divide num_attention_heads and "
+                f"num_key_value_heads: one has {states.shape[-1]} columns, and a head {self.head_dim}"
+            )
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
@@ -117,6 +133,11 @@ class StableMaskAttention(nn.Module):
         if self.sinks is not None:
             sink_logits = self.sinks[:, None]
         assert sink_logits is not None
+        if query.shape[1] != self.num_heads:
+            shards = self._head_shards(query, key)
+            sink_logits = shards.local("sink_logits", sink_logits)
+            alibi_slopes = shards.local("alibi_slopes", alibi_slopes)
+            attn_mask = shards.local("attn_mask", attn_mask)
         output = sink_attention(
             query,
             key,
@@ -127,6 +148,17 @@ class StableMaskAttention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def _head_shards(self, query: Tensor, key: Tensor) -> "Shards":
+        """Which heads are this rank's, so that each meets its own gamma, slope and sink."""
+        from ..distributed.tensor_parallel import head_shards
+
+        if query.shape[1] != self.num_groups * key.shape[1]:
+            raise ValueError(
+                "tensor parallelism must shard q_proj, k_proj and v_proj alike, got "
+                f"{query.shape[1]} query heads and {key.shape[1]} key heads on a rank"
+            )
+        return head_shards(self.q_proj, self.num_heads, query.shape[1])
 
 
 class StableMaskDecoderLayer(GradientCheckpointingLayer):
@@ -306,6 +338,7 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: StableMaskConfig):
         super().__init__(config)
