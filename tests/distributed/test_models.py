@@ -50,10 +50,11 @@ def _same_logits_and_gradients(model, whole):
         torch.testing.assert_close(_whole(got.logits), expected.logits, rtol=0, atol=1e-10)
         got.loss.backward()
         expected.loss.backward()
-        for (name, ours), (_, theirs) in zip(model.named_parameters(), whole.named_parameters()):
-            torch.testing.assert_close(
-                _whole(ours.grad), theirs.grad, rtol=0, atol=1e-10, msg=lambda m: f"{name}: {m}"
-            )
+        gradients = [
+            {name: _whole(parameter.grad) for name, parameter in both.named_parameters()}
+            for both in (model, whole)
+        ]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
 
 
 def _parallelized(design):
@@ -137,11 +138,9 @@ def _fully_sharded(design):
             optimiser.zero_grad()
     # AdamW divides by |gradient| + 1e-8, so a rounding error of 1e-15 may grow to 1e-7 of a step.
     tolerance = steps * 1e-2 * 1e-7
-    for (name, got), (_, expected) in zip(model.named_parameters(), whole.named_parameters()):
-        assert isinstance(got, DTensor)
-        torch.testing.assert_close(
-            got.full_tensor(), expected, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}"
-        )
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    trained = [{n: _whole(p) for n, p in both.named_parameters()} for both in (model, whole)]
+    torch.testing.assert_close(*trained, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("design", DESIGNS[::2])
