@@ -91,3 +91,6 @@ class Masks:
         if bias is None:
             bias = torch.zeros((), dtype=dtype, device=device)
         return bias if hide is None else bias.masked_fill(hide, hidden)
+
+
+NO_MASKS = Masks()

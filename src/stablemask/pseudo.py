@@ -9,6 +9,8 @@ part in the softmax and carry no value, so a row needs only their logsumexp, whi
 ``attention.py`` adds that one mass to each row; ``docs/method.md`` has the derivation.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,11 +53,12 @@ def pseudo_logsumexp(
             checked in eager mode on the CPU only; elsewhere a bad one shows as NaN.
     """
     _check(positions, gamma, horizon)
-    rate = torch.as_tensor(gamma, dtype=torch.float64, device=positions.device).reshape(-1, 1)
     row = positions.to(torch.float64).unsqueeze(-2)
+    if horizon is None and not isinstance(gamma, Tensor):
+        return (row * -gamma + log_pseudo_mass(0, gamma)).float()
+    rate = torch.as_tensor(gamma, dtype=torch.float64, device=positions.device).reshape(-1, 1)
     if horizon is None:
-        log_mass = -(row + 1) * rate - torch.log(-torch.expm1(-rate))
-        return log_mass.float()
+        return (-(row + 1) * rate - torch.log(-torch.expm1(-rate))).float()
 
     remaining = horizon - 1 - row
     # Both branches of a `where` reach the gradient, so each is kept finite where it is not chosen.
@@ -65,6 +68,11 @@ def pseudo_logsumexp(
     decayed = torch.log(-torch.expm1(-safe_rate * columns)) - torch.log(-torch.expm1(-safe_rate))
     log_mass = torch.where(flat, columns.log(), decayed) - (row + 1) * rate
     return torch.where(remaining > 0, log_mass, -torch.inf).float()
+
+
+def log_pseudo_mass(position: int, gamma: float) -> float:
+    """:func:`pseudo_logsumexp` of one row, infinite horizon, in numbers: a decode step needs no tensor."""
+    return -(position + 1) * gamma - math.log(-math.expm1(-gamma))
 
 
 def dense_stable_mask(

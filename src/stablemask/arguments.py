@@ -1,0 +1,142 @@
+"""The checks of every public function's arguments, in the words of the caller.
+
+Inside, arguments are trusted.
+"""
+
+import torch
+from torch import Tensor
+
+from .masks import NO_MASKS, Masks
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = None) -> None:
+    """Four axes each, floating point, one device, and sizes that fit one another.
+
+    ``past`` is the key at which the first row stands; None for rows that stand on the last keys.
+    """
+    device = query.device if isinstance(query, Tensor) else None
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must be (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {device}")
+    batch, heads, q_len, head_dim = query.shape
+    key_batch, kv_heads, kv_len, key_dim = key.shape
+    value_batch, value_heads, value_len, _ = value.shape
+    if not batch == key_batch == value_batch:
+        raise ValueError(f"batch differs: query {batch}, key {key_batch}, value {value_batch}")
+    if key_dim != head_dim:
+        raise ValueError(f"head_dim differs: query {head_dim}, key {key_dim}")
+    if head_dim == 0:
+        raise ValueError("head_dim must be at least 1, got 0")
+    if kv_heads != value_heads or kv_len != value_len:
+        raise ValueError(
+            f"key and value must share (kv_heads, kv_len), got {(kv_heads, kv_len)} "
+            f"and {(value_heads, value_len)}"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
+    if past is None and kv_len < q_len:
+        raise ValueError(f"kv_len must be at least q_len, got {kv_len} and {q_len}")
+    if past is not None and not (past >= 0 and (past + q_len <= kv_len or past >= kv_len)):
+        raise ValueError(
+            f"past must be from 0 to kv_len - q_len = {kv_len - q_len}, or at least kv_len = "
+            f"{kv_len} where every row comes after every key, got {past}"
+        )
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast does for the stock attention: float32 and half inputs take its dtype."""
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (
+            tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+            for tensor in (query, key, value)
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"query, key and value must share a dtype, got {query.dtype}, {key.dtype} "
+            f"and {value.dtype}"
+        )
+    return query, key, value
+
+
+def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
+    """Sink logits as a three-dimensional tensor on the device of query."""
+    if isinstance(sink_logits, (int, float)):
+        return torch.full((1, 1, 1), float(sink_logits), device=query.device)
+    if not isinstance(sink_logits, Tensor) or not sink_logits.dtype.is_floating_point:
+        kind = sink_logits.dtype if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
+        raise TypeError(f"sink_logits must be a floating-point tensor or a number, got {kind}")
+    if sink_logits.device != query.device:
+        raise ValueError(f"sink_logits is on {sink_logits.device}, query on {query.device}")
+    rows = query.shape[:3]
+    if sink_logits.dim() > 3 or any(
+        size not in (1, row) for size, row in zip(reversed(sink_logits.shape), reversed(rows))
+    ):
+        raise ValueError(
+            "sink_logits must broadcast to (batch, heads, q_len) = "
+            f"{tuple(rows)}, got shape {tuple(sink_logits.shape)}; one per head is (heads, 1)"
+        )
+    return sink_logits.reshape((1,) * (3 - sink_logits.dim()) + tuple(sink_logits.shape))
+
+
+def check_masks(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    window: int | None,
+    alibi_slopes: Tensor | None,
+    documents: Tensor | None,
+) -> Masks:
+    if attn_mask is None and window is None and alibi_slopes is None and documents is None:
+        return NO_MASKS
+    heads, kv_len = query.shape[1], key.shape[2]
+    shape = (*query.shape[:3], kv_len)
+    for name, tensor in (
+        ("attn_mask", attn_mask), ("alibi_slopes", alibi_slopes), ("documents", documents),
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
+
+    if attn_mask is not None:
+        if attn_mask.dim() > 4 or any(
+            size not in (1, full) for size, full in zip(reversed(attn_mask.shape), reversed(shape))
+        ):
+            raise ValueError(
+                f"attn_mask must broadcast to (batch, heads, q_len, kv_len) = {shape}, "
+                f"got shape {tuple(attn_mask.shape)}"
+            )
+        if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+            raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], kv_len)
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) != (heads,):
+        raise ValueError(
+            f"alibi_slopes must be (heads,) = ({heads},), got shape {tuple(alibi_slopes.shape)}"
+        )
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, int) or window < 1
+    ):
+        raise ValueError(f"window must be an int of at least 1, or None, got {window!r}")
+    if documents is not None:
+        if documents.dtype.is_floating_point or documents.dtype.is_complex:
+            raise TypeError(f"documents must be an integer tensor, got {documents.dtype}")
+        if tuple(documents.shape) not in ((kv_len,), (1, kv_len), (shape[0], kv_len)):
+            raise ValueError(
+                f"documents must be (kv_len,) or (batch, kv_len) = ({shape[0]}, {kv_len}), "
+                f"got shape {tuple(documents.shape)}"
+            )
+        documents = documents.reshape(-1, kv_len)
+    return Masks(attn_mask, alibi_slopes, window, documents)

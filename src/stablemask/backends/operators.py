@@ -1,0 +1,391 @@
+"""Attention with a sink logit through a stock flash kernel, exact, at its speed: two custom operators.
+
+Every flash kernel returns ``lse = log Z``, the logsumexp of a row's visible scores. One more logit
+``s`` without a value changes the row by a factor:
+
+    lse' = logaddexp(lse, s)        out = out_kernel * exp(lse - lse')
+
+The kernel's own backward, called with this ``out`` and this ``lse'``, rebuilds ``exp(scores - lse')``
+and ``rowsum(grad * out)``; both are what the definition asks for, so its gradients are exact. That of
+the sink logit is ``-exp(s - lse') * rowsum(grad * out)``.
+
+The same algebra joins key ranges computed apart, and the sink is just the last of them. So a chunk of
+queries behind a cache, or a block of rows under a window, is two calls of the kernel (``tiles.py``), and
+memory stays linear in length.
+
+Letters: B batch, H query heads, K key heads, n query rows, m keys, D head_dim.
+"""
+
+import torch
+from torch import Tensor
+
+from ..masks import Masks
+from .kernels import KERNELS
+from .tiles import Tile, Tiling
+
+_ROWS_IN_BUFFER = 4096
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
+    past: int,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention with a sink logit, and the logsumexp of each row with the sink in it.
+
+    Args:
+        query: (B, H, n, D); key, value (B, K, m, D); last axis contiguous.
+        sink_logits: float, three-dimensional, broadcastable to (B, H, n); None for no sink.
+        attn_mask, alibi_slopes, window, documents: see :class:`~stablemask.masks.Masks`.
+        past: the key at which the first row stands; see :class:`~.tiles.Tiling`.
+        kernel: a key of ``KERNELS``.
+
+    Returns:
+        ``out`` (B, H, n, D) and ``lse`` (B, H, n), float32 (float64 for float64 inputs). A row that
+        sees nothing has 0 in ``out``; its ``lse`` is that of the sink, -inf without one.
+    """
+    if query.numel() == 0:
+        return _empty(query), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
+    if sink_logits is not None:
+        sink_logits = sink_logits.to(lse_dtype(query))
+    masks = Masks(attn_mask, alibi_slopes, window, documents)
+    tiling = _tiling(query, key, masks, past, kernel)
+    blocks = tiling.blocks()
+    if len(blocks) == 1:
+        return _forward_block(blocks[0], tiling, query, key, value, sink_logits, scale, kernel)
+    out, lse = _empty(query), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
+    for rows in blocks:
+        out[:, :, rows], lse[:, :, rows] = _forward_block(
+            rows, tiling, query, key, value, sink_logits, scale, kernel
+        )
+    return out, lse
+
+
+def _forward_block(
+    rows: slice,
+    tiling: Tiling,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    parts, biased = [], False
+    for tile in tiling.tiles(rows):
+        out, lse = KERNELS[kernel].forward(
+            query[:, :, tile.rows], key[:, :, tile.keys], value[:, :, tile.keys],
+            tile.bias, tile.causal, scale,
+        )  # fmt: skip
+        parts.append((out, lse if tile.shift is None else lse - tile.shift))
+        biased = biased or tile.bias is not None
+    sink = sink_logits
+    if sink is not None and sink.shape[2] > 1:
+        sink = sink[..., rows]
+    if not parts:
+        out = _empty(query[:, :, rows]).zero_()
+        lse = torch.full_like(out[..., 0], -torch.inf, dtype=lse_dtype(query))
+        return out, lse if sink is None else lse.copy_(sink)
+
+    lse = total = parts[0][1] if len(parts) == 1 else torch.logaddexp(parts[0][1], parts[1][1])
+    kept = None
+    if sink is not None:
+        # exp(lse - total) and total = logaddexp(lse, sink), by functions that are vectorised.
+        kept = torch.sigmoid(lse - sink)
+        total = lse - torch.log(kept)
+    weights: list = [kept]
+    if len(parts) == 2:
+        weights = [torch.exp(part_lse - lse) for _, part_lse in parts]
+        weights = weights if kept is None else [weight * kept for weight in weights]
+    if biased:
+        nothing = lse <= tiling.hidden / 2
+        total = torch.where(nothing, -torch.inf if sink is None else sink, total)
+        ones = torch.ones((), dtype=lse.dtype, device=lse.device)
+        weights = [(ones if w is None else w).masked_fill(nothing, 0.0) for w in weights]
+    return _weighted_sum([out for out, _ in parts], weights), total
+
+
+def _weighted_sum(outs: list[Tensor], weights: list[Tensor | None]) -> Tensor:
+    """``sum(out * weight[..., None])`` in the dtype of ``outs``, which it may overwrite."""
+    out, weight = outs[0], weights[0]
+    if weight is None:
+        return out
+    if len(outs) == 1:
+        return scale_rows(out, weight)
+    total = out * weight.unsqueeze(-1)
+    for out, weight in zip(outs[1:], weights[1:]):
+        assert weight is not None
+        total += out * weight.unsqueeze(-1)
+    return total.to(out.dtype)
+
+
+def scale_rows(out: Tensor, weight: Tensor) -> Tensor:
+    """``out * weight[..., None]`` in place, the product taken in the precision of ``weight``.
+
+    On the CPU a product of two dtypes makes a converted copy of the whole; a buffer that stays in
+    the cache takes half the time.
+    """
+    rows_in_all = weight.numel()
+    if rows_in_all <= _ROWS_IN_BUFFER or out.dtype == weight.dtype or out.device.type != "cpu":
+        return out.mul_(weight.unsqueeze(-1))
+    rows = out  # in the order of memory, which follows that of the query
+    if not out.is_contiguous():
+        rows, weight = out.transpose(1, 2), weight.transpose(1, 2)
+    rows, weight = rows.view(-1, out.shape[-1]), weight.reshape(-1, 1)
+    buffer = torch.empty(_ROWS_IN_BUFFER, rows.shape[1], dtype=weight.dtype)
+    for start in range(0, rows_in_all, _ROWS_IN_BUFFER):
+        chunk = rows[start : start + _ROWS_IN_BUFFER]
+        product = buffer[: len(chunk)]
+        product.copy_(chunk).mul_(weight[start : start + _ROWS_IN_BUFFER])
+        chunk.copy_(product)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
+    past: int,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, of their shapes, given those of ``out``.
+
+    ``out`` and ``lse`` are those of :func:`forward`, or of a larger set of keys of which these are a part.
+    """
+    if query.numel() == 0:
+        return _empty(query), _empty(key).zero_(), _empty(value).zero_()
+    grad = grad.contiguous() if grad.stride(-1) != 1 else grad
+    # A row that sees nothing has hidden scores only; any finite lse makes their weights 0.
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    masks = Masks(attn_mask, alibi_slopes, window, documents)
+    tiling = _tiling(query, key, masks, past, kernel)
+    blocks = tiling.blocks()
+
+    def differentiate(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        tile_lse = lse[:, :, tile.rows]
+        tile_lse = tile_lse if tile.shift is None else tile_lse + tile.shift
+        return KERNELS[kernel].backward(
+            grad[:, :, tile.rows], query[:, :, tile.rows],
+            key[:, :, tile.keys], value[:, :, tile.keys],
+            out[:, :, tile.rows], tile_lse.contiguous(),
+            tile.bias, tile.causal, scale,
+        )  # fmt: skip
+
+    if len(blocks) == 1:
+        tiles = list(tiling.tiles(blocks[0]))
+        if len(tiles) == 1 and tiles[0].keys == slice(0, key.shape[2]):
+            return differentiate(tiles[0])
+
+    # The gradient of a key is a sum over the blocks, taken in float32 or better.
+    precise = query.dtype if len(blocks) == 1 else lse_dtype(query)
+    d_query = _empty(query).zero_()
+    d_key, d_value = (_empty(tensor).to(precise).zero_() for tensor in (key, value))
+    for rows in blocks:
+        for tile in tiling.tiles(rows):
+            part_query, part_key, part_value = differentiate(tile)
+            d_query[:, :, rows] += part_query
+            d_key[:, :, tile.keys] += part_key
+            d_value[:, :, tile.keys] += part_value
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+
+
+def lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _tiling(query: Tensor, key: Tensor, masks: Masks, past: int, kernel: str) -> Tiling:
+    # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
+    dtype = lse_dtype(query) if kernel == "cpu" else query.dtype
+    # Finite, so that a row with nothing to see is known by its lse: of one whose scores are -inf
+    # kernels disagree on the lse (the CPU one says 0).
+    hidden = max(torch.finfo(dtype).min, -1e30)
+    return Tiling(
+        masks, query.shape[2], key.shape[2], past,
+        hidden=hidden, dtype=dtype, device=query.device,
+    )  # fmt: skip
+
+
+# The operators return (B, n, H, D) in memory whatever the kernel does, as their fake forms promise.
+def _empty(tensor: Tensor) -> Tensor:
+    batch, heads, length, dim = tensor.shape
+    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@torch.library.custom_op("stablemask::flash_forward", mutates_args=())
+def flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
+    past: int,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` as an operator that compilers, exporters and autograd see whole."""
+    out, lse = forward(
+        query, key, value, sink_logits, attn_mask, alibi_slopes, window, documents,
+        past, scale, kernel,
+    )  # fmt: skip
+    return _in_order(out), lse.contiguous()
+
+
+@flash_forward.register_fake
+def _(query, key, value, sink_logits, attn_mask, slopes, window, documents, past, scale, kernel):
+    return _empty(query), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
+
+
+@torch.library.custom_op("stablemask::flash_backward", mutates_args=())
+def flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int | None,
+    documents: Tensor | None,
+    past: int,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`backward` as an operator."""
+    d_query, d_key, d_value = backward(
+        grad, query, key, value, out, lse, attn_mask, alibi_slopes, window, documents,
+        past, scale, kernel,
+    )  # fmt: skip
+    return _in_order(d_query), _in_order(d_key), _in_order(d_value)
+
+
+@flash_backward.register_fake
+def _(
+    grad, query, key, value, out, lse, attn_mask, slopes, window, documents, past, scale, kernel
+):  # fmt: skip
+    return _empty(query), _empty(key), _empty(value)
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, sink_logits, attn_mask, slopes, ctx.window, documents, *rest = inputs
+    ctx.past, ctx.scale, ctx.kernel = rest
+    ctx.set_materialize_grads(False)  # most calls drop lse
+    ctx.save_for_backward(query, key, value, sink_logits, attn_mask, slopes, documents, *output)
+
+
+def _differentiate(ctx, d_out, d_lse):
+    query, key, value, sink_logits, attn_mask, slopes, documents, out, lse = ctx.saved_tensors
+    nothing = (None,) * 11
+    if d_out is None and d_lse is None:
+        return nothing
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    masks = (attn_mask, slopes, ctx.window, documents)
+    rest = (ctx.past, ctx.scale, ctx.kernel)
+    if d_lse is None:
+        gradients = flash_backward(d_out, query, key, value, out, lse, *masks, *rest)
+    else:
+        gradients = _with_lse_gradient(d_out, d_lse, query, key, value, out, lse, *masks, *rest)
+    d_sink = None
+    if sink_logits is not None and ctx.needs_input_grad[3]:
+        # An infinite sink has taken the whole row; its out, and so its gradient, is 0.
+        share = torch.exp(sink_logits.to(lse.dtype) - lse).nan_to_num(nan=1.0)
+        d_total = -(d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        d_sink = share * (d_total if d_lse is None else d_total + d_lse)
+        d_sink = d_sink.sum_to_size(sink_logits.shape).to(sink_logits.dtype)
+    return *gradients, d_sink, *nothing[4:]
+
+
+def _with_lse_gradient(d_out, d_lse, query, key, value, out, lse, *rest):
+    """The backward when lse has a gradient too, which adds ``weight * d_lse`` to that of each score.
+
+    A kernel subtracts ``weight * rowsum(d_out * out)``. One more column, 1 in ``d_out``, ``-d_lse`` in
+    ``out`` and 0 in the values, makes that sum the right one.
+    """
+    dim = query.shape[-1]
+    width = -dim % 8 or 8
+    column = torch.nn.functional.pad(torch.ones_like(d_lse).unsqueeze(-1), (0, width - 1))
+    d_out = torch.cat([d_out, column.to(d_out.dtype)], -1)
+    out = torch.cat([out, (column * -d_lse.unsqueeze(-1)).to(out.dtype)], -1)
+    query, key, value = (torch.nn.functional.pad(t, (0, width)) for t in (query, key, value))
+    gradients = flash_backward(d_out, query, key, value, out, lse, *rest)
+    return tuple(gradient[..., :dim] for gradient in gradients)
+
+
+def _refuse_second_order(ctx, *grads):
+    raise RuntimeError(
+        "the stock flash kernels cannot be differentiated twice; use backend='reference' for "
+        "second-order gradients"
+    )
+
+
+flash_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+flash_backward.register_autograd(_refuse_second_order)
+
+
+def _vmap_forward(info, in_dims, *arguments):
+    return _in_batch(flash_forward, info.batch_size, in_dims, arguments, num_batched=5)
+
+
+def _vmap_backward(info, in_dims, *arguments):
+    return _in_batch(flash_backward, info.batch_size, in_dims, arguments, num_batched=7)
+
+
+def _in_batch(operator, size, in_dims, arguments, num_batched):
+    """Run an operator once, the vmapped axis folded into the batch of every tensor."""
+    *leading, slopes, window, documents, past, scale, kernel = arguments
+    if in_dims[num_batched] is not None:
+        raise NotImplementedError(
+            "vmap over alibi_slopes is not supported; loop, or add a head axis"
+        )
+    tensors = [*leading, documents]
+    dims = [*in_dims[:num_batched], in_dims[num_batched + 2]]
+    batch = next(
+        t.shape[0] if d is None else t.movedim(d, 0).shape[1] for t, d in zip(tensors, dims)
+    )
+    folded = [_fold(tensor, dim, size, batch) for tensor, dim in zip(tensors, dims)]
+    results = operator(*folded[:-1], slopes, window, folded[-1], past, scale, kernel)
+    return tuple(r.unflatten(0, (size, -1)) for r in results), (0,) * len(results)
+
+
+def _fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    if tensor is None or (dim is None and tensor.shape[0] == 1 and batch != 1):
+        return tensor  # broadcast over the batch, and so over the larger one
+    tensor = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+    return tensor.expand(size, batch, *tensor.shape[2:]).flatten(0, 1)
+
+
+flash_forward.register_vmap(_vmap_forward)
+flash_backward.register_vmap(_vmap_backward)
+
+
+def runs_plainly(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors in eager mode and no gradient is asked for."""
+    return (
+        type(tensors[0]) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )

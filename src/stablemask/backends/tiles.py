@@ -1,0 +1,156 @@
+"""Which calls of a stock kernel make up one attention, and the bias of each.
+
+A kernel knows causality for a square, aligned top-left, and a bias. So a block of query rows is two
+calls, the keys before it (all visible) and its own (square, causal). All rows are one block, unless a
+mask would need a bias quadratic in length: then a block is ``ROWS_IN_BLOCK`` rows, and its biases are made
+when its turn comes.
+
+- A window or documents: keys that no row of the block sees are left out of the call.
+- ALiBi: ``-slope * (row - key)`` is ``slope * (key - anchor)``, one number a key, less
+  ``slope * (row - anchor)``, which shifts a row's logsumexp and nothing else. With the anchor at the
+  block's first row, both are small where the weights are not, so no precision is lost. The square on the
+  diagonal takes the distances as they are; they are those of every block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..masks import Masks
+
+ROWS_IN_BLOCK = 256
+_KEPT_BIASES = 4  # the square's, the window's, and those of the blocks where a window begins
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One call of a kernel.
+
+    Attributes:
+        rows, keys: the query rows and the keys.
+        causal: the tile is a square on the diagonal.
+        bias: (B or 1, H or 1, rows or 1, keys or 1), or None.
+        shift: (H, rows), what the bias adds too much to each row's scores, or None.
+    """
+
+    rows: slice
+    keys: slice
+    causal: bool
+    bias: Tensor | None
+    shift: Tensor | None
+
+
+class Tiling:
+    """The tiles of one attention; row ``i`` stands at key ``past + i``.
+
+    Args:
+        masks: what is on top of causality.
+        num_rows, num_keys: the lengths. The rows stand on the last keys or, all of them, behind the
+            last: ``past + num_rows <= num_keys`` or ``past >= num_keys``.
+        past: the key of the first row.
+        hidden: the bias of a score that must not be seen, a very low finite number.
+        dtype: of the biases.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        num_rows: int,
+        num_keys: int,
+        past: int,
+        *,
+        hidden: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.masks = masks
+        self.num_rows, self.num_keys, self.past = num_rows, num_keys, past
+        self.hidden, self.dtype, self.device = hidden, dtype, device
+        self._document_starts = None
+        if masks.documents is not None and device.type == "cpu":  # a GPU would have to wait
+            self._document_starts = _document_starts(masks.documents)
+        self._by_distance: dict[tuple[int, int, int], Tensor | None] = {}
+
+    def blocks(self) -> list[slice]:
+        """The query rows, in blocks."""
+        step = ROWS_IN_BLOCK if self.masks.by_tile else max(self.num_rows, 1)
+        starts = range(0, self.num_rows, step)
+        return [slice(start, min(start + step, self.num_rows)) for start in starts]
+
+    def tiles(self, rows: slice) -> Iterator[Tile]:
+        """The calls of a block; none where no row of it sees a key."""
+        first, stop = self.past + rows.start, self.past + rows.stop
+        lowest = self._lowest_key(rows)
+        if rows.stop - rows.start == 1:
+            ranges = [(slice(lowest, min(stop, self.num_keys)), False)]
+        else:
+            ranges = [
+                (slice(lowest, min(first, self.num_keys)), False),
+                (slice(first, min(stop, self.num_keys)), True),
+            ]
+        for keys, causal in ranges:
+            if keys.start < keys.stop:
+                yield self._tile(rows, keys, causal)
+
+    def _lowest_key(self, rows: slice) -> int:
+        """The first key that any row of a block can see."""
+        first, stop = self.past + rows.start, self.past + rows.stop
+        lowest = 0
+        if self.masks.window is not None:
+            lowest = max(0, first - self.masks.window + 1)
+        if self._document_starts is not None:
+            lowest = max(lowest, int(self._document_starts[first:stop].amin()))
+        return lowest
+
+    def _tile(self, rows: slice, keys: slice, causal: bool) -> Tile:
+        slopes = self.masks.alibi_slopes
+        bias = self._mask_bias(rows, keys, with_alibi=causal)
+        if slopes is None or causal:
+            return Tile(rows, keys, causal, bias, None)
+        slopes = slopes.to(self.dtype)
+        anchor = self.past + rows.start
+        distance = torch.arange(anchor - keys.start, anchor - keys.stop, -1, device=self.device)
+        alibi = (distance * -slopes.unsqueeze(-1)).view(1, -1, 1, distance.shape[0])
+        shift = None
+        if rows.stop - rows.start > 1:
+            offset = torch.arange(rows.stop - rows.start, device=self.device)
+            shift = offset * slopes.unsqueeze(-1)
+        bias = alibi if bias is None else (bias + alibi).clamp_(min=self.hidden)
+        return Tile(rows, keys, False, bias, shift)
+
+    def _mask_bias(self, rows: slice, keys: slice, *, with_alibi: bool) -> Tensor | None:
+        """What depends on distance alone is made once; the rest is different in each tile."""
+        masks = self.masks if with_alibi else replace(self.masks, alibi_slopes=None)
+        by_distance = replace(masks, attn_mask=None, documents=None)
+        by_place = replace(masks, alibi_slopes=None, window=None)
+        place = (
+            self.past + rows.start - keys.start,
+            rows.stop - rows.start,
+            keys.stop - keys.start,
+        )
+        if place not in self._by_distance:
+            if len(self._by_distance) == _KEPT_BIASES:
+                self._by_distance.clear()
+            self._by_distance[place] = self._dense(by_distance, rows, keys)
+        bias, other = self._by_distance[place], self._dense(by_place, rows, keys)
+        if bias is None or other is None:
+            return other if bias is None else bias
+        return (bias + other).clamp_(min=self.hidden)
+
+    def _dense(self, masks: Masks, rows: slice, keys: slice) -> Tensor | None:
+        return masks.bias(
+            rows, keys, self.past, hidden=self.hidden, dtype=self.dtype, device=self.device
+        )
+
+
+def _document_starts(documents: Tensor) -> Tensor:
+    """For each key the first key, over all sequences, that has its document: (m,)."""
+    ids, order = documents.sort(dim=1, stable=True)
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    group = torch.where(new, place, 0).cummax(dim=1).values
+    starts = torch.empty_like(order).scatter_(1, order, order.gather(1, group))
+    return starts.amin(dim=0)
