@@ -12,6 +12,7 @@ from stablemask.distributed import (
     shard_sequence,
     unshard_sequence,
 )
+from stablemask.distributed.context_parallel import _Ring
 from tests.oracle import gradients, make_inputs, sink_definition
 from tests.test_attention import assert_no_further_than_twice
 
@@ -165,6 +166,39 @@ def test_zigzag_and_contiguous_shards(four_ranks):
     four_ranks.run(_layouts)
 
 
+@pytest.mark.parametrize(("by_distance", "window"), [(False, None), (True, None), (True, 4)])
+@pytest.mark.parametrize("balanced", [True, False])
+def test_ranges_cover_what_is_visible_once_and_the_work_is_shared(balanced, by_distance, window):
+    size, length = 4, 6
+    work = []
+    for rank in range(size):
+        ring = _Ring(None, rank, size, balanced)
+        rows = _places(ring, rank, length)
+        work.append(0)
+        for source in range(size):
+            keys = _places(ring, source, length)
+            seen = torch.zeros(length, length, dtype=torch.int64)
+            for i, j, past in ring.ranges(source, length, window, by_distance):
+                part = torch.ones_like(seen[i, j]).tril(past)
+                if by_distance:
+                    assert past == rows[i.start] - keys[j.start]
+                seen[i, j] += part
+                work[-1] += int(part.sum())
+            distance = rows[:, None] - keys
+            visible = distance >= 0
+            if window is None:
+                assert seen.equal(visible.long())
+            else:  # the kernel hides the rest of a range; one that nobody sees is left out
+                assert seen[visible & (distance < window)].eq(1).all()
+                assert seen[distance >= window + 2 * length].eq(0).all()
+    assert (len(set(work)) == 1) == (balanced and window is None)
+
+
+def _places(ring, rank, length):
+    chunk = length // len(ring.chunks(rank))
+    return torch.cat([torch.arange(chunk) + chunk * index for index in ring.chunks(rank)])
+
+
 def _subgroups():
     """Two rings of two ranks at once, each on its own sequence."""
     groups = [dist.new_group([0, 2]), dist.new_group([3, 1])]
@@ -210,8 +244,8 @@ def test_same_bits_again_and_infinite_sinks(two_ranks):
     two_ranks.run(_same_bits_and_special_sinks)
 
 
-def _value_dim_and_layers():
-    """value_dim, autocast, checkpointing and a number as the sink, in one pass."""
+def _value_dim_and_ways_of_running():
+    """value_dim, a number as the sink, checkpointing, autocast, compilation around it."""
     query, key, value = make_inputs(1, 2, 1, 8, 8, 6, torch.float32, value_dim=10)
     parts = [shard_sequence(t, 2).detach().requires_grad_() for t in (query, key, value)]
     expected = sink_attention(query, key, value, 0.0)
@@ -224,14 +258,16 @@ def _value_dim_and_layers():
         torch.testing.assert_close(unshard_sequence(ours, 2), truth)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert context_parallel_attention(*parts, 0.0).dtype == torch.bfloat16
+    compiled = torch.compile(context_parallel_attention, backend="eager")
+    torch.testing.assert_close(compiled(*parts, 0.0), out)
     squared = context_parallel_attention(*parts, 0.0).square().sum()
     (first,) = torch.autograd.grad(squared, parts[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         first.sum().backward()
 
 
-def test_value_dim_checkpointing_and_autocast(two_ranks):
-    two_ranks.run(_value_dim_and_layers)
+def test_value_dim_and_ways_of_running(two_ranks):
+    two_ranks.run(_value_dim_and_ways_of_running)
 
 
 def _bad_input():
