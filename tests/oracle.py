@@ -62,3 +62,18 @@ def make_inputs(batch, heads, kv_heads, q_len, kv_len, dim, dtype, value_dim=Non
         leaf(batch, kv_heads, kv_len, dim),
         leaf(batch, kv_heads, kv_len, value_dim or dim),
     )
+
+
+def doubled(tensors):
+    return tuple(t.detach().double().requires_grad_() for t in tensors)
+
+
+def assert_no_further_than_twice(actual, dense, exact, term):
+    """Twice as far from the truth as the dense backend in the same dtype, and four roundings of ``term``,
+    the largest that is summed.
+    """
+    for ours, reference, truth in zip(actual, dense, exact, strict=True):
+        assert ours.isfinite().all()
+        roundings = 4 * torch.finfo(actual[0].dtype).eps * max(term, truth.abs().max())
+        allowed = 2 * (reference.double() - truth).abs().max() + roundings
+        assert (ours.double() - truth).abs().max() <= allowed

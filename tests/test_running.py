@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
+from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from stablemask import head_decay_rates, stable_mask_attention
+from stablemask import head_decay_rates, sink_attention, stable_mask_attention
 from tests.oracle import gradients, make_inputs
 
 
@@ -49,6 +50,37 @@ def test_compiles_without_a_graph_break(case):
         gradients(out, inputs, grad), gradients(expected, inputs, grad), strict=True
     ):
         torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("case", ["plain", "learned", "finite", "masks"])
+def test_one_graph_serves_every_length(case):
+    gamma = torch.full((4,), 0.1, requires_grad=True) if case == "learned" else 0.1
+    slopes = head_decay_rates(4)
+
+    def attend(query, key, value):
+        length = key.shape[2]
+        masks = {}
+        if case == "masks":
+            visible = torch.arange(length) > 1
+            documents = torch.arange(length) // 7
+            masks = {
+                "window": 5, "alibi_slopes": slopes, "documents": documents, "attn_mask": visible,
+            }  # fmt: skip
+        horizon = length if case == "finite" else None
+        return stable_mask_attention(query, key, value, gamma=gamma, horizon=horizon, **masks)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 17, 33, 300):
+        inputs = make_inputs(2, 4, 2, length, length, 8, torch.float32)
+        with torch._dynamo.config.patch(error_on_recompile=length > 9):
+            out, expected = compiled(*inputs), attend(*inputs)
+        torch.testing.assert_close(out, expected)
+        grad = torch.randn_like(out)
+        for ours, eager in zip(
+            gradients(out, inputs, grad), gradients(expected, inputs, grad), strict=True
+        ):
+            torch.testing.assert_close(ours, eager)
 
 
 def test_compiles_with_inductor():
@@ -108,6 +140,66 @@ def test_second_order_gradients_are_refused_by_flash_and_right_in_reference():
     assert torch.autograd.gradgradcheck(
         lambda *t: stable_mask_attention(*t, gamma=0.1, backend="reference"), inputs
     )
+
+
+def _sinks(query, key, value, sink):
+    return sink_attention(query, key, value, sink, alibi_slopes=head_decay_rates(4), window=5)
+
+
+def _loss(*inputs):
+    return _sinks(*inputs).square().sum()
+
+
+def _one_by_one(function, examples):
+    results = [function(*example) for example in zip(*examples, strict=True)]
+    return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *results)
+
+
+def test_vmap_and_gradients_of_each_example():
+    inputs = [torch.randn(3, 2, heads, 9, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    inputs.append(torch.randn(3, 4, 1, dtype=torch.float64))
+    torch.testing.assert_close(vmap(_sinks)(*inputs), _one_by_one(_sinks, inputs))
+    each = grad(_loss, argnums=(0, 1, 2, 3))
+    torch.testing.assert_close(vmap(each)(*inputs), _one_by_one(each, inputs))
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    out = vmap(_sinks)(*leaves)
+    weights = torch.randn_like(out)
+    for ours, expected in zip(
+        gradients(out, leaves, weights), gradients(_one_by_one(_sinks, leaves), leaves, weights),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, expected)
+
+
+def test_vmap_over_some_arguments_and_masks():
+    query = torch.randn(2, 4, 9, 3, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 9, 8, dtype=torch.float64)
+    visible = torch.rand(3, 1, 1, 1, 9) > 0.3
+    documents = torch.arange(9) // 4
+
+    def attend(query, visible):
+        return sink_attention(query, key, value, 0.0, attn_mask=visible, documents=documents)
+
+    out = vmap(attend, in_dims=(3, 0))(query, visible)
+    torch.testing.assert_close(out, _one_by_one(attend, (query.movedim(3, 0), visible)))
+    gammas = torch.tensor([[0.1] * 4, [0.5] * 4])
+    out = vmap(lambda g: stable_mask_attention(query[..., 0, :], key, value, gamma=g))(gammas)
+    expected = stable_mask_attention(query[..., 0, :], key, value, gamma=0.5)
+    torch.testing.assert_close(out[1], expected)
+    with pytest.raises(NotImplementedError, match="alibi_slopes"):
+        vmap(lambda s: sink_attention(query[..., 0, :], key, value, 0.0, alibi_slopes=s))(gammas)
+
+
+def test_forward_mode_is_the_derivative():
+    query, key, value, tangent = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(4))
+
+    def attend(query):
+        return stable_mask_attention(query, key, value, gamma=0.1)
+
+    _, derivative = torch.func.jvp(attend, (query,), (tangent,))
+    step = 1e-6
+    difference = (attend(query + step * tangent) - attend(query - step * tangent)) / (2 * step)
+    torch.testing.assert_close(derivative, difference, rtol=1e-6, atol=1e-8)
 
 
 def test_the_attention_brings_in_torch_alone():

@@ -126,8 +126,9 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
             raise ValueError(
                 f"gamma must be a number or a tensor (heads,), got shape {tuple(gamma.shape)}"
             )
-        # Reading values would wait for the device, or break a traced graph.
-        if torch.compiler.is_compiling() or gamma.device.type != "cpu":
+        # Reading values would wait for the device, or break a graph or a transform.
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced or gamma.device.type != "cpu":
             return
         lowest = float(gamma.detach().amin()) if gamma.numel() else 0.0
         if gamma.isnan().any():

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from ..call import Call
 from ..masks import NO_MASKS, Masks
+from . import functional
 from .kernels import KERNELS
-from .operators import flash_forward, runs_plainly
+from .operators import flash_forward, runs_plainly, under_torch_func
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
@@ -23,6 +24,8 @@ def unsupported(call: Call) -> str | None:
         return f"no stock flash kernel for device type {query.device.type!r}"
     if call.dropout_p > 0:
         return "the stock flash kernels are called without dropout"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "the stock flash kernels have no forward-mode derivative"
     if call.masks.need_gradient:
         return "the stock flash kernels give no gradient for attn_mask or alibi_slopes"
     if query.device.type == "cuda":
@@ -92,7 +95,8 @@ def attend_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, n, V) and lse (B, H, n), as :func:`~.operators.forward` has them, for any value_dim."""
     query, key, value, value_dim = _fit(query, key, value, kernel)
-    out, lse = flash_forward(
+    operator = functional.flash_forward if under_torch_func() else flash_forward
+    out, lse = operator(
         query, key, value, sink_logits,
         masks.attn_mask, masks.alibi_slopes, masks.window, masks.documents, past, scale, kernel,
     )  # fmt: skip

@@ -177,7 +177,7 @@ def backward(
     tiling = _tiling(query, key, masks, past, kernel)
     blocks = tiling.blocks()
 
-    def differentiate(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    def part(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         tile_lse = lse[:, :, tile.rows]
         tile_lse = tile_lse if tile.shift is None else tile_lse + tile.shift
         return KERNELS[kernel].backward(
@@ -190,7 +190,7 @@ def backward(
     if len(blocks) == 1:
         tiles = list(tiling.tiles(blocks[0]))
         if len(tiles) == 1 and tiles[0].keys == slice(0, key.shape[2]):
-            return differentiate(tiles[0])
+            return part(tiles[0])
 
     # The gradient of a key is a sum over the blocks, taken in float32 or better.
     precise = query.dtype if len(blocks) == 1 else lse_dtype(query)
@@ -198,7 +198,7 @@ def backward(
     d_key, d_value = (_empty(tensor).to(precise).zero_() for tensor in (key, value))
     for rows in blocks:
         for tile in tiling.tiles(rows):
-            part_query, part_key, part_value = differentiate(tile)
+            part_query, part_key, part_value = part(tile)
             d_query[:, :, rows] += part_query
             d_key[:, :, tile.keys] += part_key
             d_value[:, :, tile.keys] += part_value
@@ -289,14 +289,15 @@ def _(
     return _empty(query), _empty(key), _empty(value)
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     query, key, value, sink_logits, attn_mask, slopes, ctx.window, documents, *rest = inputs
     ctx.past, ctx.scale, ctx.kernel = rest
     ctx.set_materialize_grads(False)  # most calls drop lse
     ctx.save_for_backward(query, key, value, sink_logits, attn_mask, slopes, documents, *output)
 
 
-def _differentiate(ctx, d_out, d_lse):
+def differentiate(ctx, d_out, d_lse, backward=flash_backward):
+    """Gradients of every input of ``flash_forward``; either of its outputs may have none."""
     query, key, value, sink_logits, attn_mask, slopes, documents, out, lse = ctx.saved_tensors
     nothing = (None,) * 11
     if d_out is None and d_lse is None:
@@ -305,9 +306,10 @@ def _differentiate(ctx, d_out, d_lse):
     masks = (attn_mask, slopes, ctx.window, documents)
     rest = (ctx.past, ctx.scale, ctx.kernel)
     if d_lse is None:
-        gradients = flash_backward(d_out, query, key, value, out, lse, *masks, *rest)
+        gradients = backward(d_out, query, key, value, out, lse, *masks, *rest)
     else:
-        gradients = _with_lse_gradient(d_out, d_lse, query, key, value, out, lse, *masks, *rest)
+        tensors = (query, key, value, out, lse)
+        gradients = _with_lse_gradient(backward, d_out, d_lse, *tensors, *masks, *rest)
     d_sink = None
     if sink_logits is not None and ctx.needs_input_grad[3]:
         # An infinite sink has taken the whole row; its out, and so its gradient, is 0.
@@ -318,7 +320,7 @@ def _differentiate(ctx, d_out, d_lse):
     return *gradients, d_sink, *nothing[4:]
 
 
-def _with_lse_gradient(d_out, d_lse, query, key, value, out, lse, *rest):
+def _with_lse_gradient(backward, d_out, d_lse, query, key, value, out, lse, *rest):
     """The backward when lse has a gradient too, which adds ``weight * d_lse`` to that of each score.
 
     A kernel subtracts ``weight * rowsum(d_out * out)``. One more column, 1 in ``d_out``, ``-d_lse`` in
@@ -330,19 +332,19 @@ def _with_lse_gradient(d_out, d_lse, query, key, value, out, lse, *rest):
     d_out = torch.cat([d_out, column.to(d_out.dtype)], -1)
     out = torch.cat([out, (column * -d_lse.unsqueeze(-1)).to(out.dtype)], -1)
     query, key, value = (torch.nn.functional.pad(t, (0, width)) for t in (query, key, value))
-    gradients = flash_backward(d_out, query, key, value, out, lse, *rest)
+    gradients = backward(d_out, query, key, value, out, lse, *rest)
     return tuple(gradient[..., :dim] for gradient in gradients)
 
 
-def _refuse_second_order(ctx, *grads):
+def refuse_second_order(ctx, *grads):
     raise RuntimeError(
         "the stock flash kernels cannot be differentiated twice; use backend='reference' for "
         "second-order gradients"
     )
 
 
-flash_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
-flash_backward.register_autograd(_refuse_second_order)
+flash_forward.register_autograd(differentiate, setup_context=save_for_backward)
+flash_backward.register_autograd(refuse_second_order)
 
 
 def _vmap_forward(info, in_dims, *arguments):
@@ -386,6 +388,11 @@ def runs_plainly(*tensors: Tensor) -> bool:
     return (
         type(tensors[0]) is Tensor
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not under_torch_func()
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     )
+
+
+def under_torch_func() -> bool:
+    """Whether a transform of ``torch.func`` is active in eager mode."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -1,0 +1,108 @@
+"""Any shape, dtype, mask, mass and backend, drawn by hypothesis: outputs and every gradient.
+
+Held against the dense backend in float64, which ``test_attention.py`` holds against the definition. The
+tolerance is derived as there: twice the distance of the dense backend in the same dtype, and four
+roundings of the largest term that is summed. ``HYPOTHESIS_PROFILE=nightly`` draws 500 examples.
+"""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stablemask import pseudo_logsumexp, sink_attention
+from stablemask.backends import BACKENDS
+from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
+
+# FlexAttention compiles anew for each structure, and has tests of its own.
+NAMES = ["auto", *(name for name in BACKENDS if name in ("flash", "blocks", "reference"))]
+
+
+def draw_sink(data, batch, heads, past, q_len):
+    """Leaves, and a function of them and a dtype that gives sink logits."""
+    kind = data.draw(st.sampled_from(["shape", "gamma", "number", "infinite"]), "mass")
+    if kind == "gamma":
+        horizon = data.draw(st.sampled_from([None, past + q_len, past + q_len + 3]), "horizon")
+        positions = torch.arange(past, past + q_len)
+        sink = pseudo_logsumexp(positions, torch.rand(heads) + 0.01, horizon).double()
+        return (sink.requires_grad_(),), lambda s: s
+    if kind == "number":
+        number = data.draw(st.floats(-5, 5), "sink")
+        return (), lambda: number
+    shape = [data.draw(st.sampled_from([1, size])) for size in (batch, heads, q_len)]
+    sink = torch.randn(shape[data.draw(st.integers(0, 3), "axes left out") :], dtype=torch.float64)
+    if kind == "infinite":
+        sink = sink.masked_fill(torch.rand_like(sink) < 0.3, -torch.inf)
+        sink = sink.masked_fill(torch.rand_like(sink) < 0.2, torch.inf)
+    return (sink.requires_grad_(),), lambda s: s
+
+
+def draw_masks(data, batch, heads, q_len, kv_len):
+    """Keywords, of which the learned ones are leaves."""
+    masks = {}
+    kind = data.draw(st.sampled_from(["none", "bool", "float", "padding", "learned"]), "attn_mask")
+    if kind != "none":
+        shape = [data.draw(st.sampled_from([1, size])) for size in (batch, heads, q_len, kv_len)]
+        shape = shape[data.draw(st.integers(0, 3), "axes left out") :]
+        mask = torch.rand(shape) > 0.3
+        if kind == "padding":
+            start, stop = (data.draw(st.integers(0, kv_len), name) for name in ("start", "stop"))
+            mask = ((torch.arange(kv_len) >= start) & (torch.arange(kv_len) < max(stop, 1))).expand(
+                batch, 1, 1, kv_len
+            )
+        elif kind != "bool":
+            mask = torch.randn(shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+            mask = mask.requires_grad_(kind == "learned")
+        masks["attn_mask"] = mask
+    if data.draw(st.booleans(), "window?"):
+        masks["window"] = data.draw(st.integers(1, kv_len + 1), "window")
+    if data.draw(st.booleans(), "alibi?"):
+        slopes = torch.rand(heads, dtype=torch.float64)
+        masks["alibi_slopes"] = slopes.requires_grad_(data.draw(st.booleans(), "learned slopes?"))
+    if data.draw(st.booleans(), "documents?"):
+        shape = data.draw(st.sampled_from([(kv_len,), (batch, kv_len)]))
+        masks["documents"] = torch.randint(0, 3, shape)
+        if data.draw(st.booleans(), "sorted?"):
+            masks["documents"] = masks["documents"].sort(-1).values
+    return masks
+
+
+@given(data=st.data())
+def test_any_call_equals_the_dense_float64(data):
+    torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), "dtype")
+    batch, kv_heads, groups = (data.draw(st.integers(1, 3)) for _ in range(3))
+    q_len = data.draw(st.one_of(st.integers(1, 20), st.sampled_from([63, 257, 300])), "q_len")
+    past = data.draw(st.sampled_from([0, 1, 7, 40]), "past")
+    dim, value_dim = (data.draw(st.integers(1, 17)) for _ in range(2))
+    heads, kv_len = kv_heads * groups, past + q_len
+    inputs = make_inputs(batch, heads, kv_heads, q_len, kv_len, dim, dtype, value_dim)
+    sink_leaves, make_sink = draw_sink(data, batch, heads, past, q_len)
+    masks = draw_masks(data, batch, heads, q_len, kv_len)
+    learned = {k: m for k, m in masks.items() if isinstance(m, torch.Tensor) and m.requires_grad}
+    backend = data.draw(st.sampled_from(NAMES if not learned else [*set(NAMES) - {"flash"}]))
+
+    leaves = (*inputs, *sink_leaves, *learned.values())
+    grad = torch.randn(batch, heads, q_len, value_dim).to(dtype)
+
+    def attend(leaves, backend):
+        leaves = list(leaves)
+        query, key, value = leaves[:3]
+        sink = make_sink(*leaves[3 : len(leaves) - len(learned)])
+        keywords = {**masks, **dict(zip(learned, leaves[len(leaves) - len(learned) :]))}
+        out = sink_attention(query, key, value, sink, backend=backend, **keywords)
+        assert out.dtype == query.dtype
+        return out, *gradients(out, leaves, grad)
+
+    exact = attend(doubled(leaves), "reference")
+    if dtype == torch.float64:
+        # Sums of up to `terms` numbers of the size of a drawn one, or of the result.
+        terms = batch * groups * (q_len + kv_len + dim + value_dim)
+        for ours, truth in zip(attend(leaves, backend), exact, strict=True):
+            allowed = 4 * terms * torch.finfo(dtype).eps * max(1.0, truth.detach().abs().max())
+            torch.testing.assert_close(ours, truth, rtol=0, atol=float(allowed))
+        return
+    # The gradient of a score is off by roundings of rowsum(grad * out); that of query and key is it
+    # times a key or a query.
+    term = (grad * exact[0]).abs().sum(-1).max()
+    term = term * max(1.0, *(dim**-0.5 * t.detach().abs().max() for t in inputs[:2]))
+    assert_no_further_than_twice(attend(leaves, backend), attend(leaves, "reference"), exact, term)
