@@ -1,6 +1,7 @@
 """Every reason to skip a test, in one place."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here"),
 ]
 
+two_gpus = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
 # Real Wikipedia text that some checkouts have beside them.
 WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/valid.txt"
 wikitext = pytest.mark.skipif(
@@ -19,3 +25,8 @@ wikitext = pytest.mark.skipif(
 
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+
+peers = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("flash_attention_softmax_n", "x_transformers")),
+    reason="needs the packages of the extra `bench`",
+)

@@ -1,75 +1,130 @@
-"""The benchmarks run and say what they mean; how fast a machine is belongs to no test."""
+"""The benchmark runs and says what it means; how fast a machine is belongs to no test."""
 
 import json
-import statistics
 
 import pytest
 import torch
 
-from stablemask.benchmarks import attention
+from stablemask.benchmarks import plan, rows
+from stablemask.benchmarks.cases import Case
+from stablemask.benchmarks.figure import save_figure
 from stablemask.benchmarks.memory import peak_memory
+from stablemask.benchmarks.rows import all_rows
 from stablemask.benchmarks.training import measure_training
 from stablemask.cli.bench import BenchOptions, run
-from stablemask.errors import InputError
+from stablemask.errors import InputError, RunError
 from tests import marks
 
-CPU = torch.device("cpu")
-
-
-def test_correctness_comes_first(monkeypatch):
-    assert attention.check() < 1e-6
-    wrong = attention.stable_mask_attention
-    monkeypatch.setattr(attention, "stable_mask_attention", lambda *t, **k: wrong(*t, **k) * 1.001)
-    with pytest.raises(AssertionError, match="from the definition"):
-        attention.check()
-
-
-def test_ratios_are_medians_over_rounds():
-    times = {("sdpa", "both"): [1.0, 2.0, 4.0], ("stablemask", "both"): [1.1, 2.6, 4.0]}
-    assert attention._summary(times, "sdpa", "both") == (2000.0, 1.0)
-    milliseconds, ratio = attention._summary(times, "stablemask", "both")
-    assert milliseconds == 2600.0
-    assert ratio == round(statistics.median([1.1, 1.3, 1.0]), 3)
+CHEAP = ["sdpa", "stablemask", "definition"]
 
 
 @marks.proc
 def test_memory_is_linear_in_length_and_the_definition_is_not():
-    one_score_matrix = 8 * 16384 * 16384 * 4 / 2**20
-    sdpa = peak_memory("sdpa", 16384, "float32", CPU)
-    ours = peak_memory("stablemask", 16384, "float32", CPU)
+    one_score_matrix = 8 * 4096 * 4096 * 4 / 2**20
+    long = Case("cpu", "float32", 1, 4096, 4096)
+    sdpa = peak_memory("sdpa", long)
+    ours = peak_memory("stablemask", long)
     assert ours < one_score_matrix / 8
     # Output and three gradients are most of it; two rows of numbers a head are all we add.
     assert ours < 1.1 * sdpa
-    dense = peak_memory("definition", 2048, "float32", CPU)
+    dense = peak_memory("definition", Case("cpu", "float32", 1, 2048, 2048))
     assert dense > 8 * 2048 * 2048 * 4 / 2**20
 
 
 def test_training_benchmark_runs_every_row():
-    rows = measure_training("tiny", batch_size=1, steps=1, dtype="float32", device=CPU)
-    assert list(rows) == ["sdpa", "softmax", "stablemask"]
-    assert rows["sdpa"]["ratio"] == 1.0
-    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    measured = measure_training(
+        "tiny", batch_size=1, steps=1, dtype="float32", device=torch.device("cpu")
+    )
+    assert list(measured) == ["sdpa", "softmax", "stablemask"]
+    assert measured["sdpa"]["ratio"] == 1.0
+    assert all(row["tokens_per_second"] > 0 for row in measured.values())
 
 
-def test_the_command_prints_a_table_ends_with_json_and_saves_it(tmp_path, capsys):
-    run(
-        BenchOptions(
-            lengths=[64, 128], dtypes=["float32"], rounds=2, memory=False, training=False,
-            save=str(tmp_path),
-        )
-    )  # fmt: skip
+def options(**changes):
+    small = {
+        "lengths": [32, 64], "dtypes": ["float32"], "head_dims": [16], "groups": [1],
+        "rows": CHEAP, "memory": False, "training": False, "masks": False,
+    }  # fmt: skip
+    return BenchOptions(**small | changes)
+
+
+def test_the_command_prints_tables_ends_with_json_and_saves_it_with_a_figure(tmp_path, capsys):
+    run(options(save=str(tmp_path), groups=[1, 4], masks=True))
     lines = capsys.readouterr().out.splitlines()
     printed = json.loads(lines[-1])
     (saved,) = tmp_path.glob("attention-*.json")
     assert json.loads(saved.read_text()) == printed
-    assert [(row["row"], row["length"]) for row in printed["attention"]] == [
-        (row, length) for length in (64, 128) for row in attention.ROWS
-    ]
-    assert {"hardware", "versions", "command", "distance_from_definition"} <= printed.keys()
-    assert sum(line.startswith("stablemask ") for line in lines) == 2
+    assert saved.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert {"hardware", "versions", "command", "date", "share_of_tolerance"} <= printed.keys()
+    assert {"torch", "python", "stablemask"} <= printed["versions"].keys()
+
+    forward = [r for r in printed["attention"] if r["pass"] == "forward"]
+    both = [r for r in printed["attention"] if r["pass"] == "forward+backward"]
+    assert len(forward) == len(both) == 2 * 2 * len(CHEAP)
+    assert {r["kv_len"] for r in printed["decode"]} == {32, 64}
+    assert {r["q_len"] for r in printed["decode"]} == {1}
+    assert {r["mask"] for r in printed["masks"]} == {"alibi", "window", "documents"}
+    assert all(r["ratio"] == 1.0 for r in forward if r["row"] == "sdpa")
+    assert all(r["ms"] > 0 and r["quartiles"][0] <= r["ratio"] for r in printed["decode"])
+    assert sum(line.startswith("| stablemask |") for line in lines) >= 8
 
 
-@pytest.mark.parametrize("changes", [{"lengths": [0]}, {"rounds": -1}, {"dtypes": ["int8"]}])
+def test_a_row_that_is_wrong_is_reported_and_not_timed(capsys, monkeypatch):
+    right = rows.stable_mask_attention
+    monkeypatch.setattr(rows, "stable_mask_attention", lambda *t, **k: right(*t, **k) * 1.001)
+    with pytest.raises(RunError, match="stablemask"):
+        run(options(decode=False))
+    output = capsys.readouterr().out
+    printed = json.loads(output.splitlines()[-1])
+    assert {record["row"] for record in printed["attention"]} == {"sdpa", "definition"}
+    wrong = [record for record in printed["not_timed"] if record["incorrect"]]
+    assert {record["row"] for record in wrong} == {"stablemask"}
+    assert "INCORRECT: output is" in output
+
+
+def test_dense_rows_are_left_out_at_great_lengths(capsys):
+    run(options(lengths=[2049], groups=[1], decode=False))
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {record["row"] for record in printed["attention"]} == {"sdpa", "stablemask"}
+    reasons = {record["row"]: record["reason"] for record in printed["not_timed"]}
+    assert "2048" in reasons["definition"]
+
+
+def test_the_default_plan_covers_the_lengths_the_shapes_and_both_batches():
+    scope = plan.Scope("cpu", False, ["float32", "bfloat16"], None, [64, 128], [1, 4])
+    every = list(all_rows("cpu").values())
+    cells = list(plan.length_cells(scope, every))
+    first = [cell.case for cell in cells if (cell.case.head_dim, cell.case.groups) == (64, 1)]
+    assert [case.q_len for case in first] == [512, 1024, 2048, 4096, 8192, 16384] * 2
+    others = {(c.case.head_dim, c.case.groups, c.case.q_len) for c in cells} - {
+        (64, 1, case.q_len) for case in first
+    }
+    assert others == {(128, 1, 1024), (128, 1, 4096), (64, 4, 1024), (64, 4, 4096)}
+    decode = [cell.case for cell in plan.decode_cells(scope, every)]
+    assert {(case.batch, case.kv_len) for case in decode} >= {
+        (batch, length) for batch in (1, 8) for length in (1024, 4096, 16384)
+    }
+    for cell in cells:
+        assert {"sdpa", "stablemask"} <= {row.name for row in cell.rows}
+
+
+def test_a_figure_of_decode_alone(tmp_path):
+    record = {"row": "stablemask", "pass": "decode", "dtype": "float32", "head_dim": 64}
+    record |= {"groups": 1, "batch": 1}
+    decode = [record | {"kv_len": n, "ratio": 1.1} for n in (1024, 4096)]
+    result = {"decode": decode, "hardware": "a CPU", "versions": {"torch": "2"}}
+    save_figure(result, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert "<svg" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lengths": [0]}, {"lengths": [1]}, {"dtypes": ["int8"]}, {"groups": [3]},
+        {"head_dims": [0]}, {"rows": ["fastest"]},
+    ],
+)  # fmt: skip
 def test_bad_options(changes):
     with pytest.raises(InputError):
         run(BenchOptions(**changes))

@@ -1,6 +1,13 @@
 """Measurements of speed and memory: correctness first, interleaved in one run, medians.
 
-``attention.py`` times the attention against its peers, ``memory.py`` finds its peak memory in a fresh
-process, ``training.py`` times whole training steps. Results kept with the project are in
-``benchmarks/results``.
+    cases.py        what is timed: shapes, dtypes, tensors; masks.py the masks
+    rows.py         who is timed: stock SDPA, ours, the definition; peers.py what others wrote
+    correctness.py  every row against the definition in float64, before it is timed
+    timing.py       functions timed in turn; measure.py one cell of a table; plan.py which cells
+    memory.py       peak memory, in a fresh process
+    training.py     whole training steps
+    backends.py     the measurements that backend="auto" chooses by
+    tables.py, figure.py, environment.py    what a run leaves
+
+Start at ``plan.py``. Results kept with the project are in ``benchmarks/results``.
 """

@@ -2,55 +2,57 @@
 
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from .cases import Case, make_inputs
+from .rows import all_rows
+
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory(row: str, length: int, dtype: str, device: torch.device) -> float | None:
-    """MiB above the inputs that ``ROWS[row]`` needs at its peak, for one sequence.
+def can_measure(device: str) -> bool:
+    """On the CPU, Linux alone tells the peak of a process."""
+    return device != "cpu" or _CLEAR_REFS.exists()
 
-    None where the system cannot tell (on the CPU, anything but Linux).
-    """
-    if device.type == "cpu" and not _CLEAR_REFS.exists():
-        return None
+
+def peak_memory(row: str, case: Case) -> float:
+    """MiB above its inputs that a row needs at its peak, in a process of its own."""
     # Every block from the system and back to it, so that the peak is that of live memory.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_measure, (row, length, dtype, device.type))
+            return pool.apply(_measure, (row, case))
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-def _measure(row: str, length: int, dtype: str, device_type: str) -> float:
-    from .attention import ROWS, make_tensors
+def _measure(name: str, case: Case) -> float:
+    row = all_rows(case.device)[name]
 
-    device = torch.device(device_type)
-    attend = ROWS[row]
+    def run(case: Case) -> tuple:
+        inputs = make_inputs(case)
+        attend = row.build(case, inputs)
+        before = _reset(case.device)
+        gradients = torch.autograd.grad(attend(), row.leaves(inputs), inputs.grad)
+        return _peak(case.device) - before, gradients
 
-    def run(length: int) -> tuple:
-        query, key, value, grad = make_tensors(1, length, getattr(torch, dtype), device)
-        before = _reset(device)
-        gradients = torch.autograd.grad(attend(query, key, value), (query, key, value), grad)
-        return _peak(device) - before, gradients
-
-    run(64)  # what a first call sets up is not counted
-    return round(run(length)[0] / 2**20, 2)
+    run(replace(case, q_len=64, kv_len=64))  # what a first call sets up is not counted
+    return round(run(case)[0] / 2**20, 2)
 
 
-def _reset(device: torch.device) -> int:
-    if device.type == "cuda":
+def _reset(device: str) -> int:
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     _CLEAR_REFS.write_text("5")  # resets the peak, proc(5)
     return _kib("VmRSS") * 1024
 
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
+def _peak(device: str) -> int:
+    if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     return _kib("VmHWM") * 1024

@@ -1,129 +1,179 @@
-"""Time the attention against stock SDPA and the dense definition, and training against softmax."""
+"""Time the attention against stock SDPA, the definition and what others offer, and training.
+
+Every row is first checked against the definition in float64; ratios are to stock SDPA in the same
+rounds. With --table, time the backends against each other instead, for backend="auto" to choose by.
+"""
 
 import json
-import platform
-import shlex
 import sys
-from dataclasses import asdict, dataclass
-from datetime import date
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from stablemask import __version__
-from stablemask.benchmarks.attention import MAX_DENSE_LENGTH, ROWS, Timing, check, measure
-from stablemask.errors import InputError
+from stablemask.benchmarks import plan, tables
+from stablemask.benchmarks.backends import measure_backends, save_json, write_measurements
+from stablemask.benchmarks.cases import HEADS
+from stablemask.benchmarks.environment import describe
+from stablemask.benchmarks.measure import measure
+from stablemask.benchmarks.memory import can_measure, peak_memory
+from stablemask.benchmarks.rows import MAX_DENSE_LENGTH, Row, all_rows
+from stablemask.errors import InputError, RunError
 from stablemask.options import option
 
-SUMMARY = "time the attention against stock SDPA and the definition"
-LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
-TOKENS = 4096
+SUMMARY = "time the attention against stock SDPA and what others offer"
+DTYPES = ("float32", "bfloat16", "float16")
+MEMORY_ROWS = ("sdpa", "stablemask", "definition")
 
 
 @dataclass(kw_only=True)
 class BenchOptions:
-    quick: bool = option(False, "fewer lengths, about three minutes")
-    lengths: list[int] | None = option(None, "sequence lengths; by default 256 to 8192")
-    dtypes: list[str] = option(["float32", "bfloat16"], "of the tensors")
-    rounds: int | None = option(None, "times each row runs; by default 11")
+    quick: bool = option(False, "fewer lengths and shapes, under three minutes on two cores")
+    lengths: list[int] | None = option(
+        None, "of sequences and of caches; by default 512 to 16384, and caches of 1024 to 16384"
+    )
+    dtypes: list[str] = option(["float32", "bfloat16"], "of the tensors", choices=DTYPES)
+    head_dims: list[int] = option([64, 128], "the first at every length, the others at two")
+    groups: list[int] = option([1, 4], "query heads a key head; the first at every length")
+    rows: list[str] | None = option(None, "names of the rows to time; by default all")
+    attention: bool = option(True, "time forward and backward by length")
+    decode: bool = option(True, "time one token behind a cache")
+    masks: bool = option(True, "time ALiBi, a window and packed documents")
     memory: bool = option(True, "measure peak memory too, each in a process of its own")
     training: bool = option(True, "time training steps of the tiny preset too")
-    save: str | None = option(None, "folder for a JSON file with the result")
+    table: bool = option(False, "instead: time every backend and store what 'auto' chooses by")
+    save: str | None = option(None, "folder for a JSON file and a figure of the result")
 
 
 def run(options: BenchOptions) -> None:
-    lengths = options.lengths or ([512, 1024, 2048] if options.quick else LENGTHS)
-    rounds = options.rounds or 11
-    if min(lengths) < 1 or rounds < 1:
-        raise InputError(f"lengths and rounds must be at least 1, got {lengths} and {rounds}")
-    for dtype in options.dtypes:
-        if dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise InputError(f"dtypes must be float32, bfloat16, float16 or float64, got {dtype!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result: dict[str, Any] = {
-        "benchmark": "attention",
-        "date": date.today().isoformat(),
-        "command": shlex.join(["stablemask", *sys.argv[1:]]),
-        "hardware": hardware(device),
-        "versions": {
-            "stablemask": __version__, "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "tokens": TOKENS,
-        "rounds": rounds,
-        "distance_from_definition": check(),
-    }  # fmt: skip
+    rows = _check(options, device)
+    if options.table:
+        path = write_measurements(measure_backends(device), device)
+        print(f"wrote {path}")
+        return
+    scope = plan.Scope(
+        device.type, options.quick, options.dtypes, options.lengths, options.head_dims,
+        options.groups,
+    )  # fmt: skip
+    result: dict[str, Any] = {"benchmark": "attention", **describe(device), "heads": HEADS}
+    result |= {"not_timed": [], "share_of_tolerance": 0.0}
     print(f"{result['hardware']}; torch {torch.__version__}")
-    distance = result["distance_from_definition"]
-    print(f"correct: float64 outputs and gradients within {distance:.0e} of the definition\n")
+    print(f"{HEADS} query heads; times over the fastest stock SDPA in the same rounds, medians\n")
 
-    dense = sum(length <= MAX_DENSE_LENGTH for length in lengths)
-    total = len(options.dtypes) * (len(lengths) * (len(ROWS) - 1) + dense)
-    timings = []
-    print(_HEADER)
-    with tqdm(total=total, unit="row", leave=False, disable=None) as bar:
-        for timing in measure(
-            lengths, options.dtypes, tokens=TOKENS, rounds=rounds, device=device,
-            memory=options.memory,
-        ):  # fmt: skip
-            timings.append(timing)
-            bar.update()
-            bar.write(_line(timing), file=sys.stdout)
-            sys.stdout.flush()
-    result["attention"] = [asdict(timing) for timing in timings]
-
+    for name, cells in (
+        ("attention", plan.length_cells), ("decode", plan.decode_cells), ("masks", plan.mask_cells),
+    ):  # fmt: skip
+        if getattr(options, name):
+            result[name] = _time(list(cells(scope, rows)), name, result)
+            _print(tables.timing_tables(result[name]))
+    if options.memory and can_measure(device.type):
+        result["memory"] = _memory(scope, {row.name for row in rows})
+        _print(tables.memory_table(result["memory"]))
     if options.training:
-        from stablemask.benchmarks.training import measure_training
-
-        result["training"] = {}
-        print("\ntraining the tiny preset, 16 x 256 tokens a step")
-        for dtype in [name for name in options.dtypes if name in ("float32", "bfloat16")]:
-            measured = measure_training(
-                "tiny", batch_size=16, steps=rounds, dtype=dtype, device=device
-            )
-            result["training"][dtype] = measured
-            for row, numbers in measured.items():
-                print(
-                    f"{row:<12} {dtype:<9} {numbers['tokens_per_second']:>10,.0f} tokens/s "
-                    f"{numbers['ratio']:>6.3f} of sdpa"
-                )
-    print()
-    print(json.dumps(result))
-    if options.save:
-        path = Path(options.save) / f"attention-{device.type}-{result['date']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-_HEADER = (
-    f"{'row':<12} {'dtype':<9} {'length':>6} {'forward':>11} {'':>7} {'fwd+bwd':>11} {'':>7} "
-    f"{'peak':>11} {'':>7}"
-)
-
-
-def _line(timing: Timing) -> str:
-    peak, ratio = f"{'':>11}", ""
-    if timing.peak_mib is not None:
-        peak, ratio = f"{timing.peak_mib:>7.1f} MiB", f"{timing.peak_ratio:.3f}x"
-    return (
-        f"{timing.row:<12} {timing.dtype:<9} {timing.length:>6} "
-        f"{timing.forward_ms:>8.2f} ms {timing.forward_ratio:>6.3f}x "
-        f"{timing.both_ms:>8.2f} ms {timing.both_ratio:>6.3f}x {peak} {ratio:>7}"
+        result["training"] = _training(options, device)
+        _print(tables.training_table(result["training"]))
+    if result["not_timed"]:
+        _print(f"not timed:\n{tables.reasons(result['not_timed'])}")
+    print(
+        "correct: outputs and gradients of every row timed are those of its definition in float64; "
+        f"the worst takes {result['share_of_tolerance']:.0%} of the tolerance\n"
     )
+    if options.save:
+        _save(result, Path(options.save), device)
+    print(json.dumps(result))
+    wrong = sorted({record["row"] for record in result["not_timed"] if record["incorrect"]})
+    if wrong:
+        raise RunError(f"not what they claim to compute, see the report: {', '.join(wrong)}")
+
+
+def _check(options: BenchOptions, device: torch.device) -> list[Row]:
+    for name in ("lengths", "head_dims", "groups"):
+        values = getattr(options, name)
+        if values is not None and (not values or min(values) < 1):
+            raise InputError(f"{name} must be at least 1 each, got {values}")
+    if options.lengths and min(options.lengths) < 2:
+        raise InputError(f"lengths must be at least 2 each, got {options.lengths}")
+    if any(HEADS % groups for groups in options.groups):
+        raise InputError(f"groups must divide {HEADS} heads, got {options.groups}")
+    unknown = set(options.dtypes) - set(DTYPES)
+    if unknown or not options.dtypes:
+        raise InputError(f"dtypes must be of {', '.join(DTYPES)}, got {options.dtypes}")
+    rows = all_rows(device.type)
+    for row in options.rows or ():
+        if row not in rows:
+            raise InputError(f"no row {row!r}; the rows are {', '.join(rows)}")
+    return [row for row in rows.values() if options.rows is None or row.name in options.rows]
+
+
+def _time(cells: list[plan.Planned], name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    timings = []
+    for case, rows, budget in _progress(cells, name):
+        cell = measure(case, rows, budget)
+        timings += cell.timings
+        result["not_timed"] += cell.not_timed
+        result["share_of_tolerance"] = max(result["share_of_tolerance"], round(cell.worst, 3))
+    return timings
+
+
+def _memory(scope: plan.Scope, chosen: set[str]) -> list[dict[str, Any]]:
+    """Peak MiB by length over the floor's, and under each mask over our own causal pass."""
+    runs = []
+    for case in plan.memory_cases(scope):
+        rows = [
+            row
+            for row in MEMORY_ROWS
+            if row in chosen and (row != "definition" or case.q_len <= MAX_DENSE_LENGTH)
+        ]
+        runs += [(row, case, "sdpa") for row in rows]
+    if "stablemask" in chosen:
+        runs += [("stablemask", case, "stablemask") for case in plan.mask_memory_cases(scope)]
+    records, floors = [], {}
+    for row, case, floor in _progress(runs, "memory"):
+        mib = peak_memory(row, case)
+        if row == floor and case.mask == "causal":
+            floors[floor, case.dtype, case.kv_len] = mib
+        base = floors.get((floor, case.dtype, case.kv_len))
+        records.append(
+            {
+                "row": row, "computes": case.mask, "dtype": case.dtype, "kv_len": case.kv_len,
+                "head_dim": case.head_dim, "groups": case.groups, "mib": mib,
+                "over": floor, "ratio": round(mib / base, 3) if base else None,
+            }
+        )  # fmt: skip
+    return records
+
+
+def _training(options: BenchOptions, device: torch.device) -> dict[str, Any]:
+    from stablemask.benchmarks.training import measure_training
+
+    steps = 3 if options.quick else 11
+    return {
+        dtype: measure_training("tiny", batch_size=16, steps=steps, dtype=dtype, device=device)
+        for dtype in options.dtypes
+        if dtype in ("float32", "bfloat16")
+    }
+
+
+def _save(result: dict[str, Any], folder: Path, device: torch.device) -> None:
+    path = save_json(result, folder / f"attention-{device.type}-{result['date']}.json")
+    if result.get("attention") or result.get("decode"):
+        try:
+            from stablemask.benchmarks.figure import save_figure
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"the figure needs {error.name}; pip install 'stablemask[report]'"
+            ) from error
+        save_figure(result, path.with_suffix(".png"))
+
+
+def _progress(items: list[Any], name: str) -> Iterable[Any]:
+    return tqdm(items, desc=name, unit="cell", leave=False, disable=None)
+
+
+def _print(text: str) -> None:
+    print(f"{text}\n")
+    sys.stdout.flush()

@@ -1,0 +1,105 @@
+"""One cell of a table: every row checked, then all of them timed in turn."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from .cases import Case, Inputs, make_inputs
+from .correctness import IncorrectError, check
+from .rows import MAX_DENSE_LENGTH, Row
+from .timing import Budget, fastest, interleave, summarise
+
+# Passes: inference without gradients, training, and one token behind a cache.
+FORWARD, TRAINING, DECODE = "forward", "forward+backward", "decode"
+
+
+@dataclass
+class Cell:
+    """What was measured of one case.
+
+    Attributes:
+        timings: one dict a row and pass; times in milliseconds, ratios to the fastest floor.
+        not_timed: one dict a row and pass with the ``reason``; ``incorrect`` rows among them.
+        worst: the largest distance from the definition, as a share of what is allowed.
+    """
+
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    not_timed: list[dict[str, Any]] = field(default_factory=list)
+    worst: float = 0.0
+
+
+def measure(case: Case, rows: Iterable[Row], budget: Budget) -> Cell:
+    """Check and time ``rows`` forward and, unless the case decodes, forward and backward."""
+    cell = Cell()
+    inputs = make_inputs(case)
+    forward = DECODE if case.q_len < case.kv_len else FORWARD
+    with torch.no_grad():
+        _measure_pass(cell, case, forward, rows, inputs.detached(), budget)
+    if forward is FORWARD:
+        _measure_pass(cell, case, TRAINING, rows, inputs, budget)
+    return cell
+
+
+def _measure_pass(
+    cell: Cell, case: Case, kind: str, rows: Iterable[Row], inputs: Inputs, budget: Budget
+) -> None:
+    labels = {name: value for name, value in asdict(case).items() if name != "device"}
+    labels["pass"] = kind
+    functions, served = {}, {}
+    for row in rows:
+        try:
+            functions[row.name], distance = prepare(case, row, inputs, backward=kind is TRAINING)
+        except CannotServeError as error:
+            reason = {"reason": str(error), "incorrect": error.incorrect}
+            cell.not_timed.append({"row": row.name, **labels, **reason})
+            continue
+        served[row.name] = row
+        cell.worst = max(cell.worst, distance)
+    if not functions:
+        return
+    floors = [name for name, row in served.items() if row.is_floor]
+    samples = interleave(functions, budget, case.device, always=floors)
+    floor = fastest(samples, floors)
+    for name, row in served.items():
+        summary = asdict(summarise(samples[name], floor))
+        cell.timings.append({"row": name, "computes": row.computes, **labels, **summary})
+
+
+class CannotServeError(Exception):
+    """A row that is not timed, with the reason."""
+
+    incorrect = False
+
+
+def prepare(
+    case: Case, row: Row, inputs: Inputs, *, backward: bool
+) -> tuple[Callable[[], object], float]:
+    """The function to time, which has been checked and is warm, and its share of the tolerance.
+
+    Raises:
+        CannotServeError: the row refuses the case, fails, or is not correct.
+    """
+    if row.dense and case.q_len > MAX_DENSE_LENGTH:
+        raise CannotServeError(f"keeps every score; timed up to {MAX_DENSE_LENGTH} queries")
+    if row.package and find_spec(row.package) is None:
+        raise CannotServeError(f"needs the package {row.package}")
+    # Others fail in their own ways; one that does is a line of the report, not the end of the run.
+    try:
+        run = row.build(case, inputs)
+        distance = check(case, row, inputs, run, backward=backward)
+    except NotImplementedError as error:
+        raise CannotServeError(str(error)) from error
+    except IncorrectError as error:
+        wrong = CannotServeError(str(error))
+        wrong.incorrect = True
+        raise wrong from error
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise CannotServeError(f"{type(error).__name__}: {first_line}") from error
+    if not backward:
+        return run, distance
+    leaves = row.leaves(inputs)
+    return lambda: torch.autograd.grad(run(), leaves, inputs.grad), distance

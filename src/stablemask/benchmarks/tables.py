@@ -1,0 +1,79 @@
+"""The measurements as Markdown: ratios to the floor, one table a pass, dtype and shape."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def timing_tables(timings: list[Record]) -> str:
+    """Ratios by length; a floor's own line has its milliseconds.
+
+    A table has one column a length, of the sequence or of the cache.
+    """
+    tables: dict[str, list[Record]] = {}
+    for record in timings:
+        tables.setdefault(_title(record), []).append(record)
+    return "\n\n".join(
+        f"{title}\n\n{_pivot(records, _timing_text)}" for title, records in tables.items()
+    )
+
+
+def memory_table(records: list[Record]) -> str:
+    """Peak MiB, and ratios to the row that has none."""
+    tables: dict[str, list[Record]] = {}
+    for record in records:
+        tables.setdefault(f"**peak memory, {record['dtype']}**", []).append(record)
+    return "\n\n".join(f"{title}\n\n{_pivot(part, _memory_text)}" for title, part in tables.items())
+
+
+def training_table(training: dict[str, dict[str, dict[str, float]]]) -> str:
+    lines = ["| row | dtype | tokens/s | of sdpa |", "|---|---|---|---|"]
+    for dtype, rows in training.items():
+        lines += [
+            f"| {row} | {dtype} | {numbers['tokens_per_second']:,.0f} | {numbers['ratio']:.3f} |"
+            for row, numbers in rows.items()
+        ]
+    return "\n".join(lines)
+
+
+def reasons(not_timed: Iterable[Record]) -> str:
+    """Each row that was not timed and why, once for all cells that share the reason."""
+    lines: dict[str, None] = {}  # a set that keeps its order
+    for record in not_timed:
+        verdict = "INCORRECT: " if record["incorrect"] else ""
+        lines[f"- {record['row']}, {record['pass']}: {verdict}{record['reason']}"] = None
+    return "\n".join(lines)
+
+
+def _title(record: Record) -> str:
+    parts = [record["pass"], record["dtype"], f"head_dim {record['head_dim']}"]
+    if record["groups"] > 1:
+        parts.append(f"{record['groups']} query heads a key head")
+    if record["q_len"] < record["kv_len"]:
+        parts.append(f"batch {record['batch']}")
+    if record["mask"] != "causal":
+        parts.append(record["mask"])
+    return f"**{', '.join(parts)}**"
+
+
+def _pivot(records: list[Record], text: Callable[[Record], str]) -> str:
+    lengths = sorted({record["kv_len"] for record in records})
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for record in records:
+        label = (record["row"], record["computes"])
+        rows.setdefault(label, {})[record["kv_len"]] = text(record)
+    head = ["row", "computes", *(f"{length:,}" for length in lengths)]
+    lines = [head, ["---"] * len(head)]
+    lines += [[*label, *(cells.get(n, "") for n in lengths)] for label, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _timing_text(record: Record) -> str:
+    if record["ratio"] in (None, 1.0) and record["row"].startswith("sdpa"):
+        return f"{record['ms']:.3g} ms"
+    return f"{record['ratio']:.2f}" if record["ratio"] else f"{record['ms']:.3g} ms"
+
+
+def _memory_text(record: Record) -> str:
+    return f"{record['mib']:.1f} MiB ({record['ratio']:.2f})"
