@@ -1,5 +1,7 @@
 """A sequence on several ranks against the definition of the whole, outputs and every gradient."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from stablemask.distributed import (
     unshard_sequence,
 )
 from stablemask.distributed.context_parallel import _Ring
+from tests import marks
 from tests.oracle import gradients, make_inputs, sink_definition
 from tests.test_attention import assert_no_further_than_twice
 
@@ -268,6 +271,40 @@ def _value_dim_and_ways_of_running():
 
 def test_value_dim_and_ways_of_running(two_ranks):
     two_ranks.run(_value_dim_and_ways_of_running)
+
+
+def _on_gpus(dtype, masks):
+    """The shards of each rank on its own device, in a group of NCCL beside that of gloo."""
+    device = torch.device("cuda", dist.get_rank())
+    torch.cuda.set_device(device)
+    layout = {"group": dist.new_group(backend="nccl"), "balanced": True}
+    masks = {k: v.to(device) if k == "alibi_slopes" else v for k, v in MASKS[masks].items()}
+    sink = torch.randn(4, 1, device=device).requires_grad_()
+    inputs = tuple(
+        t.detach().to(device).requires_grad_() for t in make_inputs(2, 4, 2, 256, 256, 64, dtype)
+    )
+    attend = functools.partial(sink_attention, **masks, backend="reference")
+    exact_inputs = tuple(t.detach().double().requires_grad_() for t in (*inputs, sink))
+    exact, dense = attend(*exact_inputs), attend(*inputs, sink)
+    grad = torch.randn_like(dense)
+    truth = (exact, *gradients(exact, exact_inputs, grad))
+    reference = (dense, *gradients(dense, (*inputs, sink), grad))
+    shards = [shard_sequence(t, 2, **layout).detach().requires_grad_() for t in inputs]
+    out = context_parallel_attention(*shards, sink, **masks, **layout)
+    grads = gradients(out, (*shards, sink), shard_sequence(grad, 2, **layout))
+    whole = _whole((*inputs, sink), grads, 256, layout)
+    term = (grad.double() * exact).abs().sum(-1).max()
+    results = (unshard_sequence(out, 2, **layout), *whole)
+    assert_no_further_than_twice(results, reference, truth, term)
+
+
+class TestTwoGpus:
+    pytestmark = marks.two_gpus
+
+    @pytest.mark.parametrize("masks", ["none", "both"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_over_nccl_they_equal_the_definition(self, two_ranks, dtype, masks):
+        two_ranks.run(_on_gpus, dtype, masks)
 
 
 def _bad_input():

@@ -15,8 +15,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from stablemask.models import StableMaskForCausalLM
-
-from ..models.tiny import random_ids, tiny_model
+from tests.models.tiny import random_ids, tiny_model
 
 DESIGNS = [
     {"attention": "stablemask", "stablemask": {"gamma": "slopes"}},
