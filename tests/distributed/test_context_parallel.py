@@ -17,7 +17,7 @@ from stablemask.distributed import (
 from stablemask.distributed.context_parallel import _Ring
 from tests import marks
 from tests.oracle import gradients, make_inputs, sink_definition
-from tests.test_attention import assert_no_further_than_twice
+from tests.test_attention import LargestTensor, assert_no_further_than_twice
 
 MASKS = {
     "none": {},
@@ -245,6 +245,23 @@ def _same_bits_and_special_sinks():
 
 def test_same_bits_again_and_infinite_sinks(two_ranks):
     two_ranks.run(_same_bits_and_special_sinks)
+
+
+def _largest_tensor(masks, allowed):
+    inputs = make_inputs(1, 4, 2, 1024, 1024, 8, torch.float32)
+    with LargestTensor() as largest:
+        out = context_parallel_attention(*inputs, 0.0, **MASKS[masks])
+        torch.autograd.grad(out, inputs, out.detach())
+    assert 0 < largest.elements <= allowed
+
+
+@pytest.mark.parametrize(
+    ("masks", "allowed"),
+    # a few rows of head_dim for each token, and with ALiBi the bias of a square on the diagonal
+    [("none", 4 * 1024 * 8), ("window", 256 * 512), ("alibi", 4 * 256 * 256)],
+)
+def test_memory_is_linear_in_length(two_ranks, masks, allowed):
+    two_ranks.run(_largest_tensor, masks, allowed)
 
 
 def _value_dim_and_ways_of_running():

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ..arguments import autocast, check_masks, check_sink, check_tensors
 from ..backends import operators
-from ..backends.flash import kernel_for, unsupported
+from ..backends.flash import _fit, kernel_for, unsupported
 from ..call import Call
 from ..merging import merge_attention
 from ..pseudo import pseudo_logsumexp
@@ -90,13 +90,7 @@ def context_parallel_attention(
     if reason:
         raise ValueError(f"no backend serves this call: {reason}")
     kernel = kernel_for(query.device.type, query.dtype, not masks.empty)
-    value_dim = value.shape[3]
-    width = max(query.shape[3], value_dim)
-    width += -width % 8 if kernel != "cpu" else 0
-    query, key, value = (
-        torch.nn.functional.pad(tensor, (0, width - tensor.shape[3]))
-        for tensor in (query, key, value)
-    )
+    query, key, value, value_dim = _fit(query, key, value, kernel)
     out = _attend(query, key, value, sink_logits, alibi_slopes, window, scale, kernel, ring)
     return out[..., :value_dim]
 
