@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stablemask.backends import flash_attn, flex
+
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here"),
@@ -29,4 +31,15 @@ proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="n
 peers = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("flash_attention_softmax_n", "x_transformers")),
     reason="needs the packages of the extra `bench`",
+)
+
+flash_attn_on_gpu = [
+    *gpu,
+    pytest.mark.skipif(
+        all(flash_attn.problem(package) for package in flash_attn.MODULES),
+        reason="needs the flash-attn package; none here",
+    ),
+]
+cpp_compiler = pytest.mark.skipif(
+    flex.cpu_problem() is not None, reason=flex.cpu_problem() or "FlexAttention works on this CPU"
 )

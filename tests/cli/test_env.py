@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from stablemask import __version__
-from stablemask.backends import BACKENDS
+from stablemask.backends import BACKENDS, choice
+from stablemask.backends.choice import MAX_DENSE_KEYS
 from stablemask.cli import env
 from stablemask.cli.main import main
 
@@ -32,7 +33,7 @@ def test_every_backend_is_checked_on_every_device(report):
     works = {name for name, device in checked if device == "cpu"} & {
         check["backend"] for check in report["backends"] if check["works"]
     }
-    assert {"flash", "reference"} <= works
+    assert {"flash", "blocks", "reference"} <= works
     assert all(check["detail"] for check in report["backends"])
 
 
@@ -42,6 +43,42 @@ def test_table_has_a_line_for_each_backend_and_package(capsys):
     assert ["torch", torch.__version__] in lines
     for name in BACKENDS:
         assert [name, "cpu"] in [line[:2] for line in lines]
+
+
+def test_the_choice_is_that_of_the_attention(report):
+    assert {case["device"] for case in report["auto"]} == set(report["devices"])
+    for case in report["auto"]:
+        assert case["backend"] in BACKENDS
+        if case["length"] > MAX_DENSE_KEYS:
+            assert case["backend"] != "reference"
+        if case["device"] == "cpu" and case["step"] == "training":
+            assert case["backend"] != "flex"  # it has no backward there
+
+
+def test_the_choice_says_whether_it_was_measured(monkeypatch, capsys):
+    row = {"dtype": "float32", "kind": "alibi", "pass": "training", "q_len": 300, "kv_len": 300}
+    times = {"blocks": 1.0, "flash": 2.0}
+    monkeypatch.setattr(choice, "_measurements", lambda device: [row | {"milliseconds": times}])
+    choice.rank.cache_clear()
+    try:
+        chosen = env.automatic_choice("cpu", "float32", "alibi", "training", 256)
+        assert (chosen.backend, chosen.measured) == ("blocks", True)
+        other = env.automatic_choice("cpu", "bfloat16", "alibi", "training", 256)
+        assert (other.backend, other.measured) == ("flash", False)
+        main(["env"])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [
+            "cpu",
+            "float32",
+            "training",
+            "flash*",
+            "flash*",
+            "blocks",
+            "flash*",
+            "flash*",
+        ] in lines
+    finally:
+        choice.rank.cache_clear()
 
 
 def test_a_package_that_is_missing(monkeypatch, capsys):

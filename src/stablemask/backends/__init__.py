@@ -7,7 +7,7 @@ cannot do:
 
     unsupported(call) -> the reason, or None
 
-``BACKENDS`` is the only list of them, in the order in which ``backend="auto"`` tries them.
+``BACKENDS`` is the only list of them; ``choice.py`` chooses among them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..call import Call
-from . import flash, reference
+from . import blocks, flash, flash_attn, flex, reference
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "flash": Backend(flash.attend, flash.unsupported, "the stock flash kernel of the device"),
     "cudnn": Backend(flash.attend_cudnn, flash.unsupported_cudnn, "the cuDNN kernel, CUDA only"),
+    "flash_attn": Backend(
+        flash_attn.attend, flash_attn.unsupported, "the flash-attn package, FA2 or FA3, CUDA only"
+    ),
+    "flex": Backend(flex.attend, flex.unsupported, "FlexAttention; on the CPU forward only"),
+    "blocks": Backend(
+        blocks.attend, blocks.unsupported, "the definition in blocks of rows, linear memory"
+    ),
     "reference": Backend(
         reference.attend, reference.unsupported, "the dense definition, twice differentiable"
     ),

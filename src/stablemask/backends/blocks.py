@@ -1,0 +1,71 @@
+"""The definition in blocks of query rows: linear memory on every device, for every mask.
+
+Serves what no flash kernel does: dropout, gradients of ``attn_mask`` and ``alibi_slopes``, devices
+without a kernel. A block sees the keys that its rows can, and the backward computes it again, with
+the same random numbers, rather than keep its scores.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..call import Call
+from ..masks import Masks
+from . import reference
+from .calls import needs_gradient
+
+ROWS_IN_BLOCK = 256
+
+
+def unsupported(call: Call) -> str | None:
+    return None
+
+
+def attend(call: Call) -> Tensor:
+    """As ``reference.attend``, of which it is made."""
+    n = call.query.shape[2]
+    if n == 0:
+        return reference.attend(call)
+    if not needs_gradient(call):
+        return torch.cat([_attend_rows(call, rows) for rows in _blocks(n)], dim=2)
+
+    # The gradient of a key is a sum over the blocks, taken in float32 or better.
+    if call.query.dtype in (torch.float16, torch.bfloat16):
+        call = call._replace(key=call.key.float(), value=call.value.float())
+    parts = [
+        checkpoint(
+            functools.partial(_attend_rows, call, rows),
+            use_reentrant=False,
+            preserve_rng_state=call.dropout_p > 0,
+        )
+        for rows in _blocks(n)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + ROWS_IN_BLOCK, n)) for start in range(0, n, ROWS_IN_BLOCK)]
+
+
+def _attend_rows(call: Call, rows: slice) -> Tensor:
+    query, key, value, sink_logits, masks, dropout_p, scale = call
+    past = key.shape[2] - query.shape[2]
+    keys = slice(masks.first_key(past + rows.start), past + rows.stop)
+    mask = masks.attn_mask
+    if mask is not None:
+        mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None), keys]
+    documents = None if masks.documents is None else masks.documents[:, keys]
+    # The rows are the last ones of these keys, and distances do not change.
+    return reference.attend(
+        Call(
+            query[:, :, rows],
+            key[:, :, keys].to(query.dtype),
+            value[:, :, keys].to(query.dtype),
+            sink_logits if sink_logits.shape[2] == 1 else sink_logits[:, :, rows],
+            Masks(mask, masks.alibi_slopes, masks.window, documents),
+            dropout_p,
+            scale,
+        )
+    )

@@ -1,0 +1,34 @@
+"""What several backends, and the choice among them, ask of a call."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ..call import Call
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def needs_gradient(call: Call) -> bool:
+    """Whether autograd will ask for a backward of this call."""
+    query, key, value, sink_logits, masks, *_ = call
+    mask, slopes = masks.attn_mask, masks.alibi_slopes
+    return torch.is_grad_enabled() and (  # spelled out, for it is asked in every call
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or sink_logits.requires_grad
+        or (mask is not None and mask.requires_grad)
+        or (slopes is not None and slopes.requires_grad)
+    )
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """Have the compiler call a function and take its result for a constant, rather than trace it.
+
+    That is all ``torch.compiler.assume_constant_result`` does; calling it would import the compiler,
+    for seconds, with this package.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function

@@ -1,0 +1,294 @@
+"""FlexAttention with a sink: on the CPU forward only, where the sink is one more key.
+
+Compiling takes most of the time, so the cases share a few compiled kernels: causal, one with every
+mask, a row after a cache, and half precision.
+"""
+
+import pytest
+import torch
+
+from stablemask import head_decay_rates, sink_attention
+from stablemask.backends import flex, reference
+from stablemask.call import Call
+from stablemask.masks import Masks
+from tests import marks
+from tests.oracle import gradients, make_inputs, sink_definition
+
+KV_LEN = 310
+
+
+def _assert_close_to_definition(inputs, sink, definition, **keywords):
+    """No further from float64 than twice the dense backend is in the same precision."""
+    with torch.no_grad():
+        out = sink_attention(*inputs, sink, backend="flex", **keywords)
+        dense = sink_attention(*inputs, sink, backend="reference", **keywords)
+    assert out.dtype == inputs[0].dtype
+    assert out.isfinite().all()
+    roundings = 4 * torch.finfo(out.dtype).eps * definition.abs().max()
+    allowed = 2 * (dense.double() - definition).abs().max() + roundings
+    assert (out.double() - definition).abs().max() <= allowed
+
+
+def _definition(inputs, sink, **keywords):
+    with torch.no_grad():
+        return sink_definition(*(t.double() for t in inputs), sink.double(), **keywords)
+
+
+@marks.cpp_compiler
+class TestOnCPU:
+    @pytest.mark.parametrize(
+        ("q_len", "window"), [(310, None), (257, None), (257, 1), (300, 40), (300, 129)]
+    )
+    def test_causal_and_window_behind_a_cache(self, q_len, window):
+        inputs = make_inputs(2, 4, 2, q_len, KV_LEN, 8, torch.float32, value_dim=24)
+        sink = torch.randn(4, 1)
+        distance = torch.arange(KV_LEN - q_len, KV_LEN).unsqueeze(-1) - torch.arange(KV_LEN)
+        visible = None if window is None else distance < window
+        definition = _definition(inputs, sink, visible=visible)
+        _assert_close_to_definition(inputs, sink, definition, window=window)
+
+    @pytest.mark.parametrize("alone", ["alibi", "documents", "bool", "all"])
+    def test_masks(self, alone):
+        """One kernel takes them all; those that are not tested are made to change nothing."""
+        q_len = 300
+        inputs = make_inputs(2, 4, 2, q_len, KV_LEN, 8, torch.float32, value_dim=24)
+        sink = torch.randn(2, 4, q_len)
+        slopes = torch.zeros(4) if alone in ("documents", "bool") else head_decay_rates(4)
+        documents = torch.zeros(2, KV_LEN, dtype=torch.int64)
+        if alone in ("documents", "all"):
+            documents = torch.stack([torch.arange(KV_LEN) // 70, torch.arange(KV_LEN) // 33 % 3])
+        allowed = torch.ones(2, 1, q_len, KV_LEN, dtype=torch.bool)
+        if alone in ("bool", "all"):
+            allowed = torch.rand(2, 1, q_len, KV_LEN) > 0.4
+            allowed[:, :, 5:9] = False  # rows that see nothing
+        distance = torch.arange(KV_LEN - q_len, KV_LEN).unsqueeze(-1) - torch.arange(KV_LEN)
+        same = documents[:, None, KV_LEN - q_len :, None] == documents[:, None, None, :]
+        definition = _definition(
+            inputs, sink, visible=allowed & same, bias=-slopes.double().view(-1, 1, 1) * distance
+        )
+        _assert_close_to_definition(
+            inputs, sink, definition, attn_mask=allowed, documents=documents, alibi_slopes=slopes
+        )
+
+    def test_infinite_sinks(self):
+        query, key, value = make_inputs(2, 4, 2, 300, KV_LEN, 8, torch.float32, value_dim=24)
+        sink = torch.tensor([[-torch.inf], [torch.inf], [0.0], [1.0]])
+        with torch.no_grad():
+            out = sink_attention(query, key, value, sink, backend="flex")
+            plain = sink_attention(query, key, value, -torch.inf, backend="reference")
+        assert (out[:, 1] == 0).all()
+        torch.testing.assert_close(out[:, 0], plain[:, 0])
+        assert out.isfinite().all()
+
+    def test_a_row_that_sees_nothing_not_even_a_sink_is_zero(self):
+        inputs = make_inputs(2, 4, 2, 300, KV_LEN, 8, torch.float32, value_dim=24)
+        allowed = torch.ones(2, 1, 300, KV_LEN, dtype=torch.bool)
+        allowed[:, :, 7] = False
+        with torch.no_grad():
+            out = sink_attention(
+                *inputs,
+                torch.full((4, 1), -torch.inf),
+                attn_mask=allowed,
+                documents=torch.zeros(2, KV_LEN, dtype=torch.int64),
+                alibi_slopes=torch.zeros(4),
+                backend="flex",
+            )
+        assert (out[:, :, 7] == 0).all()
+        assert out.isfinite().all()
+
+    @pytest.mark.parametrize("kv_len", [2, 40, 101])
+    def test_a_row_after_a_cache(self, kv_len):
+        inputs = make_inputs(2, 4, 1, 1, kv_len, 8, torch.float32)
+        sink = torch.randn(4, 1)
+        _assert_close_to_definition(inputs, sink, _definition(inputs, sink))
+
+    def test_additive_mask_in_bfloat16(self):
+        inputs = make_inputs(2, 4, 4, 300, KV_LEN, 16, torch.bfloat16)
+        sink, bias = torch.randn(4, 1), torch.randn(1, 4, 1, KV_LEN)
+        bias[..., :20] = -torch.inf
+        definition = _definition(inputs, sink, bias=bias.double())
+        _assert_close_to_definition(inputs, sink, definition, attn_mask=bias)
+
+    def test_lengths_of_one_structure_share_a_kernel(self):
+        made = [
+            flex._compiled(flex._structure(_call(q_len, 2 * q_len))) for q_len in (200, 257, 999)
+        ]
+        assert made[0] is made[1] is made[2]
+        assert made[0] is not flex._compiled(flex._structure(_call(200, 400, window=3, heads=3)))
+
+    def test_inside_another_compilation_it_is_refused(self):
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def attend(query):
+            return 0 if flex.unsupported(_call()._replace(query=query)) is None else 1
+
+        with torch.no_grad():
+            assert attend(torch.zeros(1, 2, 5, 8)) == 1
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """The way of CUDA, on this CPU: PyTorch's unfused FlexAttention has the lse and a backward."""
+    monkeypatch.setattr(flex, "_returns_lse", lambda device: True)
+    monkeypatch.setattr(flex, "_compiled", lambda structure: flex._flex)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+def _every_gradient(attend, call):
+    leaves = [*call[:4], call.masks.attn_mask, call.masks.alibi_slopes]
+    leaves = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    out = attend(call)
+    return [out, *gradients(out, leaves, torch.ones_like(out).cumsum(-1) / out.shape[-1])]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("mask", ["none", "window", "alibi", "documents", "bool", "bias", "all"])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(150, 150), (130, 300)])
+def test_with_lse_outputs_and_every_gradient_equal_the_reference(unfused, mask, q_len, kv_len):
+    masks = {
+        "none": {},
+        "window": {"window": 40},
+        "alibi": {"alibi_slopes": head_decay_rates(4).double().requires_grad_()},
+        "documents": {"documents": torch.stack([torch.arange(kv_len) // 70] * 2)},
+        "bool": {"attn_mask": torch.rand(2, 1, q_len, kv_len) > 0.4},
+        "bias": {"attn_mask": torch.randn(1, 4, 1, kv_len).double().requires_grad_()},
+    }
+    masks["bool"]["attn_mask"][:, :, 5:9] = False  # rows that see nothing
+    if mask == "all":
+        masks["all"] = masks["bias"] | masks["alibi"] | masks["window"] | masks["documents"]
+    sink = torch.tensor([[[-torch.inf], [torch.inf], [0.0], [1.0]]]).double().requires_grad_()
+    inputs = make_inputs(2, 4, 2, q_len, kv_len, 16, torch.float64, value_dim=24)
+    call = Call(*inputs, sink, Masks(**masks[mask]), 0.0, 0.3)
+    ours, expected = _every_gradient(flex.attend, call), _every_gradient(reference.attend, call)
+    for actual, exact in zip(ours, expected, strict=True):
+        # The sink logits are float32 here.
+        torch.testing.assert_close(actual, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_with_lse_traces_inside_another_compilation(unfused):
+    query, key, value = make_inputs(1, 2, 1, 150, 170, 16, torch.float32)
+    documents = torch.arange(170)[None] // 50
+    torch._dynamo.reset()
+
+    def attend(query, key, value):
+        masks = Masks(window=60, documents=documents)
+        return flex.attend(Call(query, key, value, torch.zeros(1, 1, 1), masks, 0.0, 0.25)) * 2
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    masks = Masks(window=60, documents=documents)
+    call = Call(query, key, value, torch.zeros(1, 1, 1), masks, 0.0, 0.25)
+    torch.testing.assert_close(compiled(query, key, value), reference.attend(call) * 2)
+
+
+def _call(q_len=5, kv_len=5, heads=2, dtype=torch.float32, device="cpu", dropout_p=0.0, **masks):
+    query, key = (torch.zeros(1, heads, n, 8, dtype=dtype, device=device) for n in (q_len, kv_len))
+    return Call(query, key, key, torch.zeros(1, 1, 1), Masks(**masks), dropout_p, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        ({"device": "meta"}, "not on 'meta'"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"dropout_p": 0.5}, "dropout"),
+        ({"alibi_slopes": torch.ones(2, requires_grad=True)}, "no backward on the CPU"),
+    ],
+)
+def test_says_what_it_cannot_do(keywords, reason):
+    assert reason in flex.unsupported(_call(**keywords))
+
+
+def test_a_gradient_is_refused_on_the_cpu_only_where_it_is_asked_for():
+    inputs = make_inputs(1, 2, 2, 5, 5, 8, torch.float32)
+    with pytest.raises(ValueError, match="no backward on the CPU"):
+        sink_attention(*inputs, 0.0, backend="flex")
+    with torch.no_grad():
+        problem = flex.unsupported(_call()._replace(query=inputs[0]))
+    assert problem is None or "backward" not in problem
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    flex._look_for_compiler.cache_clear()
+    try:
+        assert "no-such-compiler" in flex.unsupported(_call())
+    finally:
+        flex._look_for_compiler.cache_clear()
+
+
+def _blocks_by_pooling(visible):
+    """Which blocks hold some, and only, visible scores, from the whole mask."""
+    n, m = visible.shape[-2:]
+    size = flex._BLOCK
+    padded = torch.nn.functional.pad(visible.float(), (0, -m % size, 0, -n % size))
+    blocks = padded.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    return blocks.amax((-3, -1)).bool(), blocks.amin((-3, -1)).bool()
+
+
+def _as_set(num_blocks, indices):
+    dense = torch.zeros(indices.shape, dtype=torch.bool)
+    for at in torch.cartesian_prod(*(torch.arange(size) for size in num_blocks.shape)).tolist():
+        dense[(*at, indices[(*at, slice(0, int(num_blocks[tuple(at)])))].long())] = True
+    return dense
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(700, 700), (300, 701), (1, 400), (129, 129)])
+@pytest.mark.parametrize("window", [None, 1, 200, 300])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_block_mask_from_bounds(q_len, kv_len, window, with_documents):
+    """No block that holds a visible score is skipped, and none is called full that is not."""
+    documents = torch.arange(kv_len)[None] // 150 if with_documents else None
+    tensors = flex._make_blocks(q_len, kv_len, window, False, False, torch.device("cpu"), documents)
+    partial, full = _as_set(*tensors[:2]), _as_set(*tensors[2:4])
+    distance = torch.arange(kv_len - q_len, kv_len).unsqueeze(-1) - torch.arange(kv_len)
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if with_documents:
+        visible = visible & (documents[0, kv_len - q_len :, None] == documents[0])
+    some, every = _blocks_by_pooling(visible)
+    assert not (partial & full).any()
+    assert torch.equal((partial | full)[0, 0], some)
+    assert (every | ~full[0, 0]).all()
+    if not with_documents:  # documents may begin inside a block that they fill
+        assert torch.equal(full[0, 0], every)
+
+
+class TestOnCUDA:
+    pytestmark = marks.gpu
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("mask", ["none", "window", "alibi", "documents", "bool", "float"])
+    @pytest.mark.parametrize(("q_len", "kv_len"), [(257, 257), (130, 300)])
+    def test_outputs_and_every_gradient(self, dtype, mask, q_len, kv_len):
+        torch.set_default_device("cuda")
+        try:
+            keywords = {
+                "none": {},
+                "window": {"window": 40},
+                "alibi": {"alibi_slopes": head_decay_rates(4).requires_grad_()},
+                "documents": {"documents": torch.arange(kv_len) // 70},
+                "bool": {"attn_mask": torch.rand(2, 1, q_len, kv_len) > 0.4},
+                "float": {"attn_mask": torch.randn(1, 4, q_len, kv_len).requires_grad_()},
+            }[mask]
+            inputs = make_inputs(2, 4, 2, q_len, kv_len, 32, dtype)
+            sink = torch.tensor([[-torch.inf], [torch.inf], [0.0], [1.0]], requires_grad=True)
+        finally:
+            torch.set_default_device(None)
+        learned = [t for t in keywords.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        results = {}
+        for name, precise, backend in (
+            ("flex", False, "flex"), ("dense", False, "reference"), ("exact", True, "reference"),
+        ):  # fmt: skip
+            leaves = (*inputs, sink)
+            if precise:
+                leaves = tuple(t.detach().double().requires_grad_() for t in leaves)
+            out = sink_attention(*leaves, backend=backend, **keywords)
+            grad = torch.ones_like(out).cumsum(-1) / out.shape[-1]
+            results[name] = [out, *gradients(out, (*leaves, *learned), grad)]
+        for ours, dense, exact in zip(*results.values(), strict=True):
+            assert ours.isfinite().all()
+            roundings = 4 * torch.finfo(dtype).eps * exact.abs().max()
+            allowed = 2 * (dense.double() - exact).abs().max() + roundings
+            assert (ours.double() - exact).abs().max() <= allowed
