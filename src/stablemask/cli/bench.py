@@ -6,7 +6,9 @@ rounds. With --table, time the backends against each other instead, for backend=
 
 import json
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def run(options: BenchOptions) -> None:
         options.groups,
     )  # fmt: skip
     result: dict[str, Any] = {"benchmark": "attention", **describe(device), "heads": HEADS}
-    result |= {"not_timed": [], "share_of_tolerance": 0.0}
+    result |= {"not_timed": [], "share_of_tolerance": 0.0, "seconds": {}}
     print(f"{result['hardware']}; torch {torch.__version__}")
     print(f"{HEADS} query heads; times over the fastest stock SDPA in the same rounds, medians\n")
 
@@ -68,13 +70,16 @@ def run(options: BenchOptions) -> None:
         ("attention", plan.length_cells), ("decode", plan.decode_cells), ("masks", plan.mask_cells),
     ):  # fmt: skip
         if getattr(options, name):
-            result[name] = _time(list(cells(scope, rows)), name, result)
+            with _clock(result, name):
+                result[name] = _time(list(cells(scope, rows)), name, result)
             _print(tables.timing_tables(result[name]))
     if options.memory and can_measure(device.type):
-        result["memory"] = _memory(scope, {row.name for row in rows})
+        with _clock(result, "memory"):
+            result["memory"] = _memory(scope, {row.name for row in rows})
         _print(tables.memory_table(result["memory"]))
     if options.training:
-        result["training"] = _training(options, device)
+        with _clock(result, "training"):
+            result["training"] = _training(options, device)
         _print(tables.training_table(result["training"]))
     if result["not_timed"]:
         _print(f"not timed:\n{tables.reasons(result['not_timed'])}")
@@ -168,6 +173,14 @@ def _save(result: dict[str, Any], folder: Path, device: torch.device) -> None:
                 f"the figure needs {error.name}; pip install 'stablemask[report]'"
             ) from error
         save_figure(result, path.with_suffix(".png"))
+
+
+@contextmanager
+def _clock(result: dict[str, Any], name: str) -> Iterator[None]:
+    """Note how long a part of the benchmark takes."""
+    start = time.perf_counter()
+    yield
+    result["seconds"][name] = round(time.perf_counter() - start, 1)
 
 
 def _progress(items: list[Any], name: str) -> Iterable[Any]:
