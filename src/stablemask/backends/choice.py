@@ -20,9 +20,11 @@ from . import BACKENDS, Backend
 from .calls import constant_while_compiling, needs_gradient
 
 MEASURED = Path(__file__).with_name("measured")
-# Beyond so many keys "auto" takes no backend that keeps every score.
-MAX_DENSE_KEYS = 4096
-_DENSE = ("reference",)
+# Taken by name only. The dense definition may win at one short sequence and lose five to one at a
+# batch of longer ones, and keeps every score. FlexAttention on the CPU would have a C++ compiler run
+# for seconds in the midst of a call.
+_BY_NAME = {"cpu": ("reference", "flex")}
+_BY_NAME_ELSEWHERE = ("reference",)
 # A lead smaller than this is noise on a shared machine, and does not change the default order.
 _CLEAR_LEAD = 1.2
 # Lengths that stand for all while compiling, where they may be symbols.
@@ -52,7 +54,7 @@ def choose(call: Call, name: str) -> Backend:
         backend = BACKENDS[candidate]
         if backend.unsupported(call) is None:
             return backend
-    raise AssertionError("the last of a rank serves every call")
+    raise AssertionError("blocks, in every rank, serves every call")
 
 
 def kind_of(masks: Masks) -> str:
@@ -87,8 +89,7 @@ def _rank_while_compiling(
     device: str, dtype: torch.dtype, kind: str, training: bool
 ) -> tuple[str, ...]:
     bits = (_COMPILED_LENGTH - 1).bit_length()
-    names, _ = rank(device, dtype, kind, "training" if training else "inference", bits, bits)
-    return tuple(name for name in names if name not in _DENSE)
+    return rank(device, dtype, kind, "training" if training else "inference", bits, bits)[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,16 +117,12 @@ def rank(
             ),
         )
         order = _by_time(nearest["milliseconds"], order, device)
-    if 2**kv_bits > MAX_DENSE_KEYS:
-        order = tuple(name for name in order if name not in _DENSE)
     return order, bool(rows)
 
 
 def _by_time(times: dict[str, float], order: tuple[str, ...], device: str) -> tuple[str, ...]:
-    names = [name for name in times if name in BACKENDS]
-    if device == "cpu" and "flex" in names:
-        # It would have a C++ compiler run for seconds in the midst of a call; it has to be named.
-        names.remove("flex")
+    by_name = _BY_NAME.get(device, _BY_NAME_ELSEWHERE)
+    names = [name for name in times if name in BACKENDS and name not in by_name]
 
     def cost(name: str) -> float:
         return times[name] if name == order[0] else times[name] * _CLEAR_LEAD
