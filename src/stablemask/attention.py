@@ -12,6 +12,7 @@ from torch import Tensor
 from .arguments import autocast, check_masks, check_sink, check_tensors
 from .backends import BACKENDS, Backend
 from .call import Call
+from .distributed import is_dtensor
 from .masks import Masks
 from .pseudo import log_pseudo_mass, pseudo_logsumexp
 
@@ -61,6 +62,14 @@ def stable_mask_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
+    if is_dtensor(query):
+        from .distributed.tensor_parallel import attend_on_shards
+
+        return attend_on_shards(
+            stable_mask_attention, query, key, value, gamma=gamma, horizon=horizon,
+            positions=positions, attn_mask=attn_mask, window=window, alibi_slopes=alibi_slopes,
+            documents=documents, dropout_p=dropout_p, scale=scale, backend=backend,
+        )  # fmt: skip
     check_tensors(query, key, value)
     masks = check_masks(query, key, attn_mask, window, alibi_slopes, documents)
     sink_logits = _sink_logits(query, key, gamma, horizon, positions)
@@ -145,6 +154,14 @@ def sink_attention(
         ValueError, TypeError: an argument does not fit, or the named backend cannot serve the call;
             the message says why.
     """
+    if is_dtensor(query):
+        from .distributed.tensor_parallel import attend_on_shards
+
+        return attend_on_shards(
+            sink_attention, query, key, value, sink_logits=sink_logits, attn_mask=attn_mask,
+            window=window, alibi_slopes=alibi_slopes, documents=documents, dropout_p=dropout_p,
+            scale=scale, backend=backend,
+        )  # fmt: skip
     check_tensors(query, key, value)
     masks = check_masks(query, key, attn_mask, window, alibi_slopes, documents)
     return _attend(query, key, value, sink_logits, masks, dropout_p, scale, backend)

@@ -1,6 +1,5 @@
 """The attention on DTensors against the same call on whole tensors."""
 
-import functools
 import subprocess
 import sys
 
@@ -10,13 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from stablemask import sink_attention, stable_mask_attention
-from stablemask.distributed.tensor_parallel import attend_on_shards
 from tests.oracle import make_inputs
-
-
-def on_shards(attend):
-    return functools.partial(attend_on_shards, attend)
-
 
 TOLERANCE = {"rtol": 0, "atol": 1e-11}  # float64, and the same float32 sink logits in both
 
@@ -43,7 +36,7 @@ def _compare(mesh, placements, attend, inputs, tensors=None, options=None, shard
         else tensor.detach().requires_grad_(tensor.requires_grad)
         for name, tensor in tensors.items()
     }  # fmt: skip
-    out = on_shards(attend)(*ours, **named, **options)
+    out = attend(*ours, **named, **options)
     assert isinstance(out, DTensor)
     assert out.placements == tuple(placements)
     assert out.shape == expected.shape
@@ -141,8 +134,7 @@ def _compiled():
     inputs = make_inputs(1, 4, 2, 8, 8, 8, torch.float32)
     shards = [distribute_tensor(t.detach(), mesh, [Shard(1)]) for t in inputs]
     sinks = torch.randn(4, 1)
-    attend = on_shards(sink_attention)
-    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(sink_attention, backend="aot_eager", fullgraph=True)
     out = compiled(*shards, sink_logits=sinks)
     torch.testing.assert_close(out.full_tensor(), sink_attention(*inputs, sinks))
 
@@ -152,7 +144,6 @@ def test_compiled_without_a_graph_break(two_ranks):
 
 
 def _errors():
-    attend = on_shards(sink_attention)
     mesh = init_device_mesh("cpu", (2,))
 
     def place(heads, placement, length=4):
@@ -174,16 +165,16 @@ def _errors():
         ((query, query.full_tensor(), query), TypeError, "key is Tensor"),
     ):
         with pytest.raises(error, match=message):
-            attend(*inputs, sink_logits=0.0)
+            sink_attention(*inputs, sink_logits=0.0)
     partial = DTensor.from_local(torch.randn(2, 4, 4, 8), mesh, [Partial()])
     with pytest.raises(ValueError, match="query must be Shard"):
-        attend(partial, partial, partial, sink_logits=0.0)
+        sink_attention(partial, partial, partial, sink_logits=0.0)
     with pytest.raises(ValueError, match=r"sink_logits must have heads = 4 or 1 .*\(5, 1\)"):
-        attend(query, query, query, sink_logits=torch.zeros(5, 1))
+        sink_attention(query, query, query, sink_logits=torch.zeros(5, 1))
     other = init_device_mesh("cpu", (1, 2))
     sink = distribute_tensor(torch.zeros(4, 1), other, [Replicate(), Shard(0)])
     with pytest.raises(ValueError, match="sink_logits must be on the mesh of query"):
-        attend(query, query, query, sink_logits=sink)
+        sink_attention(query, query, query, sink_logits=sink)
 
 
 def test_what_does_not_fit_is_named(two_ranks):

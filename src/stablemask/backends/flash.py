@@ -77,7 +77,7 @@ def _decode(
     query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, scale: float, kernel: str
 ) -> Tensor:
     """One row a sequence, no gradient: the kernel and the factor, and nothing that takes as long."""
-    query, key, value, value_dim = _fit(query, key, value, kernel)
+    query, key, value, value_dim = fit(query, key, value, kernel)
     out, lse = KERNELS[kernel].forward(query, key, value, None, False, scale)
     out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
     return out if out.shape[3] == value_dim else out[..., :value_dim]
@@ -94,7 +94,7 @@ def attend_with_lse(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, n, V) and lse (B, H, n), as :func:`~.operators.forward` has them, for any value_dim."""
-    query, key, value, value_dim = _fit(query, key, value, kernel)
+    query, key, value, value_dim = fit(query, key, value, kernel)
     operator = functional.flash_forward if under_torch_func() else flash_forward
     out, lse = operator(
         query, key, value, sink_logits,
@@ -103,7 +103,7 @@ def attend_with_lse(
     return (out if out.shape[3] == value_dim else out[..., :value_dim]), lse
 
 
-def _fit(
+def fit(
     query: Tensor, key: Tensor, value: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The tensors as kernels want them, and the value_dim to cut the result to.

@@ -194,14 +194,16 @@ def backward(
 
     # The gradient of a key is a sum over the blocks, taken in float32 or better.
     precise = query.dtype if len(blocks) == 1 else lse_dtype(query)
-    d_query = _empty(query).zero_()
+    d_query = _empty(query)
     d_key, d_value = (_empty(tensor).to(precise).zero_() for tensor in (key, value))
     for rows in blocks:
+        part_query: Tensor | float = 0.0
         for tile in tiling.tiles(rows):
-            part_query, part_key, part_value = part(tile)
-            d_query[:, :, rows] += part_query
-            d_key[:, :, tile.keys] += part_key
-            d_value[:, :, tile.keys] += part_value
+            of_query, of_key, of_value = part(tile)
+            part_query = of_query + part_query
+            d_key[:, :, tile.keys] += of_key
+            d_value[:, :, tile.keys] += of_value
+        d_query[:, :, rows] = part_query
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
 
 

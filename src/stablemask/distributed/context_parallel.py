@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ..arguments import autocast, check_masks, check_sink, check_tensors
 from ..backends import operators
-from ..backends.flash import _fit, kernel_for, unsupported
+from ..backends.flash import fit, kernel_for, unsupported
 from ..call import Call
 from ..merging import merge_attention
 from ..pseudo import pseudo_logsumexp
@@ -90,7 +90,7 @@ def context_parallel_attention(
     if reason:
         raise ValueError(f"no backend serves this call: {reason}")
     kernel = kernel_for(query.device.type, query.dtype, not masks.empty)
-    query, key, value, value_dim = _fit(query, key, value, kernel)
+    query, key, value, value_dim = fit(query, key, value, kernel)
     out = _attend(query, key, value, sink_logits, alibi_slopes, window, scale, kernel, ring)
     return out[..., :value_dim]
 
