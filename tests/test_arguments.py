@@ -72,13 +72,3 @@ def test_bad_arguments_are_named(changes, error, names):
 def test_bad_stable_mask_arguments_are_named(changes, error, names):
     with pytest.raises(error, match=names):
         _call(stable_mask_attention, **changes)
-
-
-def test_auto_does_not_store_every_score_of_a_long_input():
-    long = torch.zeros(1, 1, 4097, 8)
-    query = long[:, :, :1]
-    with pytest.raises(ValueError, match="dense"):
-        sink_attention(query, long, long, 0.0, dropout_p=0.5)
-    assert sink_attention(query, long, long, 0.0, dropout_p=0.5, backend="reference").shape == (
-        1, 1, 1, 8,
-    )  # fmt: skip

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from .arguments import autocast, check_masks, check_sink, check_tensors
-from .backends import BACKENDS, Backend
+from .backends.choice import choose
 from .call import Call
 from .distributed import is_dtensor
 from .masks import Masks
 from .pseudo import log_pseudo_mass, pseudo_logsumexp
-
-# Above this many keys "auto" raises rather than fall to the dense backend.
-MAX_DENSE_KEYS = 4096
 
 
 def stable_mask_attention(
@@ -145,7 +142,8 @@ def sink_attention(
             keys of its own document only.
         dropout_p: dropout on the attention weights, the sink's share not among them.
         scale: of the scores; default ``head_dim ** -0.5``.
-        backend: ``"auto"`` or one of ``stablemask.backends.BACKENDS``.
+        backend: one of ``stablemask.backends.BACKENDS``, or ``"auto"`` for the fastest that can serve the
+            call; none that ``"auto"`` takes stores every score.
 
     Returns:
         ``(batch, heads, q_len, value_dim)`` in the dtype of ``query``.
@@ -187,24 +185,4 @@ def _attend(
         raise ValueError(f"scale must be a finite number, got {scale}")
 
     call = Call(query, key, value, sink_logits, masks, dropout_p, float(scale))
-    return _choose(backend, call).attend(call)
-
-
-def _choose(backend: str, call: Call) -> Backend:
-    if backend != "auto":
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
-        reason = BACKENDS[backend].unsupported(call)
-        if reason:
-            raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
-        return BACKENDS[backend]
-    reason = BACKENDS["flash"].unsupported(call)
-    if reason is None:
-        return BACKENDS["flash"]
-    kv_len = call.key.shape[2]
-    if kv_len > MAX_DENSE_KEYS:
-        raise ValueError(
-            f"{reason}, and the dense backend would store every score of {kv_len} keys; "
-            "name backend='reference' to accept that"
-        )
-    return BACKENDS["reference"]
+    return choose(call, backend).attend(call)
