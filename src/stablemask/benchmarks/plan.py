@@ -35,7 +35,7 @@ class Scope:
 
     @property
     def all_lengths(self) -> list[int]:
-        default = [512, 2048] if self.quick else [512, 1024, 2048, 4096, 8192, 16384]
+        default = [512, 1024, 4096] if self.quick else [512, 1024, 2048, 4096, 8192, 16384]
         return self.lengths or default
 
     @property
@@ -64,7 +64,7 @@ def length_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
         for length in lengths:
             batch = max(1, TOKENS.get(scope.device, TOKENS["cpu"]) // length)
             case = Case(scope.device, dtype, batch, length, length, head_dim, groups)
-            seconds = 6 if first and not scope.quick else 3
+            seconds = 5 if first and not scope.quick else 2
             yield Planned(case, _chosen(rows, case, first), Budget(seconds))
 
 
@@ -80,7 +80,7 @@ def decode_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
 
 def mask_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
     """Our op under each mask against stock SDPA given the same mask dense."""
-    rows = [row for row in rows if row.is_floor or row.computes == "stablemask"]
+    rows = [r for r in rows if not r.dense and (r.is_floor or r.computes == "stablemask")]
     lengths = scope.lengths or ((1024, 2048) if scope.quick else MASK_LENGTHS)
     for dtype, mask, length in product(scope.dtypes, MASKED, lengths):
         batch = max(1, MASK_LENGTHS[-1] // length)
@@ -108,8 +108,8 @@ def mask_memory_cases(scope: Scope) -> list[Case]:
 def _chosen(rows: list[Row], case: Case, first: bool) -> list[Row]:
     if case.device != "cpu":
         return rows
-    if not first:  # a compiler takes seconds for each new shape
+    if not first:
         rows = [row for row in rows if not row.compiled]
-    if case.q_len > MAX_DETAIL_LENGTH:
+    if case.mask == "causal" and (not first or case.q_len > MAX_DETAIL_LENGTH):
         rows = [row for row in rows if not row.detail]
     return rows

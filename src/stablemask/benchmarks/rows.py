@@ -35,7 +35,7 @@ class Row:
         package: module that must be installed.
         tiles_groups: query head ``h`` reads key head ``h % kv_heads``, not ``h // groups``.
         is_floor: stock attention, of which the fastest is what ratios are taken to.
-        detail: left out of the longest lengths on the CPU.
+        detail: on the CPU left out of the longest lengths, and of all shapes but the first.
         compiled: takes seconds to compile for each new shape on the CPU.
     """
 

@@ -155,7 +155,7 @@ def _memory(scope: plan.Scope, chosen: set[str]) -> list[dict[str, Any]]:
 def _training(options: BenchOptions, device: torch.device) -> dict[str, Any]:
     from stablemask.benchmarks.training import measure_training
 
-    steps = 3 if options.quick else 11
+    steps = 3 if options.quick else 7
     return {
         dtype: measure_training("tiny", batch_size=16, steps=steps, dtype=dtype, device=device)
         for dtype in options.dtypes
