@@ -56,6 +56,9 @@ def _call(function=sink_attention, **changes):
 def test_bad_arguments_are_named(changes, error, names):
     with pytest.raises(error, match=names):
         _call(**changes)
+    # Without gradients, where a decode step takes a way of its own.
+    with torch.no_grad(), pytest.raises(error, match=names):
+        _call(**changes)
 
 
 @pytest.mark.parametrize(

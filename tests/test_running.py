@@ -52,6 +52,30 @@ def test_compiles_without_a_graph_break(case):
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_inference_leaves_the_factor_to_the_compiler(dtype):
+    inputs = [t.detach() for t in make_inputs(2, 4, 2, 16, 16, 8, dtype, value_dim=5)]
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda q, k, v: stable_mask_attention(q, k, v, gamma=0.1), fullgraph=True, backend=keep
+    )
+    step = (inputs[0][:, :, -1:], *inputs[1:])
+    for tensors in (inputs, step):
+        out, eager = compiled(*tensors), stable_mask_attention(*tensors, gamma=0.1)
+        torch.testing.assert_close(out, eager)
+    assert len(graphs) == 2
+    for graph in graphs:
+        called = [str(node.target) for node in graph.graph.nodes]
+        assert any("flash_attention_for_cpu" in name for name in called)
+        assert not any("stablemask" in name for name in called)
+
+
 @pytest.mark.parametrize("case", ["plain", "learned", "finite", "masks"])
 def test_one_graph_serves_every_length(case):
     gamma = torch.full((4,), 0.1, requires_grad=True) if case == "learned" else 0.1

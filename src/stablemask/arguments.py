@@ -71,7 +71,8 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
     """Sink logits as a three-dimensional tensor on the device of query."""
     if isinstance(sink_logits, (int, float)):
-        return torch.full((1, 1, 1), float(sink_logits), device=query.device)
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        return torch.full((1, 1, 1), float(sink_logits), dtype=dtype, device=query.device)
     if not isinstance(sink_logits, Tensor) or not sink_logits.dtype.is_floating_point:
         kind = sink_logits.dtype if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
         raise TypeError(f"sink_logits must be a floating-point tensor or a number, got {kind}")

@@ -12,9 +12,10 @@ from torch import Tensor
 from .arguments import autocast, check_masks, check_sink, check_tensors
 from .backends.choice import choose
 from .call import Call
+from .decode import decode_step
 from .distributed import is_dtensor
 from .masks import Masks
-from .pseudo import log_pseudo_mass, pseudo_logsumexp
+from .pseudo import pseudo_logsumexp
 
 
 def stable_mask_attention(
@@ -59,6 +60,11 @@ def stable_mask_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
+    unmasked = attn_mask is None and window is None and alibi_slopes is None and documents is None
+    if unmasked and positions is None and horizon is None and not dropout_p and backend == "auto":
+        out = decode_step(query, key, value, gamma=gamma, scale=scale)
+        if out is not None:
+            return out
     if is_dtensor(query):
         from .distributed.tensor_parallel import attend_on_shards
 
@@ -82,17 +88,11 @@ def _sink_logits(
 ) -> Tensor | float:
     batch, heads, q_len, _ = query.shape
     first = key.shape[2] - q_len
-    if isinstance(gamma, Tensor):
-        if gamma.dim() == 1 and gamma.shape[0] not in (1, heads):
-            raise ValueError(
-                f"gamma must be a number or a tensor (heads,) = ({heads},), "
-                f"got shape {tuple(gamma.shape)}"
-            )
-    elif (
-        q_len == 1 and positions is None and horizon is None and type(gamma) is float and gamma > 0
-    ):
-        # A decode step: one number, where a tensor would take longer than a short attention.
-        return log_pseudo_mass(first, gamma)
+    if isinstance(gamma, Tensor) and gamma.dim() == 1 and gamma.shape[0] not in (1, heads):
+        raise ValueError(
+            f"gamma must be a number or a tensor (heads,) = ({heads},), "
+            f"got shape {tuple(gamma.shape)}"
+        )
     if positions is None:
         positions = torch.arange(first, first + q_len, device=query.device)
     elif isinstance(positions, Tensor) and tuple(positions.shape) not in (
@@ -152,6 +152,11 @@ def sink_attention(
         ValueError, TypeError: an argument does not fit, or the named backend cannot serve the call;
             the message says why.
     """
+    unmasked = attn_mask is None and window is None and alibi_slopes is None and documents is None
+    if unmasked and not dropout_p and backend == "auto":
+        out = decode_step(query, key, value, sink_logits=sink_logits, scale=scale)
+        if out is not None:
+            return out
     if is_dtensor(query):
         from .distributed.tensor_parallel import attend_on_shards
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from ..call import Call
 from ..masks import NO_MASKS, Masks
 from . import functional
+from .calls import needs_gradient
 from .kernels import KERNELS
-from .operators import flash_forward, runs_plainly, under_torch_func
+from .operators import flash_forward, under_torch_func
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
@@ -68,19 +69,15 @@ def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
 def _attend(call: Call, kernel: str) -> Tensor:
     query, key, value, sink_logits, masks, _, scale = call
     past = key.shape[2] - query.shape[2]
-    if masks is NO_MASKS and query.shape[2] == 1 and runs_plainly(query, key, value, sink_logits):
-        return _decode(query, key, value, sink_logits, scale, kernel)
+    one_call = masks is NO_MASKS and (query.shape[2] == 1 or past == 0)
+    if torch.compiler.is_compiling() and one_call and not needs_gradient(call):
+        # In sight of the compiler, which makes the factor part of what comes next.
+        query, key, value, value_dim = fit(query, key, value, kernel)
+        causal = query.shape[2] > 1
+        out, lse = KERNELS[kernel].forward(query, key, value, None, causal, scale)
+        factor = torch.sigmoid(lse - sink_logits).unsqueeze(-1)
+        return (out[..., :value_dim].to(lse.dtype) * factor).to(query.dtype)
     return attend_with_lse(query, key, value, sink_logits, masks, past, scale, kernel)[0]
-
-
-def _decode(
-    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, scale: float, kernel: str
-) -> Tensor:
-    """One row a sequence, no gradient: the kernel and the factor, and nothing that takes as long."""
-    query, key, value, value_dim = fit(query, key, value, kernel)
-    out, lse = KERNELS[kernel].forward(query, key, value, None, False, scale)
-    out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
-    return out if out.shape[3] == value_dim else out[..., :value_dim]
 
 
 def attend_with_lse(

@@ -385,16 +385,6 @@ flash_forward.register_vmap(_vmap_forward)
 flash_backward.register_vmap(_vmap_backward)
 
 
-def runs_plainly(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors in eager mode and no gradient is asked for."""
-    return (
-        type(tensors[0]) is Tensor
-        and not torch.compiler.is_compiling()
-        and not under_torch_func()
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    )
-
-
 def under_torch_func() -> bool:
     """Whether a transform of ``torch.func`` is active in eager mode."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -43,5 +43,7 @@ def attend(call: Call) -> Tensor:
     column = torch.arange(m + 1, device=query.device)
     logits = torch.where(full, torch.where(column == m, 0.0, -torch.inf), logits)
     weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
-    weights = torch.dropout(weights[..., :m], dropout_p, dropout_p > 0)
+    weights = weights[..., :m]
+    if dropout_p > 0:
+        weights = torch.dropout(weights, dropout_p, True)
     return weights.to(value.dtype) @ value

@@ -1,0 +1,80 @@
+"""The call made most often, a cached step of one token, at little more than its kernel costs.
+
+One row over a short cache takes the stock kernel some tens of microseconds, and checking the arguments,
+choosing a backend and entering an operator would take as long again. So the plainest such call is known
+by its own signs. Whatever else a call may be, wrong arguments included, it goes the general way.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .pseudo import log_pseudo_mass
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    sink_logits: Tensor | float = 0.0,
+    gamma: float | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor | None:
+    """Attention of one row per sequence, on the CPU, without masks or gradients; None if it is not that.
+
+    Args:
+        query, key, value: as in :func:`~stablemask.sink_attention`, not checked.
+        sink_logits: a number, or one per head, ``(heads, 1)``; else the result is None.
+        gamma: StableMask's in place of ``sink_logits``, a number, for the last position of an infinite
+            horizon; else the result is None.
+        scale: of the scores, or None.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if not (type(query) is type(key) is type(value) is Tensor):
+        return None
+    shape, cache = query.shape, key.shape
+    if len(shape) != 4 or shape[2] != 1 or len(cache) != 4 or value.shape != cache:
+        return None
+    batch, heads, _, head_dim = shape
+    _, kv_heads, kv_len, _ = cache
+    if cache[0] != batch or cache[3] != head_dim or kv_heads == 0 or heads % kv_heads:
+        return None
+    if kv_len == 0 or query.numel() == 0:
+        return None
+    dtype = query.dtype
+    if dtype not in _DTYPES or key.dtype is not dtype or value.dtype is not dtype:
+        return None
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        return None
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        return None  # the kernel takes the last axis for contiguous
+    if gamma is not None:
+        if type(gamma) is not float or not gamma > 0:
+            return None
+        sink_logits = log_pseudo_mass(kv_len - 1, gamma)
+    elif type(sink_logits) is not float and not (
+        type(sink_logits) is Tensor
+        and sink_logits.shape == (heads, 1)
+        and sink_logits.is_floating_point()
+        and sink_logits.is_cpu
+    ):
+        return None
+    if scale is None:
+        scale = head_dim**-0.5
+    elif type(scale) is not float or not math.isfinite(scale):
+        return None
+    if (
+        torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return None
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=None, scale=scale
+    )
+    return out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
