@@ -44,12 +44,36 @@ def test_a_batch_equals_a_plain_loop_on_each_prompt(tokenizer, position, kind):
     model = model_for(tokenizer, position_encoding=position, attention=kind)
     texts = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
     assert texts == [greedy(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    for size in (1, 3, 50):
+        in_chunks = generate(model, tokenizer, PROMPTS, max_new_tokens=12, prefill_chunk_size=size)
+        assert in_chunks == texts
 
 
 def test_an_empty_prompt_begins_a_document(tokenizer):
     model = model_for(tokenizer)
     expected = greedy(model, tokenizer, "", 12)
     assert generate(model, tokenizer, [""], max_new_tokens=12) == [expected]
+
+
+def test_chunks_of_a_long_prompt_see_no_mask(tokenizer, monkeypatch):
+    """One prompt, nothing padded: each chunk is the past and itself, at the stock kernel's speed."""
+    from stablemask.models import modeling
+
+    lengths = []
+    attend = modeling.sink_attention
+
+    def watch(query, key, value, sink_logits, *, attn_mask=None, **rest):
+        assert attn_mask is None
+        lengths.append((query.shape[2], key.shape[2]))
+        return attend(query, key, value, sink_logits, **rest)
+
+    monkeypatch.setattr(modeling, "sink_attention", watch)
+    model = model_for(tokenizer, max_position_embeddings=512)
+    prompt = TEXT[:200]
+    tokens = len(tokenizer(prompt)["input_ids"])
+    generate(model, tokenizer, [prompt], max_new_tokens=1, prefill_chunk_size=16)
+    seen = lengths[:: model.config.num_hidden_layers]
+    assert seen == [(min(16, tokens - i), min(i + 16, tokens)) for i in range(0, tokens, 16)]
 
 
 def test_no_prompts(tokenizer):

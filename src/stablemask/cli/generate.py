@@ -21,6 +21,7 @@ class GenerateOptions:
     top_p: float = option(1.0, "sample among the likeliest tokens that hold this probability")
     top_k: int | None = option(None, "sample among so many likeliest tokens")
     seed: int | None = option(None, "makes sampling repeatable")
+    prefill_chunk_size: int | None = option(None, "read the prompt so many tokens at a time")
     stream: bool = option(False, "print the text as it comes")
     device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
 
@@ -39,6 +40,7 @@ def run(options: GenerateOptions) -> None:
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        prefill_chunk_size=options.prefill_chunk_size,
     )
 
     def answer_aloud(prompt: str) -> None:

@@ -22,6 +22,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
+    prefill_chunk_size: int | None = None,
     stream: Callable[[str], Any] | None = None,
 ) -> list[str]:
     """Continue each prompt; a continuation ends early at the model's end token.
@@ -34,6 +35,8 @@ def generate(
         top_p: sample among the likeliest tokens that hold this share of the probability.
         top_k: sample among so many likeliest tokens; None: among all.
         seed: makes sampling repeatable, and leaves the global random state as it was.
+        prefill_chunk_size: read prompts so many tokens at a time, for less memory and the same result;
+            None: at once.
         stream: called with each piece of text as it comes. The prompts are then continued one
             after another; without it they run as one left-padded batch.
 
@@ -44,7 +47,7 @@ def generate(
         InputError: an argument is out of its range, or a prompt and its continuation are longer
             than a learned position table.
     """
-    _check(max_new_tokens, temperature, top_p, top_k)
+    _check(max_new_tokens, temperature, top_p, top_k, prefill_chunk_size)
     if not prompts:
         return []
     encoded = [_encode(model, tokenizer, prompt) for prompt in prompts]
@@ -65,6 +68,8 @@ def generate(
     }
     if model.generation_config.eos_token_id is None and tokenizer.eos_token_id is not None:
         settings["eos_token_id"] = tokenizer.eos_token_id
+    if prefill_chunk_size is not None:
+        settings["prefill_chunk_size"] = prefill_chunk_size
     if temperature > 0:
         # Without a top_k Transformers takes its default of 50; 0 switches it off.
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
@@ -97,7 +102,13 @@ class _CallbackStreamer(TextStreamer):
             self.callback(text)
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> None:
+def _check(
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    prefill_chunk_size: int | None,
+) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
@@ -106,6 +117,8 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int | N
         raise InputError(f"top_p must be greater than 0 and at most 1, got {top_p}")
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1, got {top_k}")
+    if prefill_chunk_size is not None and prefill_chunk_size < 1:
+        raise InputError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
     if temperature == 0 and (top_p < 1 or top_k is not None):
         raise InputError("top_p and top_k need a temperature above 0, got temperature 0 (greedy)")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..attention import sink_attention
 from ..pseudo import head_decay_rates, pseudo_logsumexp
 from .configuration import StableMaskConfig
+from .masks import attention_mask
 from .positions import (
     Rotary,
     alibi_mask,
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from ..distributed.tensor_parallel import Shards
 
 ATTN_IMPLEMENTATION = "stablemask"
-# `create_causal_mask` looks masks up by the attention's name; sdpa's are None or bool, as we take.
-AttentionMaskInterface.register(ATTN_IMPLEMENTATION, sdpa_mask)
+# `create_causal_mask` looks masks up by the name of the attention.
+AttentionMaskInterface.register(ATTN_IMPLEMENTATION, attention_mask)
 
 
 class StableMaskMLP(nn.Module):
