@@ -6,11 +6,12 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test nightly lint bench clean
 
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
 	@echo "make test    set up, run the tests"
+	@echo "make nightly the tests with 500 examples of each property"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the attention and training benchmark, about ten minutes"
 	@echo "make clean   remove .venv and caches"
@@ -20,6 +21,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q --cov=stablemask --cov-report=term
+
+# The same tests with 500 examples of each property, at random.
+nightly: setup
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stablemask import head_decay_rates, sink_attention, stable_mask_attention
+from stablemask import (
+    head_decay_rates,
+    merge_attention,
+    partial_attention,
+    sink_attention,
+    stable_mask_attention,
+)
 from stablemask.backends.flash import kernel_for
 from stablemask.backends.kernels import KERNELS
 from tests import marks
@@ -129,6 +135,55 @@ class TestOnGpu:
         torch.testing.assert_close(
             compiled(query), stable_mask_attention(query, query, query, gamma=0.1)
         )
+
+    @pytest.mark.parametrize("masks", [{}, {"window": 40}, {"documents": 50}])
+    def test_a_cuda_graph_replays_it_forward_and_backward(self, masks):
+        if "documents" in masks:
+            masks = {"documents": torch.arange(128, device="cuda") // masks["documents"]}
+        shape = (2, 4, 128, 64)
+
+        def attend(query, key, value):
+            return stable_mask_attention(query, key, value, gamma=0.01, backend="flash", **masks)
+
+        def inputs():
+            tensors = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+            return tuple(tensor.requires_grad_() for tensor in tensors)
+
+        graphed = torch.cuda.make_graphed_callables(attend, inputs())
+        for _ in range(2):
+            tensors = inputs()
+            out, expected = graphed(*tensors), attend(*tensors)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)
+            grad = torch.randn_like(out)
+            for ours, eager in zip(
+                gradients(out, tensors, grad), gradients(expected, tensors, grad), strict=True
+            ):
+                torch.testing.assert_close(ours, eager)
+
+    def test_parts_and_their_merge(self):
+        query, key, value = (
+            torch.randn(2, 4, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(3)
+        )
+        sink = torch.randn(4, 1, device="cuda", requires_grad=True)
+        rows, ranges = slice(64, 96), [slice(0, 64), slice(64, 96)]
+        parts = [
+            partial_attention(
+                query[:, :, rows], key[:, :, r], value[:, :, r], past=rows.start - r.start
+            )
+            for r in ranges
+        ]
+        out, _ = merge_attention(parts, sink)
+        leaves = (query, key, value, sink)
+        exact_leaves = tuple(t.detach().cpu().double().requires_grad_() for t in leaves)
+        exact = sink_definition(*exact_leaves)[:, :, rows]
+        grad = torch.randn_like(exact).bfloat16()
+        ours = (out, *gradients(out, leaves, grad.cuda()))
+        truth = (exact, *gradients(exact, exact_leaves, grad))
+        for a, b in zip(ours, truth, strict=True):
+            # Each part is rounded to bfloat16 before the merge, and its gradient after.
+            allowed = 8 * torch.finfo(torch.bfloat16).eps * max(1, b.abs().max())
+            assert (a.cpu().double() - b).abs().max() <= allowed
 
     def test_length_is_linear_in_memory(self):
         query = torch.randn(1, 8, 16384, 64, device="cuda", dtype=torch.bfloat16)
