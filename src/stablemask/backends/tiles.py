@@ -97,9 +97,7 @@ class Tiling:
     def _lowest_key(self, rows: slice) -> int:
         """The first key that any row of a block can see."""
         first, stop = self.past + rows.start, self.past + rows.stop
-        lowest = 0
-        if self.masks.window is not None:
-            lowest = max(0, first - self.masks.window + 1)
+        lowest = self.masks.first_key(first)
         if self._document_starts is not None:
             lowest = max(lowest, int(self._document_starts[first:stop].amin()))
         return lowest

@@ -156,9 +156,10 @@ def _training(options: BenchOptions, device: torch.device) -> dict[str, Any]:
     from stablemask.benchmarks.training import measure_training
 
     steps = 3 if options.quick else 7
+    dtypes = options.dtypes[:1] if options.quick else options.dtypes
     return {
         dtype: measure_training("tiny", batch_size=16, steps=steps, dtype=dtype, device=device)
-        for dtype in options.dtypes
+        for dtype in dtypes
         if dtype in ("float32", "bfloat16")
     }
 
