@@ -12,7 +12,7 @@ import torch
 BLOCK_SECONDS = 0.01  # a sample is as many calls as fill this, far above the timer's noise
 MIN_ROUNDS, MAX_ROUNDS = 3, 11
 # What takes this many times as long as the fastest needs no third decimal: it runs in some rounds.
-SLOW, SLOW_STRIDE = 2.5, 3
+SLOW, SLOW_STRIDE = 2.5, 5
 
 Samples = dict[int, float]  # seconds per call by round
 
