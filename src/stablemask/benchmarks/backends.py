@@ -43,11 +43,13 @@ def measure_backends(
         ``kind`` ("causal", "mask", "alibi", "window", "documents"), ``pass`` ("inference", "training"
         for forward and backward, "decode" for one token behind a cache), ``q_len``, ``kv_len``, and
         ``milliseconds``, a dict from the name of a backend to its median; a backend that cannot
-        serve, or keeps every score of more than 2,048 queries, is not in it.
+        serve, keeps every score of more than 2,048 queries, or compiles on the CPU, is not in it.
     """
     device = torch.device(device)
     rows = {f"stablemask {name}": name for name in BACKENDS}
     own = [row for row in own_rows(device.type) if row.name in rows]
+    if device.type == "cpu":  # "auto" never takes what must first run a C++ compiler
+        own = [row for row in own if not row.compiled]
     shapes = [(n, n) for n in lengths] + [(1, m) for m in caches]
     cells = list(product(dtypes, MASKS, shapes))
     found: dict[tuple, dict[str, Any]] = {}
