@@ -1,31 +1,66 @@
-"""The Python of README and the derivation runs as it stands, block after block."""
+"""The Python of the docs runs as it stands, block after block, and their links lead somewhere."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/attention.md", "docs/guide.md", "docs/method.md"]
 # Blocks that read a run folder belong to the commands around them.
 NEEDS_A_RUN = re.compile(r"runs/|from_pretrained")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/method.md"])
-def test_python_blocks_run(page):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
-    runnable = [block for block in blocks if not NEEDS_A_RUN.search(block)]
+@pytest.fixture
+def one_process(monkeypatch):
+    """What torchrun tells a process that is alone, for blocks that are run by it."""
+    for name, value in {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, flags=re.S | re.M))
+    runnable = [block for block in blocks if not NEEDS_A_RUN.search(block[1])]
     assert runnable
+    if page in ("docs/attention.md", "docs/method.md"):
+        assert runnable == blocks
     namespace: dict = {}
     for block in runnable:
-        exec(compile(block, page, "exec"), namespace)
+        lines_before = "\n" * text.count("\n", 0, block.start(1))  # a failure names its line
+        exec(compile(lines_before + block[1], page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(p.name for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_links_lead_somewhere(page):
-    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text()):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), target
+    path = ROOT / page
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", _prose(path)):
+        if target.startswith("http"):
+            continue
+        linked = path.parent / target if target else path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in _anchors(linked), f"{target}#{anchor}"
+
+
+def _prose(path):
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
+
+
+def _anchors(path):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)", _prose(path), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_tree_of_the_readme_is_the_tree():
