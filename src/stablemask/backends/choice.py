@@ -113,7 +113,8 @@ def rank(
         nearest = min(
             rows,
             key=lambda row: (
-                abs(math.log2(row["q_len"]) - q_bits) + abs(math.log2(row["kv_len"]) - kv_bits)
+                abs(math.log2(row["q_len"]) - q_bits) + abs(math.log2(row["kv_len"]) - kv_bits),
+                -row["kv_len"],  # of two as near the longer, where a wrong choice costs more
             ),
         )
         order = _by_time(nearest["milliseconds"], order, device)
