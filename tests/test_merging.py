@@ -155,6 +155,8 @@ def test_rows_stand_in_the_range_or_behind_it(past):
     query, key, value = make_inputs(1, 2, 2, 4, 6, 8, torch.float32)
     with pytest.raises(ValueError, match="past must be"):
         partial_attention(query, key, value, past=past)
+    with pytest.raises(TypeError, match="past must be an int"):
+        partial_attention(query, key, value, past=float(past))
 
 
 def test_parts_that_do_not_fit_are_named():
@@ -162,6 +164,8 @@ def test_parts_that_do_not_fit_are_named():
     out, lse = partial_attention(query, key, value, past=0)
     with pytest.raises(ValueError, match="parts must hold"):
         merge_attention([])
+    with pytest.raises(TypeError, match="parts must be pairs"):
+        merge_attention((out, lse))
     with pytest.raises(ValueError, match="each part must be"):
         merge_attention([(out, lse), (out[:, :, :3], lse)])
     with pytest.raises(ValueError, match="sink_logits"):

@@ -107,6 +107,18 @@ def test_one_graph_serves_every_length(case):
             torch.testing.assert_close(ours, eager)
 
 
+def test_one_graph_serves_every_length_without_gradients():
+    def attend(query, key, value):
+        return stable_mask_attention(query, key, value, gamma=0.1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 17, 300):
+        inputs = [t.detach() for t in make_inputs(2, 4, 2, length, length, 8, torch.float32)]
+        with torch._dynamo.config.patch(error_on_recompile=length > 9):
+            torch.testing.assert_close(compiled(*inputs), attend(*inputs))
+
+
 def test_compiles_with_inductor():
     inputs = make_inputs(1, 2, 2, 16, 16, 8, torch.float32)
     torch._dynamo.reset()
@@ -117,22 +129,30 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(compiled(*inputs), expected)
 
 
-def test_exports():
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("masks", [{}, {"window": 5}])
+def test_exports(dynamic, masks):
     class Module(torch.nn.Module):
         def forward(self, query, key, value):
-            return stable_mask_attention(query, key, value, gamma=0.1)
+            return stable_mask_attention(query, key, value, gamma=0.1, **masks)
 
-    inputs = tuple(t.detach() for t in make_inputs(1, 2, 2, 16, 16, 8, torch.float32))
-    program = torch.export.export(Module(), inputs)
-    torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
+    def inputs(length):
+        return tuple(t.detach() for t in make_inputs(1, 2, 2, length, length, 8, torch.float32))
+
+    shapes = [{2: torch.export.Dim("length", min=2, max=512)}] * 3 if dynamic else None
+    program = torch.export.export(Module(), inputs(16), dynamic_shapes=shapes)
+    for length in (16, 33, 300) if dynamic else (16,):
+        tensors = inputs(length)
+        torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
 
 
-def test_autocast_reaches_the_kernel():
+@pytest.mark.parametrize("backend", ["auto", "flash", "blocks", "reference"])
+def test_autocast_reaches_the_kernel(backend):
     inputs = make_inputs(2, 4, 2, 33, 33, 16, torch.float32)
     mixed = (inputs[0], inputs[1], inputs[2].detach().bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = stable_mask_attention(*mixed, gamma=0.1)
-    expected = stable_mask_attention(*(t.bfloat16() for t in mixed), gamma=0.1)
+        out = stable_mask_attention(*mixed, gamma=0.1, backend=backend)
+    expected = stable_mask_attention(*(t.bfloat16() for t in mixed), gamma=0.1, backend=backend)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected)
 

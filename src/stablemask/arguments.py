@@ -3,6 +3,8 @@
 Inside, arguments are trusted.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
         )
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
+    if past is not None and not isinstance(past, (int, torch.SymInt)):
+        raise TypeError(f"past must be an int, got {past!r}")
     if past is None and kv_len < q_len:
         raise ValueError(f"kv_len must be at least q_len, got {kv_len} and {q_len}")
     if past is not None and not (past >= 0 and (past + q_len <= kv_len or past >= kv_len)):
@@ -70,7 +74,9 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
     """Sink logits as a three-dimensional tensor on the device of query."""
-    if isinstance(sink_logits, (int, float)):
+    if _is_number(sink_logits):
+        if math.isnan(sink_logits):
+            raise ValueError("sink_logits must be a number or a tensor, got nan")
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         return torch.full((1, 1, 1), float(sink_logits), dtype=dtype, device=query.device)
     if not isinstance(sink_logits, Tensor) or not sink_logits.dtype.is_floating_point:
@@ -87,6 +93,28 @@ def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
             f"{tuple(rows)}, got shape {tuple(sink_logits.shape)}; one per head is (heads, 1)"
         )
     return sink_logits.reshape((1,) * (3 - sink_logits.dim()) + tuple(sink_logits.shape))
+
+
+def check_dropout(dropout_p: float) -> None:
+    if not _is_number(dropout_p):
+        raise TypeError(f"dropout_p must be a number, got {dropout_p!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_scale(scale: float | None, query: Tensor) -> float:
+    """The scale of the scores, ``head_dim ** -0.5`` where None is given."""
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    if not _is_number(scale):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    return float(scale)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_masks(

@@ -4,12 +4,10 @@ Every shape here is that of ``F.scaled_dot_product_attention``. Where to go next
 the sink logits of StableMask, ``backends/`` for the ways of computing.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from .arguments import autocast, check_masks, check_sink, check_tensors
+from .arguments import autocast, check_dropout, check_masks, check_scale, check_sink, check_tensors
 from .backends.choice import choose
 from .call import Call
 from .decode import decode_step
@@ -182,12 +180,7 @@ def _attend(
 ) -> Tensor:
     query, key, value = autocast(query, key, value)
     sink_logits = check_sink(sink_logits, query)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-
-    call = Call(query, key, value, sink_logits, masks, dropout_p, float(scale))
+    check_dropout(dropout_p)
+    scale = check_scale(scale, query)
+    call = Call(query, key, value, sink_logits, masks, dropout_p, scale)
     return choose(call, backend).attend(call)

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .pseudo import log_pseudo_mass
 
@@ -58,7 +59,8 @@ def decode_step(
             return None
         sink_logits = log_pseudo_mass(kv_len - 1, gamma)
     elif type(sink_logits) is not float and not (
-        type(sink_logits) is Tensor
+        isinstance(sink_logits, Tensor)
+        and type(sink_logits) in (Tensor, Parameter)
         and sink_logits.shape == (heads, 1)
         and sink_logits.is_floating_point()
         and sink_logits.is_cpu

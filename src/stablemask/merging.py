@@ -6,13 +6,12 @@ an output. Chunks of a cache, and shards of a sequence on several devices
 (``distributed/context_parallel.py``), are joined so.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .arguments import autocast, check_masks, check_sink, check_tensors
+from .arguments import autocast, check_masks, check_scale, check_sink, check_tensors
 from .backends.flash import attend_with_lse, kernel_for, unsupported
 from .call import Call
 
@@ -51,12 +50,10 @@ def partial_attention(
     check_tensors(query, key, value, past)
     masks = check_masks(query, key, attn_mask, window, alibi_slopes, None)
     query, key, value = autocast(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
+    scale = check_scale(scale, query)
     reason = unsupported(Call(query, key, value, query.new_zeros(1, 1, 1), masks, 0.0, scale))
     if reason:
-        raise ValueError(f"no backend serves this call: {reason}")
+        raise ValueError(f"no stock kernel serves this call: {reason}")
     kernel = kernel_for(query.device.type, query.dtype, not masks.empty)
     return attend_with_lse(query, key, value, None, masks, past, scale, kernel)
 
@@ -78,13 +75,17 @@ def merge_attention(
             merged again later get theirs in the last merge.
 
     Returns:
-        ``out`` in the dtype of the parts, and ``lse``: a part again.
+        ``out`` in the dtype of the parts, and ``lse``: a part again. (An infinite sink gives an lse of
+        1e30.)
 
     Raises:
         ValueError, TypeError: there is no part, shapes differ, or a sink does not fit.
     """
     if not parts:
         raise ValueError("parts must hold at least one (out, lse), got none")
+    for part in parts:
+        if not (isinstance(part, (tuple, list)) and len(part) == 2):
+            raise TypeError(f"parts must be pairs (out, lse), got {type(part).__name__}")
     first = parts[0][0]
     for out, lse in parts:
         if out.shape != first.shape or lse.shape != first.shape[:3]:

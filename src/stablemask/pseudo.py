@@ -56,7 +56,10 @@ def pseudo_logsumexp(
     row = positions.to(torch.float64).unsqueeze(-2)
     if horizon is None and not isinstance(gamma, Tensor):
         return (row * -gamma + log_pseudo_mass(0, gamma)).float()
-    rate = torch.as_tensor(gamma, dtype=torch.float64, device=positions.device).reshape(-1, 1)
+    if isinstance(gamma, Tensor):
+        rate = gamma.to(positions.device, torch.float64).reshape(-1, 1)
+    else:  # made on the device: a copy to it would end the capture of a CUDA graph
+        rate = torch.full((1, 1), gamma, dtype=torch.float64, device=positions.device)
     if horizon is None:
         return (-(row + 1) * rate - torch.log(-torch.expm1(-rate))).float()
 

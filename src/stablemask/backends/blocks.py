@@ -15,6 +15,7 @@ from ..call import Call
 from ..masks import Masks
 from . import reference
 from .calls import needs_gradient
+from .operators import under_torch_func
 
 ROWS_IN_BLOCK = 256
 
@@ -28,7 +29,9 @@ def attend(call: Call) -> Tensor:
     n = call.query.shape[2]
     if n <= ROWS_IN_BLOCK:
         return reference.attend(call)  # one block: its scores are no more than the backward makes
-    if not needs_gradient(call):
+    # `torch.func` and forward mode know no recomputation; there the scores of all blocks are kept.
+    transformed = under_torch_func() or torch.autograd.forward_ad._current_level >= 0
+    if transformed or not needs_gradient(call):
         return torch.cat([_attend_rows(call, rows) for rows in _blocks(n)], dim=2)
 
     # The gradient of a key is a sum over the blocks, taken in float32 or better.
@@ -61,8 +64,8 @@ def _attend_rows(call: Call, rows: slice) -> Tensor:
     return reference.attend(
         Call(
             query[:, :, rows],
-            key[:, :, keys].to(query.dtype),
-            value[:, :, keys].to(query.dtype),
+            key[:, :, keys],
+            value[:, :, keys],
             sink_logits if sink_logits.shape[2] == 1 else sink_logits[:, :, rows],
             Masks(mask, masks.alibi_slopes, masks.window, documents),
             dropout_p,

@@ -69,11 +69,12 @@ def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
 def _attend(call: Call, kernel: str) -> Tensor:
     query, key, value, sink_logits, masks, _, scale = call
     past = key.shape[2] - query.shape[2]
-    one_call = masks is NO_MASKS and (query.shape[2] == 1 or past == 0)
+    one_row = query.shape[2] == 1
+    one_call = masks is NO_MASKS and (one_row or past == 0)
     if torch.compiler.is_compiling() and one_call and not needs_gradient(call):
         # In sight of the compiler, which makes the factor part of what comes next.
         query, key, value, value_dim = fit(query, key, value, kernel)
-        causal = query.shape[2] > 1
+        causal = False if one_row else True  # noqa: SIM211 (a bool, where the length is a symbol)
         out, lse = KERNELS[kernel].forward(query, key, value, None, causal, scale)
         factor = torch.sigmoid(lse - sink_logits).unsqueeze(-1)
         return (out[..., :value_dim].to(lse.dtype) * factor).to(query.dtype)

@@ -5,7 +5,7 @@
 
 ``causal`` is square and aligned top-left; ``lse`` is the natural logsumexp of the visible scores, in
 float32 (float64 for float64 inputs). The backward takes any ``out`` and ``lse``: it rebuilds
-``exp(scores - lse)`` and ``rowsum(grad * out)`` from them, which is what ``flash.py`` rests on.
+``exp(scores - lse)`` and ``rowsum(grad * out)`` from them, which is what ``operators.py`` rests on.
 
 Kernels differ in the layout and padding of lse, in grouped heads, and in what a bias may be; the
 differences end in this file. None is called with dropout, so their random states are placeholders.

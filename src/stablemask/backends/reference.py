@@ -1,8 +1,8 @@
 """The definition, dense and slow: every score is stored, and autograd does the rest.
 
 Shapes: B batch, H query heads, K key heads, n query rows, m keys, D head_dim, V value_dim.
-It shares no code with the fast backends, runs on every device and dtype, can be differentiated
-twice, and is the only backend with dropout on the CPU.
+It runs on every device and dtype, serves every call and can be differentiated twice. Half precision is
+computed in float32.
 """
 
 import torch
@@ -17,8 +17,20 @@ def unsupported(call: Call) -> str | None:
 
 def attend(call: Call) -> Tensor:
     """Softmax over the visible scores and the sink logit, of which only the former carry values."""
+    device = call.query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # The tensors have autocast's dtype already; the products within are not for it to round.
+        with torch.autocast(device, enabled=False):
+            return _attend(call)
+    return _attend(call)
+
+
+def _attend(call: Call) -> Tensor:
     query, key, value, sink_logits, masks, dropout_p, scale = call
     num_groups = query.shape[1] // key.shape[1]
+    dtype = query.dtype
+    if dtype != torch.float64:
+        query, key, value = query.float(), key.float(), value.float()
     key = key.repeat_interleave(num_groups, dim=1)
     value = value.repeat_interleave(num_groups, dim=1)
     n, m = query.shape[2], key.shape[2]
@@ -26,7 +38,7 @@ def attend(call: Call) -> Tensor:
     scores = query @ key.transpose(-2, -1) * scale  # B H n m
     bias = masks.bias(
         slice(0, n), slice(0, m), m - n,
-        hidden=-torch.inf, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32, device=query.device,
+        hidden=-torch.inf, dtype=query.dtype, device=query.device,
     )  # fmt: skip
     if bias is not None:
         scores = scores + bias
@@ -46,4 +58,4 @@ def attend(call: Call) -> Tensor:
     weights = weights[..., :m]
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
-    return weights.to(value.dtype) @ value
+    return (weights @ value).to(dtype)

@@ -21,7 +21,6 @@ For B sequences of n tokens per rank, K key heads of D columns:
 Letters: B batch, H query heads, K key heads, n rows and keys of a rank, D head_dim, N ranks.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..arguments import autocast, check_masks, check_sink, check_tensors
+from ..arguments import autocast, check_masks, check_scale, check_sink, check_tensors
 from ..backends import operators
 from ..backends.flash import fit, kernel_for, unsupported
 from ..call import Call
@@ -83,12 +82,10 @@ def context_parallel_attention(
     masks = check_masks(query, key, None, window, alibi_slopes, None)
     query, key, value = autocast(query, key, value)
     sink_logits = check_sink(sink_logits, query)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
+    scale = check_scale(scale, query)
     reason = unsupported(Call(query, key, value, sink_logits, masks, 0.0, scale))
     if reason:
-        raise ValueError(f"no backend serves this call: {reason}")
+        raise ValueError(f"no stock kernel serves this call: {reason}")
     kernel = kernel_for(query.device.type, query.dtype, not masks.empty)
     query, key, value, value_dim = fit(query, key, value, kernel)
     out = _attend(query, key, value, sink_logits, alibi_slopes, window, scale, kernel, ring)
