@@ -213,6 +213,7 @@ def test_real_mass_of_equal_scores_rises_with_the_row(horizon, gamma):
 @pytest.mark.parametrize("rows_in_block", [4, 256])
 def test_masks_equal_the_definition(dtype, mask, q_len, kv_len, rows_in_block, monkeypatch):
     monkeypatch.setattr("stablemask.backends.tiles.ROWS_IN_BLOCK", rows_in_block)
+    monkeypatch.setattr("stablemask.backends.tiles.ROWS_IN_HALF_BLOCK", rows_in_block)
     distance = torch.arange(kv_len - q_len, kv_len).unsqueeze(-1) - torch.arange(kv_len)
     allowed = torch.rand(2, 1, q_len, kv_len) > 0.3
     added = torch.randn(1, 4, q_len, kv_len, dtype=torch.float64)
@@ -238,6 +239,34 @@ def test_masks_equal_the_definition(dtype, mask, q_len, kv_len, rows_in_block, m
         lambda q, k, v, s: sink_definition(q, k, v, s, visible=visible, bias=bias),
         (*make_inputs(2, 4, 2, q_len, kv_len, 8, dtype), sink),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 12.0])
+def test_alibi_leaves_out_no_key_that_matters(dtype, size):
+    """Far keys are hidden where no score could make up for their distance; here one does."""
+    query, key, value = make_inputs(1, 2, 1, 600, 600, 8, dtype)
+    with torch.no_grad():
+        query.mul_(size)
+        key[:, :, 0] = query[:, :1, -1] * 0.575 * 599 * 8**0.5 / query[:, :1, -1].square().sum()
+    inputs = (query, key, value)
+    exact_inputs = doubled(inputs)
+
+    def attend(tensors, backend):
+        slopes = torch.tensor([0.5, 0.01])
+        return sink_attention(*tensors, 0.0, alibi_slopes=slopes, backend=backend)
+
+    exact = attend(exact_inputs, "reference")
+    weights = torch.autograd.grad(exact[0, 0, -1, 0], exact_inputs[2], retain_graph=True)[0]
+    assert weights[0, 0, 0, 0] > 1e-3  # 599 keys away, and seen
+    grad = torch.randn_like(exact).to(dtype)
+    results = []
+    for name in ("flash", "reference"):
+        out = attend(inputs, name)
+        results.append((out, *gradients(out, inputs, grad)))
+    term = (grad.double() * exact).abs().sum(-1).max()
+    term = term * max(1.0, *(8**-0.5 * t.detach().abs().max() for t in inputs[:2]))
+    assert_no_further_than_twice(*results, (exact, *gradients(exact, exact_inputs, grad)), term)
 
 
 class LargestTensor(TorchDispatchMode):

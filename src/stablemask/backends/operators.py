@@ -24,6 +24,7 @@ from .kernels import KERNELS
 from .tiles import Tile, Tiling
 
 _ROWS_IN_BUFFER = 4096
+_NEGLIGIBLE = 40.0
 
 
 def forward(
@@ -57,7 +58,7 @@ def forward(
     if sink_logits is not None:
         sink_logits = sink_logits.to(lse_dtype(query))
     masks = Masks(attn_mask, alibi_slopes, window, documents)
-    tiling = _tiling(query, key, masks, past, kernel)
+    tiling = _tiling(query, key, masks, past, scale, kernel)
     blocks = tiling.blocks()
     if len(blocks) == 1:
         return _forward_block(blocks[0], tiling, query, key, value, sink_logits, scale, kernel)
@@ -174,7 +175,7 @@ def backward(
     # A row that sees nothing has hidden scores only; any finite lse makes their weights 0.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     masks = Masks(attn_mask, alibi_slopes, window, documents)
-    tiling = _tiling(query, key, masks, past, kernel)
+    tiling = _tiling(query, key, masks, past, scale, kernel)
     blocks = tiling.blocks()
 
     def part(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +212,9 @@ def lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _tiling(query: Tensor, key: Tensor, masks: Masks, past: int, kernel: str) -> Tiling:
+def _tiling(
+    query: Tensor, key: Tensor, masks: Masks, past: int, scale: float, kernel: str
+) -> Tiling:
     # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
     dtype = lse_dtype(query) if kernel == "cpu" else query.dtype
     # Finite, so that a row with nothing to see is known by its lse: of one whose scores are -inf
@@ -220,7 +223,32 @@ def _tiling(query: Tensor, key: Tensor, masks: Masks, past: int, kernel: str) ->
     return Tiling(
         masks, query.shape[2], key.shape[2], past,
         hidden=hidden, dtype=dtype, device=query.device,
+        half=kernel == "cpu" and query.dtype in (torch.bfloat16, torch.float16),
+        alibi_reach=_alibi_reach(query, key, masks, past, scale, kernel),
     )  # fmt: skip
+
+
+def _alibi_reach(
+    query: Tensor, key: Tensor, masks: Masks, past: int, scale: float, kernel: str
+) -> Tensor | None:
+    """The ALiBi penalty, (H,), beyond which no key can matter; None where nothing can be said.
+
+    No score is above ``highest = scale |q| |k|``, and no row's lse below ``lowest``, the least score of
+    a row with its own key. So a penalty ``p`` leaves a weight under ``exp(highest - lowest - p)``, and one
+    of ``exp(-40)``, some 4e-18, is lost in the rounding of float32 sums, of however many of them. Leaving
+    such keys out saves the CPU from denormal numbers, with which its backward takes four times as long.
+    """
+    own_keys = slice(past, past + query.shape[2])
+    sees_itself = masks.attn_mask is None and own_keys.stop <= key.shape[2]
+    slow = kernel == "cpu" and query.dtype == torch.float32
+    if masks.alibi_slopes is None or not (slow and sees_itself):
+        return None
+    query = query.unflatten(1, (key.shape[1], -1))  # B K groups n D
+    own = (query * key[:, :, None, own_keys]).sum(-1) * scale
+    longest_query = torch.linalg.vector_norm(query, dim=-1).amax(dim=(0, 3))
+    longest_key = torch.linalg.vector_norm(key, dim=-1).amax(dim=(0, 2)).unsqueeze(-1)
+    highest = abs(scale) * longest_query * longest_key
+    return (_NEGLIGIBLE + highest - own.amin(dim=(0, 3))).flatten()
 
 
 # The operators return (B, n, H, D) in memory whatever the kernel does, as their fake forms promise.

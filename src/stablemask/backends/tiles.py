@@ -2,14 +2,15 @@
 
 A kernel knows causality for a square, aligned top-left, and a bias. So a block of query rows is two
 calls, the keys before it (all visible) and its own (square, causal). All rows are one block, unless a
-mask would need a bias quadratic in length: then a block is ``ROWS_IN_BLOCK`` rows, and its biases are made
-when its turn comes.
+mask would need a bias quadratic in length: then a block is ``ROWS_IN_BLOCK`` rows (``ROWS_IN_HALF_BLOCK``),
+and its biases are made when its turn comes.
 
 - A window or documents: keys that no row of the block sees are left out of the call.
 - ALiBi: ``-slope * (row - key)`` is ``slope * (key - anchor)``, one number a key, less
   ``slope * (row - anchor)``, which shifts a row's logsumexp and nothing else. With the anchor at the
-  block's first row, both are small where the weights are not, so no precision is lost. The square on the
-  diagonal takes the distances as they are; they are those of every block.
+  block's first row, both are small for the keys before it where the weights are not, so no precision is
+  lost. The square on the diagonal takes the distances as they are; they are those of every block. In
+  half precision, where the bias is float32 still, it too can take one number a key.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from torch import Tensor
 from ..masks import Masks
 
 ROWS_IN_BLOCK = 256
+# Of half precision, whose backward on the CPU packs all keys anew in each call. ALiBi's largest number a
+# key, 1024 * slope, is rounded by a tenth of what float16 is.
+ROWS_IN_HALF_BLOCK = 1024
 _KEPT_BIASES = 4  # the square's, the window's, and those of the blocks where a window begins
 
 
@@ -52,6 +56,8 @@ class Tiling:
         past: the key of the first row.
         hidden: the bias of a score that must not be seen, a very low finite number.
         dtype: of the biases.
+        half: of inputs in half precision, whose bias is float32.
+        alibi_reach: (H,), the largest ALiBi penalty that is not hidden; None for no limit.
     """
 
     def __init__(
@@ -64,10 +70,14 @@ class Tiling:
         hidden: float,
         dtype: torch.dtype,
         device: torch.device,
+        half: bool = False,
+        alibi_reach: Tensor | None = None,
     ) -> None:
         self.masks = masks
         self.num_rows, self.num_keys, self.past = num_rows, num_keys, past
         self.hidden, self.dtype, self.device = hidden, dtype, device
+        self.half = half
+        self.alibi_reach = None if alibi_reach is None else alibi_reach.view(1, -1, 1, 1)
         self._document_starts = None
         if masks.documents is not None and device.type == "cpu":  # a GPU would have to wait
             self._document_starts = _document_starts(masks.documents)
@@ -75,7 +85,9 @@ class Tiling:
 
     def blocks(self) -> list[slice]:
         """The query rows, in blocks."""
-        step = ROWS_IN_BLOCK if self.masks.by_tile else max(self.num_rows, 1)
+        step = max(self.num_rows, 1)
+        if self.masks.by_tile:
+            step = ROWS_IN_HALF_BLOCK if self.half else ROWS_IN_BLOCK
         starts = range(0, self.num_rows, step)
         return [slice(start, min(start + step, self.num_rows)) for start in starts]
 
@@ -104,19 +116,21 @@ class Tiling:
 
     def _tile(self, rows: slice, keys: slice, causal: bool) -> Tile:
         slopes = self.masks.alibi_slopes
-        bias = self._mask_bias(rows, keys, with_alibi=causal)
-        if slopes is None or causal:
+        by_key = slopes is not None and (self.half or not causal)
+        bias = self._mask_bias(rows, keys, with_alibi=not by_key)
+        if slopes is None or not by_key:
             return Tile(rows, keys, causal, bias, None)
         slopes = slopes.to(self.dtype)
         anchor = self.past + rows.start
         distance = torch.arange(anchor - keys.start, anchor - keys.stop, -1, device=self.device)
         alibi = (distance * -slopes.unsqueeze(-1)).view(1, -1, 1, distance.shape[0])
+        alibi = self._within_reach(alibi)  # the first row is the nearest
         shift = None
         if rows.stop - rows.start > 1:
             offset = torch.arange(rows.stop - rows.start, device=self.device)
             shift = offset * slopes.unsqueeze(-1)
         bias = alibi if bias is None else (bias + alibi).clamp_(min=self.hidden)
-        return Tile(rows, keys, False, bias, shift)
+        return Tile(rows, keys, causal, bias, shift)
 
     def _mask_bias(self, rows: slice, keys: slice, *, with_alibi: bool) -> Tensor | None:
         """What depends on distance alone is made once; the rest is different in each tile."""
@@ -131,11 +145,19 @@ class Tiling:
         if place not in self._by_distance:
             if len(self._by_distance) == _KEPT_BIASES:
                 self._by_distance.clear()
-            self._by_distance[place] = self._dense(by_distance, rows, keys)
+            bias = self._dense(by_distance, rows, keys)
+            if bias is not None and with_alibi:
+                bias = self._within_reach(bias)
+            self._by_distance[place] = bias
         bias, other = self._by_distance[place], self._dense(by_place, rows, keys)
         if bias is None or other is None:
             return other if bias is None else bias
         return (bias + other).clamp_(min=self.hidden)
+
+    def _within_reach(self, bias: Tensor) -> Tensor:
+        if self.alibi_reach is None:
+            return bias
+        return bias.masked_fill_(bias < -self.alibi_reach, self.hidden)
 
     def _dense(self, masks: Masks, rows: slice, keys: slice) -> Tensor | None:
         return masks.bias(
