@@ -260,13 +260,14 @@ def test_alibi_leaves_out_no_key_that_matters(dtype, size):
     weights = torch.autograd.grad(exact[0, 0, -1, 0], exact_inputs[2], retain_graph=True)[0]
     assert weights[0, 0, 0, 0] > 1e-3  # 599 keys away, and seen
     grad = torch.randn_like(exact).to(dtype)
-    results = []
-    for name in ("flash", "reference"):
-        out = attend(inputs, name)
-        results.append((out, *gradients(out, inputs, grad)))
-    term = (grad.double() * exact).abs().sum(-1).max()
-    term = term * max(1.0, *(8**-0.5 * t.detach().abs().max() for t in inputs[:2]))
-    assert_no_further_than_twice(*results, (exact, *gradients(exact, exact_inputs, grad)), term)
+    out = attend(inputs, "flash")
+    # Scores of some 350 are rounded by that many units in float32, and weights by as much of their size.
+    unit = max(torch.finfo(dtype).eps, 350 * torch.finfo(torch.float32).eps)
+    for ours, truth in zip(
+        (out, *gradients(out, inputs, grad)), (exact, *gradients(exact, exact_inputs, grad)),
+        strict=True,
+    ):  # fmt: skip
+        assert (ours.double() - truth).abs().max() <= 8 * unit * truth.abs().max()
 
 
 class LargestTensor(TorchDispatchMode):
