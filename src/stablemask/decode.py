@@ -76,7 +76,14 @@ def decode_step(
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return None
+    groups = heads // kv_heads
+    if groups > 1:
+        # The heads that share a key head become its rows, so that each key is read once.
+        query = query.reshape(batch, kv_heads, groups, head_dim)
+        if isinstance(sink_logits, Tensor):
+            sink_logits = sink_logits.reshape(kv_heads, groups)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=None, scale=scale
     )
-    return out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
+    out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
+    return out if groups == 1 else out.reshape(batch, heads, 1, head_dim)

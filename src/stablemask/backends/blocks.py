@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..call import Call
 from ..masks import Masks
 from . import reference
-from .calls import needs_gradient
-from .operators import under_torch_func
+from .calls import needs_gradient, under_torch_func
 
 ROWS_IN_BLOCK = 256
 

@@ -24,6 +24,11 @@ def needs_gradient(call: Call) -> bool:
     )
 
 
+def under_torch_func() -> bool:
+    """Whether a transform of ``torch.func`` is active in eager mode."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def constant_while_compiling(function: Function) -> Function:
     """Have the compiler call a function and take its result for a constant, rather than trace it.
 

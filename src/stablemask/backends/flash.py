@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from ..call import Call
 from ..masks import NO_MASKS, Masks
 from . import functional
-from .calls import needs_gradient
+from .calls import needs_gradient, under_torch_func
 from .kernels import KERNELS
-from .operators import flash_forward, under_torch_func
+from .operators import flash_forward
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
