@@ -175,7 +175,7 @@ def backward(
     # A row that sees nothing has hidden scores only; any finite lse makes their weights 0.
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     masks = Masks(attn_mask, alibi_slopes, window, documents)
-    tiling = _tiling(query, key, masks, past, scale, kernel)
+    tiling = _tiling(query, key, masks, past, scale, kernel, backward=True)
     blocks = tiling.blocks()
 
     def part(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +213,13 @@ def lse_dtype(query: Tensor) -> torch.dtype:
 
 
 def _tiling(
-    query: Tensor, key: Tensor, masks: Masks, past: int, scale: float, kernel: str
+    query: Tensor,
+    key: Tensor,
+    masks: Masks,
+    past: int,
+    scale: float,
+    kernel: str,
+    backward: bool = False,
 ) -> Tiling:
     # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
     dtype = lse_dtype(query) if kernel == "cpu" else query.dtype
@@ -224,6 +230,7 @@ def _tiling(
         masks, query.shape[2], key.shape[2], past,
         hidden=hidden, dtype=dtype, device=query.device,
         half=kernel == "cpu" and query.dtype in (torch.bfloat16, torch.float16),
+        backward=backward,
         alibi_reach=_alibi_reach(query, key, masks, past, scale, kernel),
     )  # fmt: skip
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..masks import Masks
 
 ROWS_IN_BLOCK = 256
-# Of half precision, whose backward on the CPU packs all keys anew in each call. ALiBi's largest number a
-# key, 1024 * slope, is rounded by a tenth of what float16 is.
+# Of half precision in the backward, which on the CPU packs all keys anew in each call, and under ALiBi alone,
+# which has no bias of rows by keys. Its largest number a key, 1024 * slope, is rounded by a tenth of what
+# float16 is.
 ROWS_IN_HALF_BLOCK = 1024
 _KEPT_BIASES = 4  # the square's, the window's, and those of the blocks where a window begins
 
@@ -57,6 +58,7 @@ class Tiling:
         hidden: the bias of a score that must not be seen, a very low finite number.
         dtype: of the biases.
         half: of inputs in half precision, whose bias is float32.
+        backward: whether the tiles are those of a backward pass.
         alibi_reach: (H,), the largest ALiBi penalty that is not hidden; None for no limit.
     """
 
@@ -71,12 +73,13 @@ class Tiling:
         dtype: torch.dtype,
         device: torch.device,
         half: bool = False,
+        backward: bool = False,
         alibi_reach: Tensor | None = None,
     ) -> None:
         self.masks = masks
         self.num_rows, self.num_keys, self.past = num_rows, num_keys, past
         self.hidden, self.dtype, self.device = hidden, dtype, device
-        self.half = half
+        self.half, self.backward = half, backward
         self.alibi_reach = None if alibi_reach is None else alibi_reach.view(1, -1, 1, 1)
         self._document_starts = None
         if masks.documents is not None and device.type == "cpu":  # a GPU would have to wait
@@ -87,7 +90,9 @@ class Tiling:
         """The query rows, in blocks."""
         step = max(self.num_rows, 1)
         if self.masks.by_tile:
-            step = ROWS_IN_HALF_BLOCK if self.half else ROWS_IN_BLOCK
+            alibi_alone = self.masks.window is None and self.masks.documents is None
+            large = self.half and (self.backward or alibi_alone)
+            step = ROWS_IN_HALF_BLOCK if large else ROWS_IN_BLOCK
         starts = range(0, self.num_rows, step)
         return [slice(start, min(start + step, self.num_rows)) for start in starts]
 
