@@ -327,6 +327,22 @@ def test_memory_layout_does_not_matter(layout):
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["heads first", "tokens first"])
+def test_many_rows_in_half_precision(layout):
+    """The factor goes over more rows than its buffer holds, a part of the last buffer among them."""
+    shape = (2, 1100, 4, 8) if layout == "tokens first" else (2, 4, 1100, 8)
+    tensors = [torch.randn(shape).bfloat16() for _ in range(3)]
+    if layout == "tokens first":
+        tensors = [tensor.transpose(1, 2) for tensor in tensors]
+    sink = torch.randn(4, 1)
+    inputs = tuple(tensor.requires_grad_() for tensor in (*tensors, sink))
+    compare(
+        lambda q, k, v, s, backend: sink_attention(q, k, v, s, backend=backend),
+        sink_definition,
+        inputs,
+    )
+
+
 def test_same_inputs_same_bits():
     inputs = make_inputs(2, 4, 2, 130, 130, 32, torch.float32)
     runs = []

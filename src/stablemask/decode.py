@@ -45,7 +45,7 @@ def decode_step(
     _, kv_heads, kv_len, _ = cache
     if cache[0] != batch or cache[3] != head_dim or kv_heads == 0 or heads % kv_heads:
         return None
-    if kv_len == 0 or query.numel() == 0:
+    if kv_len == 0 or batch == 0 or heads == 0:
         return None
     dtype = query.dtype
     if dtype not in _DTYPES or key.dtype is not dtype or value.dtype is not dtype:

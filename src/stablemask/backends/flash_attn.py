@@ -1,6 +1,6 @@
 """Attention with a sink logit through the flash-attn package, where it is installed.
 
-The algebra is that of ``flash.py``. The package aligns causality bottom-right, so a cache needs no
+The algebra is that of ``operators.py``. The package aligns causality bottom-right, so a cache needs no
 second call, and takes windows and (FA2) ALiBi itself.
 
 Written against FA2 2.7.1 to 2.8.3 (``flash_attn.flash_attn_interface``) and FA3 of October 2025

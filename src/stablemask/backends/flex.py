@@ -1,7 +1,7 @@
 """Attention with a sink logit through FlexAttention, which makes a kernel for the masks of a call.
 
 On CUDA the kernel returns the logsumexp of each row, differentiable, and the sink is a factor on its
-output, as in ``flash.py``, in plain differentiable PyTorch. On the CPU FlexAttention returns no
+output, as in ``operators.py``, in plain differentiable PyTorch. On the CPU FlexAttention returns no
 logsumexp and has no backward: there the sink is one more key, whose score is the sink logit and whose
 value is 0.
 
