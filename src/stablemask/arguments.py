@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from .backends.calls import autocast_is_on
 from .masks import NO_MASKS, Masks
 
 
@@ -58,7 +59,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does for the stock attention: float32 and half inputs take its dtype."""
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (
             tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

@@ -24,6 +24,19 @@ def needs_gradient(call: Call) -> bool:
     )
 
 
+# Asked once: the compiler of PyTorch 2.9 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    device
+    for device in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(device)
+)
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is enabled for a type of device."""
+    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
+
+
 def under_torch_func() -> bool:
     """Whether a transform of ``torch.func`` is active in eager mode."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

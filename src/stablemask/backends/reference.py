@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
+from .calls import autocast_is_on
 
 
 def unsupported(call: Call) -> str | None:
@@ -18,7 +19,7 @@ def unsupported(call: Call) -> str | None:
 def attend(call: Call) -> Tensor:
     """Softmax over the visible scores and the sink logit, of which only the former carry values."""
     device = call.query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocast_is_on(device):
         # The tensors have autocast's dtype already; the products within are not for it to round.
         with torch.autocast(device, enabled=False):
             return _attend(call)
