@@ -252,7 +252,7 @@ def _make_blocks(
     """From the bounds of each block: no tensor of ``n`` times ``m``."""
     past = m - n
     row = torch.arange(0, n, _BLOCK, device=device).unsqueeze(-1)
-    key = torch.arange(0, m + has_sink_key, _BLOCK, device=device)
+    key = torch.arange(0, m + 1 if has_sink_key else m, _BLOCK, device=device)
     first, last = past + row, past + (row + _BLOCK).clamp(max=n) - 1
     key_last = key + _BLOCK - 1
     some = key <= last
