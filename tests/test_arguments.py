@@ -69,6 +69,8 @@ def test_bad_arguments_are_named(changes, error, names):
     ("changes", "error", "names"),
     [
         ({"gamma": -1.0}, ValueError, "gamma"),
+        ({"gamma": None}, TypeError, "gamma"),
+        ({"gamma": float("nan")}, ValueError, "gamma"),
         ({"gamma": torch.ones(3)}, ValueError, "gamma"),
         ({"horizon": -1}, ValueError, "horizon"),
         ({"positions": torch.arange(5)}, ValueError, "positions"),
@@ -79,3 +81,6 @@ def test_bad_arguments_are_named(changes, error, names):
 def test_bad_stable_mask_arguments_are_named(changes, error, names):
     with pytest.raises(error, match=names):
         _call(stable_mask_attention, **changes)
+    if "positions" not in changes:  # a decode step
+        with torch.no_grad(), pytest.raises(error, match=names):
+            _call(stable_mask_attention, query=torch.ones(2, 4, 1, 8), **changes)

@@ -59,7 +59,8 @@ def stable_mask_attention(
         ValueError, TypeError: an argument does not fit; the message names it.
     """
     unmasked = attn_mask is None and window is None and alibi_slopes is None and documents is None
-    if unmasked and positions is None and horizon is None and not dropout_p and backend == "auto":
+    plain = unmasked and positions is None and horizon is None and type(gamma) is float
+    if plain and not dropout_p and backend == "auto":
         out = decode_step(query, key, value, gamma=gamma, scale=scale)
         if out is not None:
             return out
@@ -83,7 +84,7 @@ def _sink_logits(
     gamma: float | Tensor,
     horizon: int | None,
     positions: Tensor | None,
-) -> Tensor | float:
+) -> Tensor:
     batch, heads, q_len, _ = query.shape
     first = key.shape[2] - q_len
     if isinstance(gamma, Tensor) and gamma.dim() == 1 and gamma.shape[0] not in (1, heads):
