@@ -31,6 +31,16 @@ def test_opcheck(sample):
     torch.library.opcheck(flash_backward, (torch.randn_like(out), *tensors, out, lse, *rest))
 
 
+def assert_equals_eager(compiled, attend, inputs):
+    out, expected = compiled(*inputs), attend(*inputs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for ours, eager in zip(
+        gradients(out, inputs, grad), gradients(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
 @pytest.mark.parametrize("case", ["plain", "cache", "padding", "slopes"])
 def test_compiles_without_a_graph_break(case):
     q_len, kv_len = (5, 9) if case == "cache" else (9, 9)
@@ -43,13 +53,7 @@ def test_compiles_without_a_graph_break(case):
 
     torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(*inputs), attend(*inputs)
-    torch.testing.assert_close(out, expected)
-    grad = torch.randn_like(out)
-    for ours, eager in zip(
-        gradients(out, inputs, grad), gradients(expected, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(ours, eager)
+    assert_equals_eager(compiled, attend, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,13 +102,7 @@ def test_one_graph_serves_every_length(case):
     for length in (9, 17, 33, 300):
         inputs = make_inputs(2, 4, 2, length, length, 8, torch.float32)
         with torch._dynamo.config.patch(error_on_recompile=length > 9):
-            out, expected = compiled(*inputs), attend(*inputs)
-        torch.testing.assert_close(out, expected)
-        grad = torch.randn_like(out)
-        for ours, eager in zip(
-            gradients(out, inputs, grad), gradients(expected, inputs, grad), strict=True
-        ):
-            torch.testing.assert_close(ours, eager)
+            assert_equals_eager(compiled, attend, inputs)
 
 
 def test_one_graph_serves_every_length_without_gradients():

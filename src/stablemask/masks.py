@@ -31,10 +31,6 @@ class Masks:
         return not (self.alibi_slopes is None and self.window is None and self.documents is None)
 
     @property
-    def empty(self) -> bool:
-        return self.attn_mask is None and not self.by_tile
-
-    @property
     def need_gradient(self) -> bool:
         tensors = (self.attn_mask, self.alibi_slopes)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)

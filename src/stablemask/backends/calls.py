@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..call import Call
 
@@ -40,6 +41,25 @@ def autocast_is_on(device: str) -> bool:
 def under_torch_func() -> bool:
     """Whether a transform of ``torch.func`` is active in eager mode."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def sink_gradient(sink_logits: Tensor, lse: Tensor, d_total: Tensor) -> Tensor:
+    """The gradient of sink logits, summed over what was broadcast.
+
+    Args:
+        lse: (B, H, n), with the sink in it.
+        d_total: (B, H, n), the gradient of ``lse``: ``-rowsum(grad * out)``, and what a loss adds.
+    """
+    # An infinite sink has taken the whole row; its out, and so its gradient, is 0.
+    share = torch.exp(sink_logits.to(lse.dtype) - lse).nan_to_num(nan=1.0)
+    return (share * d_total).sum_to_size(sink_logits.shape).to(sink_logits.dtype)
+
+
+def refuse_second_order(ctx, *grads):
+    raise RuntimeError(
+        "the flash kernels cannot be differentiated twice; use backend='reference' for "
+        "second-order gradients"
+    )
 
 
 def constant_while_compiling(function: Function) -> Function:

@@ -66,6 +66,18 @@ def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
     return "cuda" if dtype in _FLASH_DTYPES and not has_bias else "efficient"
 
 
+def stock_kernel(call: Call) -> str:
+    """The kernel that serves a call outside the backends: its parts are for the caller to join.
+
+    Raises:
+        ValueError: none does; says why.
+    """
+    reason = unsupported(call)
+    if reason:
+        raise ValueError(f"no stock kernel serves this call: {reason}")
+    return kernel_for(call.query.device.type, call.query.dtype, call.masks is not NO_MASKS)
+
+
 def _attend(call: Call, kernel: str) -> Tensor:
     query, key, value, sink_logits, masks, _, scale = call
     past = key.shape[2] - query.shape[2]

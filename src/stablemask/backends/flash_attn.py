@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from .calls import constant_while_compiling
+from .calls import constant_while_compiling, refuse_second_order, sink_gradient
 
 MODULES = {"fa3": "flash_attn_interface", "fa2": "flash_attn.flash_attn_interface"}
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -215,19 +215,10 @@ def _differentiate(ctx, grad, _):
     )
     d_sink = None
     if ctx.needs_input_grad[3]:
-        # An infinite sink has taken the whole row; its out, and so its gradient, is 0.
-        share = torch.exp(sink_logits.to(lse.dtype) - lse).nan_to_num(nan=1.0)
-        d_sink = -share * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
-        d_sink = d_sink.sum_to_size(sink_logits.shape).to(sink_logits.dtype)
+        d_total = -(grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+        d_sink = sink_gradient(sink_logits, lse, d_total)
     return *gradients, d_sink, *(None,) * 4
 
 
-def _refuse_second_order(ctx, *grads):
-    raise RuntimeError(
-        "flash-attn cannot be differentiated twice; use backend='reference' for second-order "
-        "gradients"
-    )
-
-
 flash_attn_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
-flash_attn_backward.register_autograd(_refuse_second_order)
+flash_attn_backward.register_autograd(refuse_second_order)

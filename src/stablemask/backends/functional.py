@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import operators
+from .calls import refuse_second_order
 
 
 class _Forward(torch.autograd.Function):
@@ -40,7 +41,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        operators.refuse_second_order(ctx, *grads)
+        refuse_second_order(ctx, *grads)
 
 
 flash_forward = _Forward.apply

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Masks
+from .calls import refuse_second_order, sink_gradient
 from .kernels import KERNELS
 from .tiles import Tile, Tiling
 
@@ -61,7 +62,8 @@ def forward(
     tiling = _tiling(query, key, masks, past, scale, kernel)
     blocks = tiling.blocks()
     if len(blocks) == 1:
-        return _forward_block(blocks[0], tiling, query, key, value, sink_logits, scale, kernel)
+        out, lse = _forward_block(blocks[0], tiling, query, key, value, sink_logits, scale, kernel)
+        return _in_order(out), lse.contiguous()
     out, lse = _empty(query), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
     for rows in blocks:
         out[:, :, rows], lse[:, :, rows] = _forward_block(
@@ -191,7 +193,8 @@ def backward(
     if len(blocks) == 1:
         tiles = list(tiling.tiles(blocks[0]))
         if len(tiles) == 1 and tiles[0].keys == slice(0, key.shape[2]):
-            return part(tiles[0])
+            d_query, d_key, d_value = part(tiles[0])
+            return _in_order(d_query), _in_order(d_key), _in_order(d_value)
 
     # The gradient of a key is a sum over the blocks, taken in float32 or better.
     precise = query.dtype if len(blocks) == 1 else lse_dtype(query)
@@ -258,7 +261,7 @@ def _alibi_reach(
     return (_NEGLIGIBLE + highest - own.amin(dim=(0, 3))).flatten()
 
 
-# The operators return (B, n, H, D) in memory whatever the kernel does, as their fake forms promise.
+# Results are (B, n, H, D) in memory whatever the kernel does, as the operators' fake forms promise.
 def _empty(tensor: Tensor) -> Tensor:
     batch, heads, length, dim = tensor.shape
     return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
@@ -268,55 +271,14 @@ def _in_order(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@torch.library.custom_op("stablemask::flash_forward", mutates_args=())
-def flash_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor | None,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int | None,
-    documents: Tensor | None,
-    past: int,
-    scale: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
-    """:func:`forward` as an operator that compilers, exporters and autograd see whole."""
-    out, lse = forward(
-        query, key, value, sink_logits, attn_mask, alibi_slopes, window, documents,
-        past, scale, kernel,
-    )  # fmt: skip
-    return _in_order(out), lse.contiguous()
+# As operators, which compilers, exporters and autograd see whole.
+flash_forward = torch.library.custom_op("stablemask::flash_forward", mutates_args=())(forward)
+flash_backward = torch.library.custom_op("stablemask::flash_backward", mutates_args=())(backward)
 
 
 @flash_forward.register_fake
 def _(query, key, value, sink_logits, attn_mask, slopes, window, documents, past, scale, kernel):
     return _empty(query), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
-
-
-@torch.library.custom_op("stablemask::flash_backward", mutates_args=())
-def flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int | None,
-    documents: Tensor | None,
-    past: int,
-    scale: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`backward` as an operator."""
-    d_query, d_key, d_value = backward(
-        grad, query, key, value, out, lse, attn_mask, alibi_slopes, window, documents,
-        past, scale, kernel,
-    )  # fmt: skip
-    return _in_order(d_query), _in_order(d_key), _in_order(d_value)
 
 
 @flash_backward.register_fake
@@ -349,11 +311,8 @@ def differentiate(ctx, d_out, d_lse, backward=flash_backward):
         gradients = _with_lse_gradient(backward, d_out, d_lse, *tensors, *masks, *rest)
     d_sink = None
     if sink_logits is not None and ctx.needs_input_grad[3]:
-        # An infinite sink has taken the whole row; its out, and so its gradient, is 0.
-        share = torch.exp(sink_logits.to(lse.dtype) - lse).nan_to_num(nan=1.0)
         d_total = -(d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        d_sink = share * (d_total if d_lse is None else d_total + d_lse)
-        d_sink = d_sink.sum_to_size(sink_logits.shape).to(sink_logits.dtype)
+        d_sink = sink_gradient(sink_logits, lse, d_total if d_lse is None else d_total + d_lse)
     return *gradients, d_sink, *nothing[4:]
 
 
@@ -371,13 +330,6 @@ def _with_lse_gradient(backward, d_out, d_lse, query, key, value, out, lse, *res
     query, key, value = (torch.nn.functional.pad(t, (0, width)) for t in (query, key, value))
     gradients = backward(d_out, query, key, value, out, lse, *rest)
     return tuple(gradient[..., :dim] for gradient in gradients)
-
-
-def refuse_second_order(ctx, *grads):
-    raise RuntimeError(
-        "the stock flash kernels cannot be differentiated twice; use backend='reference' for "
-        "second-order gradients"
-    )
 
 
 flash_forward.register_autograd(differentiate, setup_context=save_for_backward)

@@ -75,19 +75,19 @@ def write_measurements(measurements: list[dict[str, Any]], device: torch.device)
 
     folder = Path(backends.__file__).parent / "measured"
     shape = {"batch": 1, "heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM}
-    about = json.dumps({**describe(device), "shape": shape}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(measurement)}" for measurement in measurements)
-    text = f'{about},\n "measurements": [\n{lines}\n ]\n}}\n'
-    return _save(text, folder / f"{device.type}.json")
+    result = {**describe(device), "shape": shape, "measurements": measurements}
+    return save_json(result, folder / f"{device.type}.json")
 
 
 def save_json(result: dict[str, Any], path: Path) -> Path:
-    return _save(json.dumps(result, indent=1) + "\n", path)
-
-
-def _save(text: str, path: Path) -> Path:
-    """Whole or not at all."""
+    """Write whole or not at all; a line for each entry, and for each record of a list."""
+    entries = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in value) + "\n ]"
+        entries.append(f" {json.dumps(key)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
     return partial.replace(path)

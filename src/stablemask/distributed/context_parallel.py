@@ -31,7 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from ..arguments import autocast, check_masks, check_scale, check_sink, check_tensors
 from ..backends import operators
-from ..backends.flash import fit, kernel_for, unsupported
+from ..backends.calls import sink_gradient
+from ..backends.flash import fit, stock_kernel
 from ..call import Call
 from ..merging import merge_attention
 from ..pseudo import pseudo_logsumexp
@@ -83,10 +84,7 @@ def context_parallel_attention(
     query, key, value = autocast(query, key, value)
     sink_logits = check_sink(sink_logits, query)
     scale = check_scale(scale, query)
-    reason = unsupported(Call(query, key, value, sink_logits, masks, 0.0, scale))
-    if reason:
-        raise ValueError(f"no stock kernel serves this call: {reason}")
-    kernel = kernel_for(query.device.type, query.dtype, not masks.empty)
+    kernel = stock_kernel(Call(query, key, value, sink_logits, masks, 0.0, scale))
     query, key, value, value_dim = fit(query, key, value, kernel)
     out = _attend(query, key, value, sink_logits, alibi_slopes, window, scale, kernel, ring)
     return out[..., :value_dim]
@@ -347,10 +345,9 @@ class _RingAttention(torch.autograd.Function):
 
         d_sink = None
         if ctx.needs_input_grad[3]:
-            # As `merge_attention` takes an infinite sink; its out, and so its gradient, is 0.
-            share = torch.exp(sink_logits.to(lse.dtype).clamp(max=1e30) - lse)
-            d_sink = -share * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-            d_sink = d_sink.sum_to_size(sink_logits.shape).to(sink_logits.dtype)
+            # As `merge_attention` takes an infinite sink.
+            d_total = -(grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+            d_sink = sink_gradient(sink_logits.clamp(max=1e30), lse, d_total)
         return (
             d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), d_sink,
             *(None,) * 5,

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ..attention import sink_attention
-from ..pseudo import head_decay_rates, pseudo_logsumexp
+from ..pseudo import head_decay_rates
 from .configuration import StableMaskConfig
 from .masks import attention_mask
 from .positions import (
@@ -30,6 +30,7 @@ from .positions import (
     alibi_mask,
     check_length,
     check_table,
+    position_sink_logits,
     rotary_angles,
     rotate,
     sinusoidal_encoding,
@@ -399,22 +400,3 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
         super()._validate_generated_length(  # type: ignore[misc]
             generation_config, input_ids_length, *args
         )
-
-
-def position_sink_logits(config: StableMaskConfig, positions: Tensor) -> Tensor | None:
-    """Sink logits that follow from the positions alone, broadcastable to (batch, heads, length).
-
-    None for ``learned-sink``, where each layer holds its own.
-    """
-    if config.attention == "stablemask":
-        assert config.stablemask is not None
-        gamma = config.stablemask["gamma"]
-        if gamma == "slopes":
-            gamma = head_decay_rates(config.num_attention_heads)
-        elif isinstance(gamma, list):
-            gamma = torch.tensor(gamma, dtype=torch.float64)
-        return pseudo_logsumexp(positions, gamma, config.stablemask["horizon"])
-    if config.attention == "learned-sink":
-        return None
-    value = 0.0 if config.attention == "softmax1" else -torch.inf
-    return torch.full((1, 1, 1), value, device=positions.device)

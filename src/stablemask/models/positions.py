@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..pseudo import head_decay_rates, pseudo_logsumexp
+from .configuration import StableMaskConfig
+
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -63,3 +66,22 @@ def check_length(length: int, table_length: int) -> None:
 
 def _inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def position_sink_logits(config: StableMaskConfig, positions: Tensor) -> Tensor | None:
+    """Sink logits that follow from the positions alone, broadcastable to (batch, heads, length).
+
+    None for ``learned-sink``, where each layer holds its own.
+    """
+    if config.attention == "stablemask":
+        assert config.stablemask is not None
+        gamma = config.stablemask["gamma"]
+        if gamma == "slopes":
+            gamma = head_decay_rates(config.num_attention_heads)
+        elif isinstance(gamma, list):
+            gamma = torch.tensor(gamma, dtype=torch.float64)
+        return pseudo_logsumexp(positions, gamma, config.stablemask["horizon"])
+    if config.attention == "learned-sink":
+        return None
+    value = 0.0 if config.attention == "softmax1" else -torch.inf
+    return torch.full((1, 1, 1), value, device=positions.device)
