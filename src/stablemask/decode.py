@@ -29,7 +29,8 @@ def decode_step(
 
     Args:
         query, key, value: as in :func:`~stablemask.sink_attention`, not checked.
-        sink_logits: a number, or one per head, ``(heads, 1)``; else the result is None.
+        sink_logits: a number, or ``(heads or 1, 1)`` or ``(batch or 1, heads or 1, 1)``; else the
+            result is None.
         gamma: StableMask's in place of ``sink_logits``, a number, for the last position of an infinite
             horizon; else the result is None.
         scale: of the scores, or None.
@@ -61,7 +62,7 @@ def decode_step(
     elif type(sink_logits) is not float and not (
         isinstance(sink_logits, Tensor)
         and type(sink_logits) in (Tensor, Parameter)
-        and sink_logits.shape == (heads, 1)
+        and _broadcasts(sink_logits.shape, batch, heads)
         and sink_logits.is_floating_point()
         and sink_logits.is_cpu
     ):
@@ -80,10 +81,16 @@ def decode_step(
     if groups > 1:
         # The heads that share a key head become its rows, so that each key is read once.
         query = query.reshape(batch, kv_heads, groups, head_dim)
-        if isinstance(sink_logits, Tensor):
-            sink_logits = sink_logits.reshape(kv_heads, groups)
+        if isinstance(sink_logits, Tensor) and sink_logits.shape[-2] == heads:
+            sink_logits = sink_logits.reshape(-1, kv_heads, groups)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=None, scale=scale
     )
     out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
     return out if groups == 1 else out.reshape(batch, heads, 1, head_dim)
+
+
+def _broadcasts(shape: torch.Size, batch: int, heads: int) -> bool:
+    """Whether sink logits of this shape are one per sequence and head, or fewer."""
+    *outer, inner, last = shape if len(shape) > 1 else (0, 0)
+    return last == 1 and inner in (1, heads) and (not outer or outer in ([1], [batch]))

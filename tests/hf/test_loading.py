@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stablemask.errors import InputError
 from stablemask.hf import load_model
@@ -97,6 +97,22 @@ def test_weights_that_do_not_fit_the_config(folder, capfd):
     assert "REPORT" not in capfd.readouterr().err
 
 
-def test_a_config_that_asks_for_what_would_not_run_is_refused(tmp_path):
-    llama(stablemask={"gamma": 0.01}).save_pretrained(tmp_path)
-    refused(tmp_path, "asks for StableMask .* model_type 'llama'")
+def test_a_config_that_asks_for_stablemask_gets_it_or_is_refused(tmp_path):
+    model = llama(stablemask={"gamma": 0.3}).eval()
+    model.save_pretrained(tmp_path / "llama")
+    loaded = load_model(str(tmp_path / "llama"))
+    assert loaded.config._attn_implementation == "stablemask"
+    ids = random_ids(1, 6)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    plain = LlamaForCausalLM(LlamaConfig(**model.config.to_dict() | {"stablemask": None})).eval()
+    plain.load_state_dict(model.state_dict())
+    assert (plain(ids).logits - model(ids).logits).abs().max() > 1e-3
+
+    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    path = tmp_path / "bloom" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stablemask": {"gamma": 0.3}}))
+    refused(tmp_path / "bloom", "StableMask cannot run in BloomForCausalLM")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stablemask": {"gamma": -1.0}}))
+    refused(tmp_path / "llama", r"stablemask\['gamma'\] must be greater than 0")

@@ -76,8 +76,11 @@ def test_gamma_stays_when_the_context_is_overridden_on_loading(tmp_path):
         ({"stablemask": {"gamma": [0.1, 0.2]}}, r"one number per head \(4\), got \[0.1, 0.2\]"),
         ({"stablemask": {"gamma": []}}, r"one number per head \(4\), got \[\]"),
         ({"stablemask": {"horizon": 0}}, r"\['horizon'\] must be an integer .* or None, got 0"),
-        ({"stablemask": {"decay": 1}}, "stablemask must be a dict of gamma and horizon, got"),
-        ({"stablemask": 0.1}, "stablemask must be a dict of gamma and horizon, got 0.1"),
+        (
+            {"stablemask": {"decay": 1}},
+            "stablemask must be a dict of gamma, horizon, start, shift, got",
+        ),
+        ({"stablemask": 0.1}, "stablemask must be a dict of gamma, horizon, start, shift, got 0.1"),
         (
             {"attention": "softmax", "stablemask": {"gamma": 0.1}},
             "stablemask must be None with attention='softmax'",

@@ -1,12 +1,26 @@
-"""The bridge to Transformers: importing it registers our model with the Auto classes."""
+"""The bridge to Transformers. Importing it
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+- registers our model with the Auto classes,
+- registers ``attn_implementation="stablemask"`` for every decoder (`attention.py`), also under the
+  name "sdpa" for models whose ``config.stablemask`` asks for it,
+- refuses what would silently run something else (`guard.py`).
+"""
+
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ..models import StableMaskConfig, StableMaskForCausalLM, StableMaskModel
+from ..models.modeling import ATTN_IMPLEMENTATION
+from . import guard
+from .apply import apply_stablemask
+from .attention import dispatch_sdpa, stablemask_attention_forward
 from .loading import load_model
 
 AutoConfig.register(StableMaskConfig.model_type, StableMaskConfig, exist_ok=True)
 AutoModel.register(StableMaskConfig, StableMaskModel, exist_ok=True)
 AutoModelForCausalLM.register(StableMaskConfig, StableMaskForCausalLM, exist_ok=True)
+# The mask function of that name is registered beside our model.
+AttentionInterface.register(ATTN_IMPLEMENTATION, stablemask_attention_forward)
+AttentionInterface.register("sdpa", dispatch_sdpa)
+guard.install()
 
-__all__ = ["load_model"]
+__all__ = ["apply_stablemask", "load_model"]

@@ -27,6 +27,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load any Transformers causal language model, ours too, for evaluation.
 
+    It runs StableMask where its ``config.stablemask`` asks for it, and what it was saved with elsewhere.
     Reads safetensors only and runs no code from the checkpoint.
 
     Args:
@@ -50,13 +51,7 @@ def load_model(
         _check_hub(name_or_path)
 
     config, model, report = _from_pretrained(name_or_path, "auto" if dtype is None else dtype)
-    ours = isinstance(config, StableMaskConfig)
-    _check_report(name_or_path, report, ours)
-    if not ours and getattr(config, "stablemask", None) is not None:
-        raise InputError(
-            f"{name_or_path} asks for StableMask in its config.json, and nothing here runs it for "
-            f"model_type {config.model_type!r}"
-        )
+    _check_report(name_or_path, report, isinstance(config, StableMaskConfig))
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval()

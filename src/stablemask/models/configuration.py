@@ -1,9 +1,10 @@
 """What a model is: its sizes, how it knows positions, and where its surplus attention goes."""
 
-import math
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+
+from .settings import complete_settings, is_number, require_positive_int
 
 POSITION_ENCODINGS = ("rope", "alibi", "nope", "learned", "sinusoidal")
 ATTENTION_KINDS = ("stablemask", "softmax", "softmax1", "learned-sink")
@@ -21,11 +22,8 @@ class StableMaskConfig(PreTrainedConfig):
         attention: which sink logit a row has. ``stablemask``: the pseudo mass of its position;
             ``softmax``: none; ``softmax1``: 0 (softmax-off-by-one); ``learned-sink``: one trained
             number per head and layer.
-        stablemask: ``{"gamma": ..., "horizon": ...}``, with ``attention="stablemask"`` only.
-            ``gamma`` is a number, a list of one number per query head, or ``"slopes"`` (ALiBi's
-            head slopes); default ``1 / max_position_embeddings``. ``horizon`` is the number of
-            columns, or None (the default) for infinitely many; rows from ``horizon - 1`` on are
-            plain softmax.
+        stablemask: ``{"gamma": ..., "horizon": ...}`` and more, with ``attention="stablemask"`` only:
+            see :func:`~stablemask.models.settings.complete_settings`.
         rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``, with ``rope`` only.
         rms_norm_eps, initializer_range, attention_dropout, tie_word_embeddings, use_cache: as in
             Transformers' Llama.
@@ -103,9 +101,9 @@ class StableMaskConfig(PreTrainedConfig):
             "num_key_value_heads",
             "max_position_embeddings",
         ):
-            _require_positive_int(name, getattr(self, name))
+            require_positive_int(name, getattr(self, name))
         if self.head_dim is not None:
-            _require_positive_int("head_dim", self.head_dim)
+            require_positive_int("head_dim", self.head_dim)
         elif self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads must divide hidden_size ({self.hidden_size}) where head_dim "
@@ -130,7 +128,7 @@ class StableMaskConfig(PreTrainedConfig):
             raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout!r}")
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or value <= 0:
+            if not is_number(value) or value <= 0:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if self.position_encoding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(
@@ -146,33 +144,9 @@ class StableMaskConfig(PreTrainedConfig):
                     f"read it, got {self.stablemask!r}"
                 )
             return None
-        given = {} if self.stablemask is None else self.stablemask
-        if not isinstance(given, dict) or not given.keys() <= {"gamma", "horizon"}:
-            raise ValueError(f"stablemask must be a dict of gamma and horizon, got {given!r}")
-
-        horizon = given.get("horizon")
-        if horizon is not None:
-            _require_positive_int("stablemask['horizon']", horizon, "or None")
-        gamma = given.get("gamma")
-        if gamma is None:
-            gamma = 1 / self.max_position_embeddings
-        if gamma != "slopes":
-            gamma = list(gamma) if isinstance(gamma, (list, tuple)) else gamma
-            self._check_gamma(gamma, horizon)
-        return {"gamma": gamma, "horizon": horizon}
-
-    def _check_gamma(self, gamma: Any, horizon: int | None) -> None:
-        rates = gamma if isinstance(gamma, list) else [gamma]
-        if not all(_is_number(rate) for rate in rates) or (
-            isinstance(gamma, list) and len(gamma) != self.num_attention_heads
-        ):
-            raise ValueError(
-                "stablemask['gamma'] must be a number, 'slopes', or a list of one number per head "
-                f"({self.num_attention_heads}), got {gamma!r}"
-            )
-        if min(rates) < 0 or (min(rates) == 0 and horizon is None):
-            allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
-            raise ValueError(f"stablemask['gamma'] must be {allowed}, got {gamma!r}")
+        return complete_settings(
+            self.stablemask, self.num_attention_heads, self.max_position_embeddings
+        )
 
     def _check_rope(self, asked_for_rope: bool) -> None:
         if self.position_encoding != "rope":
@@ -194,18 +168,8 @@ class StableMaskConfig(PreTrainedConfig):
                 f"got {parameters!r}"
             )
         theta = parameters["rope_theta"]
-        if not _is_number(theta) or theta <= 0:
+        if not is_number(theta) or theta <= 0:
             raise ValueError(f"rope_theta must be a positive number, got {theta!r}")
         assert self.head_dim is not None
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even with rope positions, got {self.head_dim}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_positive_int(name: str, value: Any, alternative: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        allowed = f"an integer of at least 1 {alternative}".rstrip()
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")

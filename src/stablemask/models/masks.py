@@ -1,4 +1,4 @@
-"""The mask that Transformers makes for our attention: None wherever causality alone says it all."""
+"""The mask that Transformers makes for our attention: None wherever its arguments say it all."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,24 +16,46 @@ def attention_mask(
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
+    *,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """As Transformers' ``sdpa_mask``, None or bool (batch, 1, q_length, kv_length).
 
-    Stock SDPA aligns causality top-left, so a chunk of a prompt behind a cache gets a mask from
-    ``sdpa_mask``. Ours is aligned bottom-right and needs none.
+    None means causal, aligned bottom-right, within the ``sliding_window`` that the layer names. Stock
+    SDPA aligns top-left and knows no window, so ``sdpa_mask`` gives a mask for a chunk of a prompt
+    behind a cache and for every sliding layer, and none for the prefill of a static cache.
     """
+    causal = mask_function is causal_mask_function
+    # Chunked attention names a local size too; any other deviation forbids the skip.
+    sliding = (
+        allow_is_causal_skip
+        and local_size is not None
+        and local_size == getattr(config, "sliding_window", None)
+        and getattr(config, "attention_chunk_size", None) is None
+    )
     if (
-        mask_function is causal_mask_function
-        and isinstance(q_offset, int)
-        and kv_offset == 0
-        and q_offset + q_length == kv_length
+        (causal or sliding)
+        and isinstance(q_offset, int)  # a tensor with a static cache
+        and q_offset + q_length == kv_offset + kv_length
         and not _hides(attention_mask)
     ):
         return None
-    place: Any = q_offset  # a tensor with a static cache, though `sdpa_mask` says int
+    place: Any = q_offset  # `sdpa_mask` says int
     return sdpa_mask(
-        batch_size, q_length, kv_length, place, kv_offset, mask_function, attention_mask, **kwargs
+        batch_size,
+        q_length,
+        kv_length,
+        place,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip and q_length == kv_length,
+        config=config,
+        **kwargs,
     )
 
 

@@ -128,10 +128,6 @@ class StableMaskAttention(nn.Module):
         query, key, value = self.project(hidden_states, rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-            if attn_mask is None and past_key_values.is_compileable:
-                # A static cache hands back its full length, and comes without a mask only at a
-                # prefill from empty: the keys are the first rows.
-                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         if self.sinks is not None:
             sink_logits = self.sinks[:, None]
         assert sink_logits is not None

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..pseudo import head_decay_rates, pseudo_logsumexp
 from .configuration import StableMaskConfig
+from .settings import pseudo_sink_logits
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -75,12 +75,7 @@ def position_sink_logits(config: StableMaskConfig, positions: Tensor) -> Tensor 
     """
     if config.attention == "stablemask":
         assert config.stablemask is not None
-        gamma = config.stablemask["gamma"]
-        if gamma == "slopes":
-            gamma = head_decay_rates(config.num_attention_heads)
-        elif isinstance(gamma, list):
-            gamma = torch.tensor(gamma, dtype=torch.float64)
-        return pseudo_logsumexp(positions, gamma, config.stablemask["horizon"])
+        return pseudo_sink_logits(config.stablemask, config.num_attention_heads, positions)
     if config.attention == "learned-sink":
         return None
     value = 0.0 if config.attention == "softmax1" else -torch.inf

@@ -1,0 +1,50 @@
+"""Turning a loaded model into a StableMask model."""
+
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+
+from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
+from .guard import check_family
+from .settings import model_settings
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def apply_stablemask(
+    model: Model,
+    *,
+    gamma: float | list[float] | str | None = None,
+    horizon: int | None = None,
+    start: int = 0,
+    shift: float = 0.0,
+) -> Model:
+    """Give a model StableMask, at once; its weights stay as they are.
+
+    The settings are kept in ``config.stablemask`` (that of the text model, where a model has several),
+    saved with it, and read at every forward pass.
+
+    Args:
+        model: any Transformers decoder whose layers call the attention interface, or ours.
+        gamma, horizon, start, shift: see :func:`~stablemask.models.settings.complete_settings`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a setting is out of its range, or the family cannot run StableMask. The model is
+            then as it was.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    given = {"gamma": gamma, "horizon": horizon, "start": start, "shift": shift}
+    settings = model_settings(config, given)
+    check_family(type(model))
+    if isinstance(model, StableMaskPreTrainedModel):
+        if config.attention == "learned-sink":
+            raise ValueError(
+                "a model with learned sinks has its outlet already; retrain it instead"
+            )
+        config.attention = "stablemask"
+    config.stablemask = settings
+    model.set_attn_implementation(ATTN_IMPLEMENTATION)
+    return model

@@ -1,0 +1,191 @@
+"""``attn_implementation="stablemask"``: what any Transformers decoder calls for its attention.
+
+A model hands over query, key and value, a mask where causality alone does not say it all, and
+``position_ids``. Everything else the pseudo mass needs stands in ``config.stablemask``, which is read
+at every forward pass. Shapes: B batch, H query heads, q and kv lengths.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..attention import sink_attention
+from ..models.modeling import ATTN_IMPLEMENTATION
+from ..models.settings import pseudo_sink_logits
+from .settings import model_settings
+
+
+def stablemask_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """StableMask, or a model's own learned sinks, behind Transformers' attention interface.
+
+    A model that brings learned sinks (gpt-oss) runs them, and a pseudo mass beside them only where
+    ``config.stablemask`` asks for one. Attention that is not causal (encoders, cross attention, vision
+    towers) is left to stock SDPA.
+
+    Args:
+        module: the attention layer, with ``config`` and, where it is not causal, ``is_causal = False``.
+        query, key, value: (B, H, q, head_dim), and (B, kv_heads, kv, ...) not repeated.
+        attention_mask: None (causal, aligned bottom-right), bool or additive (B, 1, q, kv).
+        kwargs: ``position_ids``, ``sliding_window``, ``s_aux`` and ``cache`` are read.
+
+    Returns:
+        (B, q, H, value_dim), and None in place of the weights.
+
+    Raises:
+        ValueError: the layer asks for what this attention does not compute, or hides its positions.
+    """
+    if not getattr(module, "is_causal", True):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _refuse_unknown_terms(module, kwargs)
+    if kwargs.get("cache") is not None:  # continuous batching leaves the cache to the attention
+        key, value = kwargs["cache"].update(
+            key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
+        )
+    q_len, kv_len = query.shape[2], key.shape[2]
+    name = module.config._attn_implementation  # type: ignore[union-attr]
+    if attention_mask is None and name != ATTN_IMPLEMENTATION and 1 < q_len < kv_len:
+        # The mask function of "sdpa" gives None there only for the prefill of a static cache.
+        key, value = key[:, :, :q_len], value[:, :, :q_len]
+    out = sink_attention(
+        query,
+        key,
+        value,
+        layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs),
+        attn_mask=attention_mask,
+        window=kwargs.get("sliding_window") if attention_mask is None else None,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def dispatch_sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """Stock SDPA, but for a model whose configuration asks for StableMask."""
+    if getattr(getattr(module, "config", None), "stablemask", None) is None:
+        return sdpa_attention_forward(module, *args, **kwargs)
+    return stablemask_attention_forward(module, *args, **kwargs)
+
+
+def layer_sink_logits(
+    module: nn.Module,
+    query: Tensor,
+    kv_len: int,
+    attention_mask: Tensor | None,
+    *,
+    position_ids: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> Tensor:
+    """The sink logit of each row, broadcastable to (B, H, q): log M, the model's own sinks, or both.
+
+    Args:
+        module, query, attention_mask: as :func:`stablemask_attention_forward` takes them.
+        kv_len: number of keys.
+        position_ids: (B or 1, q), or (axes, B, q) where the first axis counts tokens.
+        s_aux: a learned sink per head, (H,).
+        sliding_window: of this layer, or None.
+    """
+    own = None if s_aux is None else s_aux[:, None]
+    config: Any = module.config
+    given = getattr(config, "stablemask", None)
+    if own is not None and given is None:
+        return own
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 3:
+        position_ids = position_ids[0]
+    if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != query.shape[2]:
+        position_ids = _rows_of_the_mask(module, query, kv_len, attention_mask, sliding_window)
+        pseudo = _pseudo(config, position_ids, query)
+    elif torch.compiler.is_compiling() or position_ids.is_inference():
+        pseudo = _pseudo(config, position_ids, query)
+    else:
+        # Every layer of a forward pass gets this tensor: the first works the mass out for all.
+        memo = position_ids.__dict__.setdefault("_stablemask", {})
+        if sliding_window is None and "checked" not in memo:
+            memo["checked"] = True
+            _warn_of_padding_counted(attention_mask, position_ids)
+        asked = (given, position_ids._version)
+        if memo.get("asked") != asked:
+            memo["asked"] = (None if given is None else dict(given), position_ids._version)
+            memo["pseudo"] = _pseudo(config, position_ids, query)
+        pseudo = memo["pseudo"]
+    pseudo = _local_heads(module, pseudo, query)
+    return pseudo if own is None else torch.logaddexp(pseudo, own.float())
+
+
+def _pseudo(config: Any, positions: Tensor, query: Tensor) -> Tensor:
+    settings = model_settings(config)
+    return pseudo_sink_logits(settings, config.num_attention_heads, positions.to(query.device))
+
+
+def _refuse_unknown_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for name, meaning in (
+        ("softcap", "soft-capping of the scores, which no flash kernel gives a logsumexp for"),
+        ("position_bias", "a bias of its own"),
+    ):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"StableMask cannot run in {type(module).__name__}: its attention has {meaning} "
+                f"({name}={kwargs[name]!r})"
+            )
+
+
+def _rows_of_the_mask(
+    module: nn.Module,
+    query: Tensor,
+    kv_len: int,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Positions for the few models whose attention is not told them, (B or 1, q)."""
+    if attention_mask is None and sliding_window is None:
+        rows = torch.arange(kv_len - query.shape[2], kv_len, device=query.device)
+        return rows[None]
+    partial = sliding_window or getattr(module.config, "attention_chunk_size", None)
+    if attention_mask is None or attention_mask.dtype != torch.bool or partial:
+        raise ValueError(
+            f"StableMask cannot run in {type(module).__name__} here: neither position_ids nor a mask "
+            "that counts the past reaches the layer, so the absolute positions are not known"
+        )
+    # A row that sees all of its past stands behind as many keys.
+    return (attention_mask[:, 0].sum(-1) - 1).clamp(min=0)
+
+
+def _warn_of_padding_counted(attention_mask: Tensor | None, position_ids: Tensor) -> None:
+    """Left padding without position_ids: Transformers then counts the padding as positions."""
+    if attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.dim() != 4:
+        return
+    visible = attention_mask[:, 0].sum(-1)
+    starts_late = ~attention_mask[:, 0, :, 0] & (visible > 0)
+    if bool((starts_late & (visible - 1 != position_ids)).any()):
+        warnings.warn(
+            "the position_ids count padding: a left-padded batch needs position_ids = "
+            "(attention_mask.cumsum(-1) - 1).clamp(min=0), as `generate` makes them, for StableMask's "
+            "mass follows the absolute position of a token in its own text",
+            stacklevel=2,
+        )
+
+
+def _local_heads(module: nn.Module, sink_logits: Tensor, query: Tensor) -> Tensor:
+    """The rows of this rank's heads under tensor parallelism."""
+    heads, local_heads = sink_logits.shape[-2], query.shape[1]
+    if heads in (1, local_heads):
+        return sink_logits
+    from ..distributed.tensor_parallel import head_shards
+
+    projection: Any = getattr(module, "q_proj", module)
+    return head_shards(projection, heads, local_heads).local("sink_logits", sink_logits)

@@ -1,0 +1,30 @@
+"""``config.stablemask`` of a Transformers model."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..models.settings import complete_settings
+
+
+def model_settings(config: PreTrainedConfig, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of a model, checked and with their defaults.
+
+    Args:
+        config: of a text model.
+        given: settings in place of ``config.stablemask``.
+
+    Raises:
+        ValueError: see :func:`~stablemask.models.settings.complete_settings`.
+    """
+    if given is None:
+        given = getattr(config, "stablemask", None)
+    return complete_settings(given, config.num_attention_heads, _context(config))
+
+
+def _context(config: PreTrainedConfig) -> int | None:
+    """The context a model was made for, whose inverse is the default gamma; None where not named."""
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return None

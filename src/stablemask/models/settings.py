@@ -1,0 +1,114 @@
+"""``config.stablemask``: what a model's pseudo mass is, and the sink logits that follow from it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pseudo import head_decay_rates, pseudo_logsumexp
+
+_KEYS = ("gamma", "horizon", "start", "shift")
+
+
+def complete_settings(
+    given: dict[str, Any] | None, num_heads: int, context: int | None
+) -> dict[str, Any]:
+    """Check the settings of a model and fill in their defaults.
+
+    Args:
+        given: any of
+
+            - ``gamma``: decay rate, a number, a list of one number per query head, or ``"slopes"``
+              (ALiBi's head slopes); default ``1 / context``;
+            - ``horizon``: number of columns, real and pseudo together; default None, infinitely many.
+              Rows from ``horizon - 1`` on are plain softmax;
+            - ``start``: the first position that has a pseudo mass; default 0. With 1 the first row,
+              which sees only itself, is left alone;
+            - ``shift``: added to the log of the mass; default 0. Far below 0 the model is plain softmax,
+              so a rising shift brings the mass in gradually.
+        num_heads: query heads of the model.
+        context: its training context, or None where it names none.
+
+    Returns:
+        All of ``gamma`` and ``horizon``, and ``start`` and ``shift`` where they are not 0.
+
+    Raises:
+        ValueError: the message names the setting, its value and what is allowed.
+    """
+    given = {} if given is None else given
+    if not isinstance(given, dict) or not given.keys() <= set(_KEYS):
+        raise ValueError(f"stablemask must be a dict of {', '.join(_KEYS)}, got {given!r}")
+
+    horizon = given.get("horizon")
+    if horizon is not None:
+        require_positive_int("stablemask['horizon']", horizon, "or None")
+    gamma = given.get("gamma")
+    if gamma is None:
+        if context is None:
+            raise ValueError(
+                "stablemask['gamma'] must be given, for the model names no max_position_embeddings"
+            )
+        gamma = 1 / context
+    if gamma != "slopes":
+        gamma = list(gamma) if isinstance(gamma, (list, tuple)) else gamma
+        _check_gamma(gamma, horizon, num_heads)
+    settings = {"gamma": gamma, "horizon": horizon}
+
+    start = given.get("start", 0)
+    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+        raise ValueError(f"stablemask['start'] must be an integer of at least 0, got {start!r}")
+    shift = given.get("shift", 0.0)
+    if not is_number(shift):
+        raise ValueError(f"stablemask['shift'] must be a finite number, got {shift!r}")
+    if start:
+        settings["start"] = start
+    if shift:
+        settings["shift"] = shift
+    return settings
+
+
+def pseudo_sink_logits(settings: dict[str, Any], num_heads: int, positions: Tensor) -> Tensor:
+    """Log of the pseudo mass of each row, float32, broadcastable to (batch, heads, q_len).
+
+    Args:
+        settings: from :func:`complete_settings`.
+        num_heads: query heads.
+        positions: absolute position of each row, int, (q_len,) or (batch, q_len).
+    """
+    gamma = settings["gamma"]
+    if gamma == "slopes":
+        gamma = head_decay_rates(num_heads)
+    elif isinstance(gamma, list):
+        gamma = torch.tensor(gamma, dtype=torch.float64)
+    sink_logits = pseudo_logsumexp(positions, gamma, settings["horizon"])
+    if "shift" in settings:
+        sink_logits = sink_logits + settings["shift"]
+    if "start" in settings:
+        has_none = (positions < settings["start"]).unsqueeze(-2)
+        sink_logits = sink_logits.masked_fill(has_none, -torch.inf)
+    return sink_logits
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_positive_int(name: str, value: Any, alternative: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        allowed = f"an integer of at least 1 {alternative}".rstrip()
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_gamma(gamma: Any, horizon: int | None, num_heads: int) -> None:
+    rates = gamma if isinstance(gamma, list) else [gamma]
+    if not all(is_number(rate) for rate in rates) or (
+        isinstance(gamma, list) and len(gamma) != num_heads
+    ):
+        raise ValueError(
+            "stablemask['gamma'] must be a number, 'slopes', or a list of one number per head "
+            f"({num_heads}), got {gamma!r}"
+        )
+    if min(rates) < 0 or (min(rates) == 0 and horizon is None):
+        allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
+        raise ValueError(f"stablemask['gamma'] must be {allowed}, got {gamma!r}")
