@@ -1,22 +1,37 @@
-"""What a trained model does: `perplexity.py` by length, `sinks.py` where its attention goes."""
+"""What a trained model does.
 
+`perplexity.py` by length, `attention_maps.py` the attention of any decoder, `sinks.py` what is read off it.
+"""
+
+from .attention_maps import (
+    AttentionMaps,
+    LayerAttention,
+    attention_maps,
+    capture_attention,
+    reduce_attention,
+)
 from .perplexity import PerplexityResult, perplexity
 from .sinks import (
-    AttentionMaps,
     IdenticalTokens,
-    attention_maps,
+    LayerStatistics,
     first_token_attention,
     identical_token_spread,
+    layer_statistics,
     real_share,
 )
 
 __all__ = [
     "AttentionMaps",
     "IdenticalTokens",
+    "LayerAttention",
+    "LayerStatistics",
     "PerplexityResult",
     "attention_maps",
+    "capture_attention",
     "first_token_attention",
     "identical_token_spread",
+    "layer_statistics",
     "perplexity",
     "real_share",
+    "reduce_attention",
 ]

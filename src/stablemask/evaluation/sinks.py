@@ -1,34 +1,48 @@
-"""Where our decoder's attention goes: maps with their pseudo share, sinks, and lost positions.
+"""What is read off attention: sinks, the pseudo share, what tokens receive, and lost positions.
 
-The fast kernels store no attention map, so the maps are computed again, densely and in float32,
-from what each layer's attention was called with. Shapes: L layers, H heads, n tokens.
+Shapes: L layers, H heads, n tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..inference.model import check_length, check_token_ids, evaluating
-from ..models import StableMaskForCausalLM, StableMaskModel
-from ..models.modeling import StableMaskAttention
-
-Decoder = StableMaskForCausalLM | StableMaskModel
+from .attention_maps import AttentionMaps, LayerAttention, last_hidden_state, reduce_attention
 
 
-class AttentionMaps(NamedTuple):
-    """Attention of one sequence; ``real.sum(-1) + pseudo`` is 1 in every row.
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What the heads of one layer do with one sequence, on the CPU in float32.
 
     Attributes:
-        real: what row i gives to each real token, (L, H, n, n), float32.
-        pseudo: what row i gives to the valueless mass, the mask ratio M / (Z + M), (L, H, n).
+        layer: its number in the model.
+        first_token: mean attention on token 0, over the rows that have a choice, (H,).
+        pseudo: what each row gives to the mass without value, (H, n); 0 for softmax.
+        received: mean attention that a token gets from the rows after it, (H, n - 1); the last token
+            has none.
     """
 
-    real: Tensor
+    layer: int
+    first_token: Tensor
     pseudo: Tensor
+    received: Tensor
+
+    @classmethod
+    def of(cls, attention: LayerAttention) -> "LayerStatistics":
+        """The statistics of one sequence of 2 tokens or more."""
+        real = attention.real[0]
+        rows_after = torch.arange(real.shape[-1] - 1, 0, -1, device=real.device)
+        received = real.tril(-1).sum(-2)[:, :-1] / rows_after
+        return cls(
+            layer=attention.layer,
+            first_token=received[:, 0].float().cpu(),
+            pseudo=attention.pseudo[0].float().cpu(),
+            received=received.float().cpu(),
+        )
 
 
 class IdenticalTokens(NamedTuple):
@@ -38,28 +52,14 @@ class IdenticalTokens(NamedTuple):
     spread: float
 
 
-def attention_maps(model: Decoder, input_ids: Tensor) -> AttentionMaps:
-    """The attention of every layer and head on one sequence without padding, on the CPU.
+def layer_statistics(model: PreTrainedModel, input_ids: Tensor) -> list[LayerStatistics]:
+    """The statistics of each layer on one sequence, in the memory of one layer's weights, H n^2.
 
-    Args:
-        model: our decoder, with any attention kind and position encoding.
-        input_ids: (n,) or (1, n). Memory grows with L H n^2.
-
-    Raises:
-        InputError: not our decoder, not one sequence, or longer than a learned position table.
+    Args, Raises: as in :func:`reduce_attention`; InputError also for less than 2 tokens.
     """
-    decoder = _decoder(model)
-    if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and len(input_ids) != 1):
-        raise InputError(
-            f"input_ids must be one sequence, (n,) or (1, n), got {tuple(input_ids.shape)}"
-        )
-    maps = []
-    with _attention_inputs(decoder) as calls:
-        _hidden_states(decoder, input_ids.reshape(-1))
-        for module, hidden_states, inputs in calls:
-            maps.append(_attention_map(module, hidden_states, **inputs))
-    real, pseudo = zip(*maps, strict=True)
-    return AttentionMaps(torch.stack(real), torch.stack(pseudo))
+    if input_ids.numel() < 2:
+        raise InputError(f"the sequence must have at least 2 tokens, got {input_ids.numel()}")
+    return reduce_attention(model, input_ids, LayerStatistics.of)
 
 
 def first_token_attention(maps: AttentionMaps) -> Tensor:
@@ -75,81 +75,19 @@ def real_share(maps: AttentionMaps) -> float:
     return maps.real.sum(-1).mean().item()
 
 
-def identical_token_spread(model: Decoder, length: int, token_id: int = 0) -> IdenticalTokens:
+def identical_token_spread(
+    model: PreTrainedModel, length: int, token_id: int = 0
+) -> IdenticalTokens:
     """Feed one token ``length`` times and see whether the model can tell the positions apart.
 
     With only relative positions and plain softmax every row averages equal values, and the spread
     is rounding error; the mass that falls with the row makes it grow. (Yin et al., section 3.)
 
     Raises:
-        InputError: not our decoder, ``length`` below 1 or past a learned position table, or no such
-            token.
+        InputError: not a language model, ``length`` below 1 or past a learned position table, or no
+            such token.
     """
     if length < 1:
         raise InputError(f"length must be at least 1, got {length}")
-    decoder = _decoder(model)
-    outputs = _hidden_states(decoder, torch.full((length,), token_id)).float().cpu()
+    outputs = last_hidden_state(model, torch.full((length,), token_id)).float().cpu()
     return IdenticalTokens(outputs, (outputs - outputs[0]).abs().max().item())
-
-
-def _decoder(model: Any) -> StableMaskModel:
-    decoder = model.model if isinstance(model, StableMaskForCausalLM) else model
-    if not isinstance(decoder, StableMaskModel):
-        raise InputError(
-            f"attention maps are computed for stablemask models, got {type(model).__name__}"
-        )
-    return decoder
-
-
-def _hidden_states(decoder: StableMaskModel, ids: Tensor) -> Tensor:
-    """(n, hidden) of one sequence (n,), without cache, mask or dropout."""
-    check_length(decoder, len(ids), f"a sequence of {len(ids)} tokens")
-    check_token_ids(decoder, int(ids.max()))
-    with evaluating(decoder):
-        return decoder(input_ids=ids[None].to(decoder.device), use_cache=False).last_hidden_state[0]
-
-
-@contextmanager
-def _attention_inputs(
-    decoder: StableMaskModel,
-) -> Iterator[list[tuple[StableMaskAttention, Tensor, dict[str, Any]]]]:
-    """Collects what each attention module is called with, layer by layer."""
-    calls: list[tuple[StableMaskAttention, Tensor, dict[str, Any]]] = []
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append((module, args[0], kwargs)), with_kwargs=True
-        )
-        for module in decoder.modules()
-        if isinstance(module, StableMaskAttention)
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def _attention_map(
-    module: StableMaskAttention,
-    hidden_states: Tensor,
-    *,
-    sink_logits: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    alibi_slopes: Tensor | None,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """(H, n, n) on the real tokens and (H, n) on the mass, of one layer."""
-    query, key, _value = module.project(hidden_states, rotary)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query[0].float() @ key[0].float().mT * module.head_dim**-0.5
-    heads, n, _n = scores.shape
-    row = torch.arange(n, device=scores.device)
-    distance = row[:, None] - row
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes[:, None, None] * distance
-    scores = scores.masked_fill(distance < 0, -torch.inf)
-    sinks = module.sinks[:, None] if sink_logits is None else sink_logits  # type: ignore[index]
-    sink = sinks.float().reshape(-1, sinks.shape[-1]).expand(heads, n)[..., None]
-    weights = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1).cpu()
-    return weights[..., :-1], weights[..., -1]
