@@ -43,3 +43,7 @@ flash_attn_on_gpu = [
 cpp_compiler = pytest.mark.skipif(
     flex.cpu_problem() is not None, reason=flex.cpu_problem() or "FlexAttention works on this CPU"
 )
+
+torchao = pytest.mark.skipif(
+    find_spec("torchao") is None, reason="needs torchao, the extra `quant`"
+)

@@ -1,0 +1,117 @@
+"""Outliers among hidden states, by layer: how large, how heavy-tailed, and on which token.
+
+A token that serves as an attention sink carries a few enormous activations (Sun et al., "Massive
+Activations in Large Language Models", 2024, arXiv 2402.17762), which spend the range of a
+quantiser. Shapes: L layers, n tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from ..inference.model import check_length, check_token_ids, evaluating
+
+
+class HiddenStateOutliers(NamedTuple):
+    """What each decoder layer puts out, the residual stream behind it.
+
+    Attributes:
+        largest: largest magnitude, (L,).
+        largest_later: the same without the first token of each sequence, (L,).
+        kurtosis: fourth central moment over the squared variance of all entries, (L,); 3 for a
+            normal distribution.
+    """
+
+    largest: Tensor
+    largest_later: Tensor
+    kurtosis: Tensor
+
+
+def hidden_state_outliers(model: PreTrainedModel, input_ids: Tensor) -> HiddenStateOutliers:
+    """Largest magnitude and kurtosis of the hidden states of any decoder of Transformers.
+
+    Args:
+        model: a decoder-only model whose layers are one ``nn.ModuleList``.
+        input_ids: sequences without padding, (batch, n) with n of at least 2. They are read one at
+            a time, so memory does not grow with their number.
+
+    Returns:
+        float64 tensors on the CPU.
+
+    Raises:
+        InputError: the shape is another, the ids do not fit the model, or its layers are not found.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
+        raise InputError(
+            f"input_ids must be (batch, n) with n of at least 2, got {tuple(input_ids.shape)}"
+        )
+    check_length(model, input_ids.shape[1], f"a sequence of {input_ids.shape[1]} tokens")
+    check_token_ids(model, int(input_ids.max()))
+    layers = decoder_layers(model)
+    statistics = [_Statistics() for _ in layers]
+    with _outputs_to(layers, statistics), evaluating(model):
+        for sequence in input_ids.to(model.device):
+            model(input_ids=sequence[None], use_cache=False)
+    return HiddenStateOutliers(
+        largest=torch.stack([layer.largest for layer in statistics]),
+        largest_later=torch.stack([layer.largest_later for layer in statistics]),
+        kurtosis=torch.stack([layer.kurtosis() for layer in statistics]),
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of decoder layers, whatever the family calls it.
+
+    Raises:
+        InputError: no list of ``num_hidden_layers`` modules.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+class _Statistics:
+    """Extremes and power sums of what one layer puts out, over sequences."""
+
+    def __init__(self) -> None:
+        self.largest = torch.zeros((), dtype=torch.float64)
+        self.largest_later = torch.zeros((), dtype=torch.float64)
+        self.count = 0
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(self, hidden_states: Tensor) -> None:
+        """``hidden_states``: (1, n, hidden)."""
+        values = hidden_states[0].double().cpu()
+        self.largest = torch.maximum(self.largest, values.abs().max())
+        self.largest_later = torch.maximum(self.largest_later, values[1:].abs().max())
+        self.count += values.numel()
+        self.sums += torch.stack([(values**power).sum() for power in (1, 2, 3, 4)])
+
+    def kurtosis(self) -> Tensor:
+        mean, square, cube, fourth = self.sums / self.count
+        variance = square - mean**2
+        return (fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4) / variance**2
+
+
+@contextmanager
+def _outputs_to(layers: nn.ModuleList, statistics: list[_Statistics]) -> Iterator[None]:
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, args, output, add=statistic.add: add(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+        for layer, statistic in zip(layers, statistics, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
