@@ -11,8 +11,10 @@ import pytest
 
 from stablemask.models.configuration import ATTENTION_KINDS
 from stablemask.report import render, text_table
-from stablemask.report.figures import COLORS, _visible, draw_all
-from stablemask.report.html import FIGURES, PAPER
+from stablemask.report.drawing import COLORS, visible_token
+from stablemask.report.figures import draw_all
+from stablemask.report.html import FIGURES
+from stablemask.report.page import PAPER
 from stablemask.report.summary import captions, table, what_differs
 
 from .conftest import COMMAND
@@ -171,7 +173,7 @@ def test_every_attention_kind_has_a_colour():
 
 
 def test_tokens_as_labels():
-    assert _visible(" a\n\tb") == "·a↵→b"
-    assert _visible("$x$") == r"\$x\$"
-    assert _visible("\u6f22\u5b57") == "□□"
-    assert re.fullmatch(r".{10}…", _visible("a" * 30))
+    assert visible_token(" a\n\tb") == "·a↵→b"
+    assert visible_token("$x$") == r"\$x\$"
+    assert visible_token("\u6f22\u5b57") == "□□"
+    assert re.fullmatch(r".{10}…", visible_token("a" * 30))

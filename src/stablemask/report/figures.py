@@ -1,53 +1,21 @@
-"""The figures of a comparison, each a function from its data to a Matplotlib figure.
+"""The figures of a comparison, each a function from its data to a Matplotlib figure."""
 
-An attention kind has the same colour everywhere; runs of one kind differ by their line. The colours
-are from Okabe and Ito's palette, which the colour-blind can tell apart.
-"""
-
-import base64
-import io
 from itertools import count
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .comparison import Comparison, RunMeasurement
+from .drawing import COLORS, GRAY, LINES, MAP_COLORS, MAP_NORM, STYLE, svg_uri, visible_token
 
-COLORS = {
-    "softmax": "#d55e00",
-    "stablemask": "#0072b2",
-    "softmax1": "#009e73",
-    "learned-sink": "#cc79a7",
-}
-LINES = ("-", "--", ":", "-.")
 MARKERS = {"softmax": "s", "stablemask": "o", "softmax1": "^", "learned-sink": "D"}
-GRAY = "#6b7280"
 WIDTH = 9.6  # inches
-
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": GRAY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "svg.hashsalt": "stablemask",  # the same numbers give the same bytes
-}
-# A square root keeps the many small shares of a row apart from zero.
-MAP_COLORS = matplotlib.colormaps["magma_r"].with_extremes(bad="#eceff3")
-MAP_NORM = PowerNorm(0.5, 0, 1)
 
 
 def draw_all(comparison: Comparison) -> dict[str, str]:
@@ -62,7 +30,7 @@ def draw_all(comparison: Comparison) -> dict[str, str]:
         "identical": identical_tokens,
     }
     with matplotlib.rc_context(STYLE):
-        return {name: _data_uri(function(comparison)) for name, function in draw.items()}
+        return {name: svg_uri(function(comparison)) for name, function in draw.items()}
 
 
 def loss_curves(comparison: Comparison) -> Figure:
@@ -120,7 +88,7 @@ def perplexity_by_length(comparison: Comparison) -> Figure:
 def attention_map(comparison: Comparison) -> Figure:
     """One head of each run on the snippet, with its tokens, and the pseudo share as a last column."""
     runs = comparison.runs
-    labels = [_visible(text) for text in comparison.snippet]
+    labels = [visible_token(text) for text in comparison.snippet]
     figure = Figure((WIDTH, 1 + 0.88 * WIDTH / len(runs)), layout="constrained")
     panels = figure.subplots(1, len(runs), sharey=True)
     for axes, (label, run) in zip(panels, runs.items()):
@@ -170,7 +138,7 @@ def mask_ratio(comparison: Comparison) -> Figure:
     )
     for layer, axes in enumerate(panels.flat):
         if layer >= layers:
-            axes.set_visible(False)
+            axes.setvisible_token(False)
             continue
         for label, run, style in _styled(comparison):
             heads = run.mask_ratio[layer]
@@ -278,17 +246,3 @@ def _draw_map(axes: Axes, run: RunMeasurement, head: int) -> tuple[AxesImage, Ax
     for drawn in (axes, strip):
         drawn.grid(visible=False)
     return image, strip
-
-
-def _visible(token: str, longest: int = 10) -> str:
-    """A token as a label: white space made visible, characters the font may lack replaced."""
-    shown = token.translate(str.maketrans(" \n\r\t", "·↵↵→"))
-    kept = [c if (ord(c) < 0x250 and c.isprintable()) or c in "·↵→" else "□" for c in shown]
-    text = "".join(kept[:longest]) + ("…" if len(kept) > longest else "")
-    return text.replace("$", r"\$")  # two would begin and end a formula
-
-
-def _data_uri(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,15 +1,13 @@
-"""The page: one file that needs no other, and no script."""
+"""The page of a comparison."""
 
 from collections.abc import Sequence
 from html import escape
-from string import Template
 from typing import Any
 
 from .comparison import Comparison, RunMeasurement
-from .figures import COLORS, draw_all
+from .figures import draw_all
+from .page import PAPER, page, paragraphs, swatch
 from .summary import captions, table, what_differs
-
-PAPER = "https://arxiv.org/abs/2402.04779"  # the one link out of the page
 
 FIGURES = {
     "loss": "Loss during training",
@@ -26,86 +24,11 @@ SHOWN_OPTIONS = (
     "batch_size", "gradient_accumulation", "learning_rate", "dtype", "seed",
 )  # fmt: skip
 
-_PAGE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light; --ink: #111827; --soft: #4b5563; --line: #e5e7eb; --pale: #f8fafc; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.6 system-ui, -apple-system,
-  "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 .75rem; letter-spacing: -.01em; }
-h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 2.5rem 0 .5rem; }
-p { max-width: 46rem; margin: .6rem 0; }
-.lead { font-size: 1.08rem; }
-.soft, figcaption, .notes { color: var(--soft); font-size: .93rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
-th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
-th { font-weight: 600; }
-tbody th { font-weight: 400; padding-right: 2rem; }
-.numbers td, .numbers thead th { text-align: right; padding: .45rem 0 .45rem 1.5rem;
-  white-space: nowrap; }
-.numbers thead th:first-child { padding: 0; }
-.best { font-weight: 700; }
-.differs { background: var(--pale); }
-.swatch { display: inline-block; width: .75em; height: .75em; border-radius: .2em;
-  margin-right: .45em; }
-figure { margin: 0; }
-figure img { display: block; width: 100%; min-width: 38rem; height: auto; }
-figcaption { max-width: 46rem; margin-top: .5rem; }
-pre { background: var(--pale); border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem;
-  font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; }
-pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
-pre b { font-weight: 600; color: #92400e; }
-code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.samples { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
-.samples h3 { margin-top: 1rem; }
-@media (max-width: 40rem) {
-  main { padding: 1.5rem 1rem 3rem; }
-  h1 { font-size: 1.5rem; }
-  .numbers td, .numbers thead th { padding-left: .8rem; }
-  .numbers { font-size: .88rem; }
-  tbody th { padding-right: .5rem; }
-}
-@media print {
-  main { max-width: none; padding: 0; }
-  section, figure { break-inside: avoid; }
-  figure img { min-width: 0; }
-}
-</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-$lead
-$table
-$figures
-$samples
-$reproduce
-</main>
-</body>
-</html>
-""")
-
 
 def render(comparison: Comparison) -> str:
     """The whole page."""
-    return _PAGE.substitute(
-        title=escape(_title(comparison)),
-        lead=_lead(comparison),
-        table=_table(comparison),
-        figures=_figures(comparison),
-        samples=_samples(comparison),
-        reproduce=_reproduce(comparison),
-    )
+    parts = (_lead, _table, _figures, _samples, _reproduce)
+    return page(_title(comparison), [part(comparison) for part in parts])
 
 
 def _title(comparison: Comparison) -> str:
@@ -140,7 +63,7 @@ stock attention kernels.</p>
 
 def _table(comparison: Comparison) -> str:
     heads = "".join(
-        f'<th scope="col">{_swatch(run.attention)}{escape(label)}</th>'
+        f'<th scope="col">{swatch(run.attention)}{escape(label)}</th>'
         for label, run in comparison.runs.items()
     )
     body = []
@@ -164,7 +87,7 @@ bold. Tokens per second is the median over the log lines of each training; the t
 after another, so what else the machine did weighs on it, and <code>stablemask bench</code> is the
 fair race. Attention is averaged over layers, heads and rows. The last row feeds one token over and
 over: 0 up to rounding means that the model cannot tell positions apart.</p>
-{_paragraphs(notes, "notes")}"""
+{paragraphs(notes, "notes")}"""
 
 
 def _figures(comparison: Comparison) -> str:
@@ -185,7 +108,7 @@ def _samples(comparison: Comparison) -> str:
         else f"at temperature {comparison.temperature:g}, seed {comparison.seed}"
     )
     samples = "\n".join(
-        f"<div><h3>{_swatch(run.attention)}{escape(label)}</h3>"
+        f"<div><h3>{swatch(run.attention)}{escape(label)}</h3>"
         f'<pre class="wrap"><b>{escape(comparison.prompt)}</b>{escape(run.sample)}</pre></div>'
         for label, run in comparison.runs.items()
     )
@@ -213,7 +136,7 @@ def _reproduce(comparison: Comparison) -> str:
     ]
     return f"""<h2>Do it again</h2>
 {commands}<pre>{escape(chr(10).join(trainings))}</pre>
-{_paragraphs(lines, "soft")}
+{paragraphs(lines, "soft")}
 <div class="scroll">{_settings(comparison)}</div>"""
 
 
@@ -250,16 +173,8 @@ def _cells(values: Sequence[Any]) -> str:
     return "".join(f"<td>{escape(str(value))}</td>" for value in values)
 
 
-def _paragraphs(texts: Sequence[str], kind: str) -> str:
-    return "\n".join(f'<p class="{kind}">{escape(text)}</p>' for text in texts)
-
-
 def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _swatch(attention: str) -> str:
-    return f'<span class="swatch" style="background:{COLORS[attention]}"></span>'
 
 
 def _class(name: str, applies: bool) -> str:
