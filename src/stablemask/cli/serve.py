@@ -1,0 +1,41 @@
+"""Serve a model over HTTP, with the API of OpenAI: chat, completions, streaming."""
+
+from dataclasses import MISSING, dataclass
+
+from transformers.utils.import_utils import is_serve_available
+
+from stablemask.data import load_tokenizer
+from stablemask.errors import InputError
+from stablemask.hf import load_model
+from stablemask.inference.model import choose_device
+from stablemask.options import option
+
+SUMMARY = "answer requests over HTTP, as OpenAI's API does"
+
+
+@dataclass(kw_only=True)
+class ServeOptions:
+    model: str = option(MISSING, "folder or hub name of the model; requests call it by this name")
+    host: str = option("127.0.0.1", "address to listen at; anyone who reaches it may ask")
+    port: int = option(8000, "port to listen at; 0 takes a free one")
+    max_model_len: int | None = option(
+        None, "most tokens of a prompt and its answer together; by default the model's context"
+    )
+    dtype: str | None = option(None, "of the weights, such as bfloat16; by default as saved")
+    device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
+
+
+def run(options: ServeOptions) -> None:
+    if not is_serve_available():
+        raise InputError('serve needs a web server; pip install "stablemask[serve]" brings it')
+    from stablemask.inference.serve import bind, serve
+
+    with bind(options.host, options.port) as listener:
+        model = load_model(options.model, dtype=options.dtype, device=choose_device(options.device))
+        serve(
+            model,
+            load_tokenizer(options.model),
+            name=options.model,
+            listener=listener,
+            max_model_len=options.max_model_len,
+        )

@@ -1,0 +1,339 @@
+"""An OpenAI-compatible HTTP server of one model: the one that Transformers ships, kept to the API.
+
+The application, its handlers and its generation thread are Transformers' own
+(``transformers.cli.serving``). What is here makes them hold what the API promises: the model is the one
+``load_model`` gave and no request can load, unload or name another; what a request asks for is honoured
+or refused (`requests.py`); a seed belongs to its request; a stop text ends the answer and is not in it;
+a client that hangs up frees the model; errors and ends of streams look as clients expect.
+"""
+
+import asyncio
+import copy
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import (
+    BaseHandler,
+    GenerateManager,
+    GenerationState,
+)
+
+from ..errors import InputError
+from .answers import AnswerThread
+from .model import check_length
+from .requests import ChatRequest, CompletionRequest, Request, check_request
+
+ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+# Below it, logits would overflow and the likeliest token is certain anyway.
+MIN_TEMPERATURE = 1e-5
+# Seconds in which running answers may end after Ctrl-C, before they are cut off.
+PATIENCE = 1
+
+
+def serve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    listener: socket.socket,
+    max_model_len: int | None = None,
+) -> None:
+    """Answer requests until Ctrl-C, one after another; prints a line when ready.
+
+    Args:
+        model, tokenizer: from ``load_model`` and ``load_tokenizer``.
+        name: what requests call the model.
+        listener: from ``bind``.
+        max_model_len: most tokens of a prompt and its answer together; None: the model's
+            ``max_position_embeddings``.
+
+    Raises:
+        InputError: the model has no ``max_position_embeddings``, or a position table shorter than
+            ``max_model_len``.
+        KeyboardInterrupt: at Ctrl-C, with everything closed.
+    """
+    app = build_app(model, tokenizer, name=name, max_model_len=max_model_len)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE
+    )
+    _Server(config, f"{name} at {_url(listener)}/v1").run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, which refuses connections until it is served; port 0 takes a free one.
+
+    Raises:
+        InputError: the address does not exist here, is taken or is not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            # Or a port would stay taken for a minute after the server that had it.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot listen at {host} port {port}: {reason}; choose others with --host and --port"
+        ) from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def build_app(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    max_model_len: int | None = None,
+) -> FastAPI:
+    """The application behind ``serve``, for any ASGI server; the arguments are those of ``serve``."""
+    if max_model_len is None:
+        config = model.config.get_text_config()
+        max_model_len = getattr(config, "max_position_embeddings", None)
+        if max_model_len is None:
+            raise InputError(f"{name} does not say how long its context is; give --max-model-len")
+    if max_model_len < 2:
+        raise InputError(
+            f"max_model_len must be at least 2, a token and its answer, got {max_model_len}"
+        )
+    check_length(model, max_model_len, f"max_model_len {max_model_len}")
+
+    manager = _OneModel(model, tokenizer, name)
+    state = _OneThread(max_model_len)
+    served: dict[str, Any] = {"model_manager": manager, "generation_state": state}
+    none: Any = None  # the handlers of the routes that are dropped
+    app = build_server(
+        manager,
+        _ChatHandler(**served),
+        completion_handler=_CompletionHandler(**served),
+        response_handler=none,
+        transcription_handler=none,
+        systemone_handler=none,
+        generation_state=state,
+    )
+    # The others load and unload models at a client's word, or are not tested here.
+    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", None) in ROUTES]
+    app.add_exception_handler(InputError, _refuse)
+    app.add_exception_handler(TemplateError, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse_json)
+    app.add_exception_handler(StarletteHTTPException, _refuse_http)
+    app.add_exception_handler(Exception, _fail)
+    app.add_middleware(_EndWithClient)
+    return app
+
+
+# ---- one model --------------------------------------------------------------------------------
+
+
+class _OneModel(ModelManager):
+    """The model that was loaded, under the name it was given, for as long as the server lives."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
+        self.model, self.tokenizer = model, tokenizer
+        self.created = int(time.time())
+        super().__init__(force_model=name)
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id  # a folder has no revision
+
+    def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tokenizer
+
+    def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return self.model
+
+    def shutdown(self) -> None:
+        """The model is its caller's, to keep or to drop."""
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
+        model = {"id": self.force_model, "object": "model", "created": self.created}
+        return [model | {"owned_by": "stablemask"}]
+
+
+class _OneThread(GenerationState):
+    def __init__(self, max_model_len: int):
+        super().__init__()
+        self._thread = AnswerThread(max_model_len)
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
+        return self._thread
+
+
+# ---- requests ---------------------------------------------------------------------------------
+
+
+class _Checked(BaseHandler):
+    """Checks a request before anything runs, and makes of it the settings of its generation."""
+
+    request_type: type[Request]
+    max_tokens: int | None = None  # where a request does not say; None: what is left of the context
+
+    def _validate_request(self, body: dict) -> None:
+        request = check_request(self.request_type, body)
+        served = self.model_manager.force_model
+        if request["model"] not in (None, served):
+            raise HTTPException(
+                404, f"no model {request['model']!a} here; this server has {served!a}"
+            )
+        body.clear()
+        body.update(request)
+
+    def _build_generation_config(
+        self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
+    ) -> GenerationConfig:
+        config: Any = copy.deepcopy(model_generation_config)
+        config.max_new_tokens = body["max_tokens"]
+        if body["temperature"] is not None or body["top_p"] is not None:
+            config.do_sample = body["temperature"] is None or body["temperature"] >= MIN_TEMPERATURE
+        if config.do_sample:
+            config.temperature = body["temperature"] or config.temperature
+            config.top_p = body["top_p"] or config.top_p
+            config.top_k = config.top_k or 0  # a None would become Transformers' default of 50
+        eos = config.eos_token_id
+        if eos is None:
+            eos = self.model_manager.tokenizer.eos_token_id  # type: ignore[attr-defined]
+        config.eos_token_id = eos if isinstance(eos, list) else [eos]
+        # What no GenerationConfig knows, for AnswerThread.
+        config.request = {
+            "seed": body["seed"],
+            "stop": body["stop"],
+            "default_max_tokens": self.max_tokens,
+        }
+        return config
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
+        response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
+        response.body_iterator = _then_done(response.body_iterator)
+        return response
+
+
+async def _then_done(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    async for chunk in chunks:
+        yield chunk
+    yield "data: [DONE]\n\n"
+
+
+class _CompletionHandler(_Checked, CompletionHandler):
+    request_type = CompletionRequest
+    max_tokens = 16  # as the API has it
+
+    def _validate_request(self, body: dict) -> None:
+        super()._validate_request(body)
+        tokenizer = self.model_manager.tokenizer  # type: ignore[attr-defined]
+        if not body["prompt"] and not tokenizer("")["input_ids"]:
+            body["prompt"] = tokenizer.eos_token  # which begins a new document
+
+
+class _ChatHandler(_Checked, ChatCompletionHandler):
+    request_type = ChatRequest
+
+    def _validate_request(self, body: dict) -> None:
+        super()._validate_request(body)
+        if self.model_manager.tokenizer.chat_template is None:  # type: ignore[attr-defined]
+            raise InputError(
+                "this model has no chat template, so it cannot be talked to; use /v1/completions"
+            )
+
+
+# ---- the connection ---------------------------------------------------------------------------
+
+
+class _EndWithClient:
+    """Cancels a request whose client hangs up; Starlette itself does so for streams only."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+
+        async def listen() -> None:
+            message: Message = {"type": "http.request"}
+            while message["type"] != "http.disconnect":
+                message = await receive()
+                messages.put_nowait(message)
+
+        answering: asyncio.Task = asyncio.create_task(
+            self.app(scope, messages.get, send)  # type: ignore[arg-type]
+        )
+        listening = asyncio.create_task(listen())
+        try:
+            await asyncio.wait({answering, listening}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            listening.cancel()
+            answering.cancel()
+        with suppress(asyncio.CancelledError):
+            await answering
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, place: str):
+        super().__init__(config)
+        self.place = place
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"serving {self.place}; Ctrl-C ends it", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Answers cut off are no errors.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
+# ---- errors, in the form that clients of the API know ------------------------------------------
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status)
+
+
+def _refuse(request: Any, error: Exception) -> JSONResponse:
+    return _error(400, str(error))
+
+
+def _refuse_json(request: Any, error: Any) -> JSONResponse:
+    problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        return _error(400, f"the body is not valid JSON: {problem['ctx']['error']}")
+    return _error(400, "the body must be a JSON object, sent as application/json")
+
+
+def _refuse_http(request: Any, error: Any) -> JSONResponse:
+    return _error(error.status_code, str(error.detail))
+
+
+def _fail(request: Any, error: Exception) -> JSONResponse:
+    return _error(500, f"the model could not answer: {str(error).partition(chr(10))[0]}")
