@@ -47,3 +47,4 @@ cpp_compiler = pytest.mark.skipif(
 torchao = pytest.mark.skipif(
     find_spec("torchao") is None, reason="needs torchao, the extra `quant`"
 )
+gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the package gguf")

@@ -79,7 +79,9 @@ def _largest_inputs(
         raise InputError(f"calibration must be ids (batch, n), got {tuple(calibration.shape)}")
     check_length(model, calibration.shape[1], f"a sequence of {calibration.shape[1]} tokens")
     check_token_ids(model, int(calibration.max()))
-    largest = {linear: torch.zeros((), device=linear.weight.device) for linear in linears}
+    largest: dict[nn.Module, Tensor] = {
+        linear: torch.zeros((), device=linear.weight.device) for linear in linears
+    }
 
     def record(linear: nn.Module, args: tuple[Any, ...]) -> None:
         largest[linear] = torch.maximum(largest[linear], args[0].abs().max())
