@@ -37,6 +37,16 @@ def training_table(training: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def generation_table(records: list[Record]) -> str:
+    lines = ["| row | dtype | batch | prompt | tokens/s | of sdpa |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['row']} | {r['dtype']} | {r['batch']} | {r['prompt']:,} "
+        f"| {r['tokens_per_second']:,.1f} | {r['of_sdpa']:.3f} |"
+        for r in records
+    ]
+    return "\n".join(lines)
+
+
 def reasons(not_timed: Iterable[Record]) -> str:
     """Each row that was not timed and why, once for all cells that share the reason."""
     lines: dict[str, None] = {}  # a set that keeps its order

@@ -1,7 +1,8 @@
 """Time the attention against stock SDPA, the definition and what others offer, and training.
 
 Every row is first checked against the definition in float64; ratios are to stock SDPA in the same
-rounds. With --table, time the backends against each other instead, for backend="auto" to choose by.
+rounds. With --table, time the backends against each other instead, for backend="auto" to choose by;
+with --model, a Transformers model that generates.
 """
 
 import json
@@ -47,6 +48,9 @@ class BenchOptions:
     memory: bool = option(True, "measure peak memory too, each in a process of its own")
     training: bool = option(True, "time training steps of the tiny preset too")
     table: bool = option(False, "instead: time every backend and store what 'auto' chooses by")
+    model: str | None = option(
+        None, "instead: time generating with this Transformers model, with StableMask and without"
+    )
     save: str | None = option(None, "folder for a JSON file and a figure of the result")
 
 
@@ -56,6 +60,9 @@ def run(options: BenchOptions) -> None:
     if options.table:
         path = write_measurements(measure_backends(device), device)
         print(f"wrote {path}")
+        return
+    if options.model is not None:
+        _generation(options, device)
         return
     scope = plan.Scope(
         device.type, options.quick, options.dtypes, options.lengths, options.head_dims,
@@ -162,6 +169,22 @@ def _training(options: BenchOptions, device: torch.device) -> dict[str, Any]:
         for dtype in dtypes
         if dtype in ("float32", "bfloat16")
     }
+
+
+def _generation(options: BenchOptions, device: torch.device) -> None:
+    from stablemask.benchmarks.generation import measure_generation
+    from stablemask.hf import load_model
+
+    assert options.model is not None
+    result: dict[str, Any] = {"benchmark": "generation", **describe(device), "generation": []}
+    print(f"{result['hardware']}; torch {torch.__version__}\n")
+    for dtype in options.dtypes:
+        model = load_model(options.model, dtype=dtype, device=device)
+        result["generation"] += measure_generation(model, quick=options.quick)
+    _print(tables.generation_table(result["generation"]))
+    if options.save:
+        save_json(result, Path(options.save) / f"generation-{device.type}-{result['date']}.json")
+    print(json.dumps(result))
 
 
 def _save(result: dict[str, Any], folder: Path, device: torch.device) -> None:
