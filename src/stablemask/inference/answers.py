@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import torch
+from fastapi import HTTPException
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +21,8 @@ from transformers.cli.serving.utils import (
 from ..errors import InputError
 from .generate import _seeded
 from .model import check_token_ids
+
+LOGGER = logging.getLogger("uvicorn.error")
 
 
 class AnswerThread(GenerateManager):
@@ -57,9 +61,11 @@ class AnswerThread(GenerateManager):
             except _GenerationCancelled:
                 streamer.end()
             except Exception as error:
-                # The handlers put the text between quotes as it is.
-                message = _StreamError(json.dumps(str(error))[1:-1])
-                loop.call_soon_threadsafe(queue.put_nowait, message)
+                LOGGER.exception("a request failed")
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                # The handlers put it between quotes as it is.
+                message = json.dumps(f"the model could not answer: {reason}")[1:-1]
+                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(message))
 
         self.submit(run)
         # This task ends when the answer has been sent, or its client has gone.
@@ -74,11 +80,11 @@ class AnswerThread(GenerateManager):
         pieces: list[str] = []
         while (piece := await queue.get()) is not None:
             if isinstance(piece, _StreamError):
-                raise RuntimeError(piece.msg)
+                raise HTTPException(500, json.loads(f'"{piece.msg}"'))
             pieces.append(piece)
         text, ids = "".join(pieces), streamer.ids
         if streamer.stopped:
-            ids = processor(text, add_special_tokens=False)["input_ids"]  # may be parsed again
+            ids = processor(text, add_special_tokens=False)["input_ids"]  # without the stop text
         return text, inputs["input_ids"].shape[-1], ids
 
     def _check(self, model: PreTrainedModel, ids: Tensor, config: Any) -> None:

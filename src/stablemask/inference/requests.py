@@ -41,9 +41,9 @@ Prompt = Annotated[
     ),
 ]
 Stops = Annotated[
-    list[Annotated[Text, Field(min_length=1)]],
-    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+    list[Annotated[str, Field(min_length=1), AfterValidator(_encodable)]],
     Field(max_length=16),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
 ]
 
 
@@ -83,9 +83,17 @@ class TextPart(_Part):
     text: Text
 
 
+Content = Annotated[
+    list[TextPart],
+    BeforeValidator(
+        lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given
+    ),
+]
+
+
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart]
+    content: Content
 
 
 class ChatRequest(Request):

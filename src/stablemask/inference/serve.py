@@ -9,6 +9,7 @@ a client that hangs up frees the model; errors and ends of streams look as clien
 
 import asyncio
 import copy
+import json
 import logging
 import socket
 import time
@@ -81,6 +82,9 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address does not exist here, is taken or is not allowed.
     """
+    # getaddrinfo takes a greater port for another one.
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"port must be from 0 to 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -93,10 +97,9 @@ def bind(host: str, port: int) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise InputError(
-            f"cannot listen at {host} port {port}: {reason}; choose others with --host and --port"
+            f"cannot listen at {host} port {port}: {error.strerror}; choose others with --host and --port"
         ) from error
     return listener
 
@@ -231,12 +234,17 @@ class _Checked(BaseHandler):
 
     def _streaming(self, *args: Any, **kwargs: Any) -> StreamingResponse:
         response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
-        response.body_iterator = _then_done(response.body_iterator)
+        response.body_iterator = _as_clients_expect(response.body_iterator)
         return response
 
 
-async def _then_done(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _as_clients_expect(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    start = 'data: {"error": '  # of an event: anywhere else, quotes are escaped
     async for chunk in chunks:
+        if start in chunk:
+            events, _, message = chunk.partition(start)
+            error = _error(500, json.loads(message.strip().removesuffix("}")))
+            chunk = f"{events}data: {json.dumps(error)}\n\n"
         yield chunk
     yield "data: [DONE]\n\n"
 
@@ -314,26 +322,29 @@ class _Server(uvicorn.Server):
 # ---- errors, in the form that clients of the API know ------------------------------------------
 
 
-def _error(status: int, message: str) -> JSONResponse:
+def _error(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error}, status)
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def _answer(status: int, message: str) -> JSONResponse:
+    return JSONResponse(_error(status, message), status)
 
 
 def _refuse(request: Any, error: Exception) -> JSONResponse:
-    return _error(400, str(error))
+    return _answer(400, str(error))
 
 
 def _refuse_json(request: Any, error: Any) -> JSONResponse:
     problem = error.errors()[0]
     if problem["type"] == "json_invalid":
-        return _error(400, f"the body is not valid JSON: {problem['ctx']['error']}")
-    return _error(400, "the body must be a JSON object, sent as application/json")
+        return _answer(400, f"the body is not valid JSON: {problem['ctx']['error']}")
+    return _answer(400, "the body must be a JSON object, sent as application/json")
 
 
 def _refuse_http(request: Any, error: Any) -> JSONResponse:
-    return _error(error.status_code, str(error.detail))
+    return _answer(error.status_code, str(error.detail))
 
 
 def _fail(request: Any, error: Exception) -> JSONResponse:
-    return _error(500, f"the model could not answer: {str(error).partition(chr(10))[0]}")
+    return _answer(500, f"the server failed: {type(error).__name__}; its log says where")
