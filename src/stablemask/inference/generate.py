@@ -1,28 +1,37 @@
 """Text from a model: Transformers' ``model.generate`` with the arguments checked first."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from .model import check_length, check_token_ids, evaluating
+from .streaming import decode_with_window, window_cache
+
+# A text, or with a chat template also its messages, {"role": ..., "content": ...} each.
+Prompt = str | list[dict[str, str]]
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
     prefill_chunk_size: int | None = None,
+    window: int | None = None,
+    chat: bool = False,
     stream: Callable[[str], Any] | None = None,
 ) -> list[str]:
     """Continue each prompt; a continuation ends early at the model's end token.
@@ -30,38 +39,50 @@ def generate(
     Args:
         model, tokenizer: from ``load_model`` and ``load_tokenizer``.
         prompts: texts; an empty one begins a new document.
-        max_new_tokens: at most so many tokens are added to each.
+        max_new_tokens: at most so many tokens are added to each; None, with a ``window``: no limit.
         temperature: 0 takes the likeliest token each time; above it, tokens are sampled.
         top_p: sample among the likeliest tokens that hold this share of the probability.
         top_k: sample among so many likeliest tokens; None: among all.
         seed: makes sampling repeatable, and leaves the global random state as it was.
         prefill_chunk_size: read prompts so many tokens at a time, for less memory and the same result;
-            None: at once.
-        stream: called with each piece of text as it comes. The prompts are then continued one
-            after another; without it they run as one left-padded batch.
+            None: at once, or with a ``window`` as many as it holds.
+        window: let each token see itself and the ``window - 1`` tokens before it, in every layer;
+            memory and time per token then stay the same however long the text is.
+        chat: put each prompt through the tokenizer's chat template, as what the user says, or as the
+            messages it holds.
+        stream: called with each piece of text as it comes. With it, or with a ``window``, the prompts
+            are continued one after another; without, they run as one left-padded batch.
 
     Returns:
         The continuations, without their prompts.
 
     Raises:
-        InputError: an argument is out of its range, or a prompt and its continuation are longer
-            than a learned position table.
+        InputError: an argument is out of its range, the model cannot have a window, the tokenizer
+            has no chat template, or a prompt and its continuation are longer than a learned position
+            table.
     """
-    _check(max_new_tokens, temperature, top_p, top_k, prefill_chunk_size)
+    check_settings(max_new_tokens, temperature, top_p, top_k, prefill_chunk_size, window)
     if not prompts:
         return []
-    encoded = [_encode(model, tokenizer, prompt) for prompt in prompts]
-    for number, ids in enumerate(encoded, 1):
-        which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
-        # The last new token is not read again, so it takes no position.
-        check_length(
+    # Before any work, what cannot work.
+    if window is not None:
+        window_cache(model, window)
+    if chat:
+        check_chat_template(tokenizer)
+    encoded = [
+        encode_prompt(
             model,
-            len(ids) + max_new_tokens - 1,
-            f"{which} of {len(ids)} tokens with {max_new_tokens} new ones",
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            name="the prompt" if len(prompts) == 1 else f"prompt {number}",
         )
+        for number, prompt in enumerate(prompts, 1)
+    ]
 
     settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": sys.maxsize if max_new_tokens is None else max_new_tokens,
         "do_sample": temperature > 0,
         # Any id will do where the attention mask is 0.
         "pad_token_id": tokenizer.pad_token_id or 0,
@@ -75,41 +96,31 @@ def generate(
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
 
     with evaluating(model), _seeded(seed, model.device):
-        if stream is None:
+        if stream is None and window is None:
             return _continue(model, tokenizer, encoded, settings)
-        streamer = _CallbackStreamer(tokenizer, stream)
-        texts = [_continue(model, tokenizer, [ids], settings, streamer) for ids in encoded]
+        streamer = None if stream is None else _CallbackStreamer(tokenizer, stream)
+        if window is not None:
+            settings["custom_generate"] = partial(
+                decode_with_window, window=window, streamer=streamer
+            )
+        else:
+            settings["streamer"] = streamer
+        texts = [_continue(model, tokenizer, [ids], settings) for ids in encoded]
         return [text for batch in texts for text in batch]
 
 
-class _CallbackStreamer(TextStreamer):
-    """Hands each finished piece of the continuation to a function."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, callback: Callable[[str], Any]):
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.callback = callback
-
-    def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            return super().put(value)
-        # The prompt stays in the cache, shown already: some tokenizers drop a leading space.
-        self.next_tokens_are_prompt = False
-        self.token_cache = value.flatten().tolist()
-        self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.callback(text)
-
-
-def _check(
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    prefill_chunk_size: int | None,
+def check_settings(
+    max_new_tokens: int | None = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    prefill_chunk_size: int | None = None,
+    window: int | None = None,
 ) -> None:
-    if max_new_tokens < 1:
+    """Raise InputError where a setting of :func:`generate` is out of its range."""
+    if max_new_tokens is None and window is None:
+        raise InputError("max_new_tokens may be none with a window only, which bounds the memory")
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
@@ -123,14 +134,94 @@ def _check(
         raise InputError("top_p and top_k need a temperature above 0, got temperature 0 (greedy)")
 
 
-def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
+def encode_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int | None,
+    chat: bool = False,
+    name: str = "the prompt",
+) -> list[int]:
+    """The ids of a prompt.
+
+    Raises:
+        InputError: they do not fit the model, its vocabulary or its learned position table.
+    """
+    ids = (_encode_chat if chat else _encode_text)(tokenizer, prompt)
     if not ids:
         if tokenizer.eos_token_id is None:
             raise InputError("an empty prompt needs a tokenizer with an end token; give some text")
         ids = [tokenizer.eos_token_id]
     check_token_ids(model, max(ids))
+    # The last new token is not read again, so it takes no position.
+    new = sys.maxsize if max_new_tokens is None else max_new_tokens
+    many = "endless" if max_new_tokens is None else max_new_tokens
+    check_length(model, len(ids) + new - 1, f"{name} of {len(ids)} tokens with {many} new ones")
     return ids
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where the tokenizer has no chat template."""
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template; leave out chat")
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    return tokenizer(prompt, verbose=False)["input_ids"]
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    # What a template raises of itself, or for messages it does not know.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"the chat template refuses the messages: {reason}") from error
+    return encoded["input_ids"]
+
+
+class _CallbackStreamer(BaseStreamer):
+    """Hands the continuation to a function piece by piece, at the same cost for each token."""
+
+    # Tokens whose text the next ones join. A character is at most four of them.
+    context = 16
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, callback: Callable[[str], Any]):
+        self.tokenizer = tokenizer
+        self.callback = callback
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def put(self, value: Tensor) -> None:
+        ids = value.flatten().tolist()
+        if not self.ids:  # the prompt, which is shown already
+            self.ids = ids[-self.context :]
+            self.shown = len(self._decode(self.ids))
+            return
+        self.ids += ids
+        text = self._decode(self.ids)
+        # At the end these may be the first bytes of a character.
+        open_end = len(text) - len(text.rstrip("\ufffd"))
+        self._show(text, len(text) - min(open_end, 3))
+
+        kept = self.ids[-self.context :]
+        self.shown = max(0, len(self._decode(kept)) - (len(text) - self.shown))
+        self.ids = kept
+
+    def end(self) -> None:
+        text = self._decode(self.ids)
+        self._show(text, len(text))
+        self.ids, self.shown = [], 0
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _show(self, text: str, end: int) -> None:
+        if end > self.shown:
+            self.callback(text[self.shown : end])
+            self.shown = end
 
 
 @contextmanager
@@ -148,7 +239,6 @@ def _continue(
     tokenizer: PreTrainedTokenizerBase,
     encoded: list[list[int]],
     settings: dict[str, Any],
-    streamer: TextStreamer | None = None,
 ) -> list[str]:
     longest = max(map(len, encoded))
     pad = settings["pad_token_id"]
@@ -157,7 +247,6 @@ def _continue(
     output = model.generate(  # type: ignore[operator]
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        streamer=streamer,
         **settings,
     )
     texts = []

@@ -1,0 +1,246 @@
+"""A bounded cache is a sliding-window mask in every layer, however the text is cut, and stays small."""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import stablemask.hf.attention
+from stablemask.data import train_tokenizer
+from stablemask.errors import InputError
+from stablemask.hf import apply_stablemask
+from stablemask.inference import generate
+from stablemask.inference.streaming import cached_logits, window_cache
+from stablemask.models import modeling
+
+from ..models.tiny import random_ids, tiny_model
+from ..oracle import sink_definition
+
+WINDOW = 8
+LENGTH = 45
+CHUNKS = (1, 3, WINDOW, LENGTH)
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+}
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
+
+
+def family(name, **overrides):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **overrides})
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+def band(length=LENGTH, window=WINDOW):
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+@torch.no_grad()
+def by_chunks(model, ids, chunk, window=WINDOW):
+    cache = window_cache(model, window)
+    logits = torch.cat([cached_logits(model, piece, cache) for piece in ids.split(chunk, 1)], 1)
+    assert {layer.keys.shape[2] for layer in cache.layers} <= set(range(window))
+    return logits
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_llama_with_a_window_is_mistral(attention):
+    """The same weights and code but for the sliding-window mask, which is Transformers' own."""
+    llama = family("Llama")
+    mistral = family("Mistral", sliding_window=WINDOW)
+    mistral.load_state_dict(llama.state_dict())
+    mistral.set_attn_implementation("eager")
+    llama.set_attn_implementation(attention)
+    ids = random_ids(2, LENGTH)
+    with torch.no_grad():
+        expected = mistral(ids).logits
+        assert (llama(ids).logits - expected).abs().max() > 1
+    for chunk in CHUNKS:
+        # Llama's norms and softmax are in float32.
+        torch.testing.assert_close(by_chunks(llama, ids, chunk), expected, rtol=0, atol=1e-4)
+
+
+def test_a_layer_keeps_a_shorter_window_of_its_own():
+    model = family("Gemma3Text", num_hidden_layers=6, head_dim=8, sliding_window=5)
+    assert {"full_attention", "sliding_attention"} == set(model.config.layer_types)
+    masks = {"full_attention": band(window=12), "sliding_attention": band(window=5)}
+    ids = random_ids(2, LENGTH)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=masks).logits
+    for chunk in CHUNKS:
+        torch.testing.assert_close(by_chunks(model, ids, chunk, 12), expected, rtol=0, atol=1e-4)
+
+
+def dense(query, key, value, sink_logits, *, attn_mask=None, alibi_slopes=None, **_):
+    """What a layer asks for, by the definition; ``attn_mask`` is the band, bool or additive."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask == 0
+    bias = None
+    if alibi_slopes is not None:
+        n = query.shape[2]
+        bias = -alibi_slopes[:, None, None] * (torch.arange(n)[:, None] - torch.arange(n))
+    return sink_definition(query, key, value, sink_logits.double(), attn_mask, bias)
+
+
+@pytest.mark.parametrize("kind", ["stablemask", "softmax", "learned-sink"])
+@pytest.mark.parametrize("position", ["rope", "alibi", "nope", "sinusoidal"])
+def test_our_decoder_is_the_dense_definition_in_a_band(monkeypatch, position, kind):
+    model = tiny_model(torch.float64, position_encoding=position, attention=kind)
+    ids = random_ids(2, LENGTH)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(modeling, "sink_attention", dense)
+        expected = model(ids, attention_mask=band(), use_cache=False).logits
+        assert (model(ids, use_cache=False).logits - expected).abs().max() > 0.1
+    for chunk in CHUNKS:
+        torch.testing.assert_close(by_chunks(model, ids, chunk), expected, rtol=0, atol=1e-5)
+
+
+def test_stablemask_in_llama_is_the_dense_definition_in_a_band(monkeypatch):
+    model = apply_stablemask(family("Llama"), gamma=0.05)
+    ids = random_ids(2, LENGTH)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(stablemask.hf.attention, "sink_attention", dense)
+        positions = torch.arange(LENGTH)[None]
+        # Additive: a band of bools looks like padding to the attention, which would warn.
+        mask = band().double().log()
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    for chunk in CHUNKS:
+        torch.testing.assert_close(by_chunks(model, ids, chunk), expected, rtol=0, atol=1e-4)
+
+
+def test_twenty_thousand_tokens_in_constant_memory():
+    """And right to the last: two layers see no further than twice the window."""
+    model = tiny_model(hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    ids = random_ids(1, 20_000)
+    cache = window_cache(model, WINDOW)
+    stored = set()
+    pieces = (ids[:, :18_000].split(50, 1), ids[:, 18_000:].split(1, 1))
+    with torch.no_grad():
+        for piece in itertools.chain(*pieces):
+            logits = cached_logits(model, piece, cache)
+            if piece.shape[1] == 1:
+                stored.add(sum(
+                    tensor.untyped_storage().nbytes()
+                    for layer in cache.layers for tensor in (layer.keys, layer.values)
+                ))  # fmt: skip
+        seen = 2 * WINDOW
+        expected = model(
+            ids[:, -seen:],
+            attention_mask=band(seen),
+            position_ids=torch.arange(20_000 - seen, 20_000)[None],
+            use_cache=False,
+        ).logits[:, -1:]
+    assert cache.get_seq_length() == 20_000
+    # Two layers, keys and values, one head of 8 numbers in float32.
+    assert stored == {2 * 2 * WINDOW * 8 * 4}
+    # RoPE turns by the position in float32, here 2e4 of it.
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT], 300)
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+SAMPLING = {"temperature": 1.5, "top_p": 0.9, "top_k": 50, "seed": 3}
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLING, {"prefill_chunk_size": 2}])
+def test_a_window_as_long_as_the_text_changes_nothing(model, tokenizer, settings):
+    """Also what a checkpoint asks for besides."""
+    model.generation_config.repetition_penalty = 1.3
+    prompts = ["the quick brown fox"]
+    assert generate(
+        model, tokenizer, prompts, max_new_tokens=30, window=100, **settings
+    ) == generate(model, tokenizer, prompts, max_new_tokens=30, **settings)
+
+
+def greedy_in_a_band(model, tokenizer, prompt, count):
+    ids, new = tokenizer(prompt)["input_ids"], []
+    for _ in range(count):
+        text = torch.tensor([ids + new])
+        with torch.no_grad():
+            logits = model(text, attention_mask=band(text.shape[1]), use_cache=False).logits
+        new.append(int(logits[0, -1].argmax()))
+    return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
+
+
+def test_prompts_past_the_window_and_the_training_length(model, tokenizer):
+    prompts = [TEXT[:120], "the", TEXT[30:90]]
+    assert len(tokenizer(prompts[0])["input_ids"]) > 2 * WINDOW
+    expected = [greedy_in_a_band(model, tokenizer, prompt, 40) for prompt in prompts]
+    pieces = []
+    for settings in [{}, {"prefill_chunk_size": 3}, {"prefill_chunk_size": 99}]:
+        texts = generate(
+            model, tokenizer, prompts, max_new_tokens=40, window=WINDOW,
+            stream=pieces.append, **settings,
+        )  # fmt: skip
+        assert texts == expected
+    assert "".join(pieces) == 3 * "".join(expected)
+    assert expected[0] != generate(model, tokenizer, prompts[:1], max_new_tokens=40)[0]
+
+
+def test_no_limit_but_the_end_token(model, tokenizer):
+    full = generate(model, tokenizer, ["the"], max_new_tokens=200, window=WINDOW, **SAMPLING)
+    ids = tokenizer(full[0])["input_ids"]
+    model.generation_config.eos_token_id = ids[150]
+    pieces = []
+    ended = generate(
+        model, tokenizer, ["the"], max_new_tokens=None, window=WINDOW, stream=pieces.append,
+        **SAMPLING,
+    )  # fmt: skip
+    assert full[0].startswith(ended[0][:-3])
+    assert 0 < len(ended[0]) < len(full[0])
+    assert "".join(pieces) == ended[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"window": 1}, "window must be at least 2, got 1"),
+        ({"max_new_tokens": None}, "max_new_tokens may be none with a window only"),
+    ],
+)
+def test_bad_settings(model, tokenizer, settings, words):
+    with pytest.raises(InputError, match=words):
+        generate(model, tokenizer, ["the"], **settings)
+
+
+@pytest.mark.parametrize("count", [None, 40])
+def test_a_learned_table_ends(tokenizer, count):
+    model = tiny_model(vocab_size=len(tokenizer), position_encoding="learned")
+    with pytest.raises(InputError, match="learned position table has 32"):
+        generate(model, tokenizer, ["the"], max_new_tokens=count, window=8)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Bloom", "LlamaFlash"])
+def test_models_that_cannot_have_a_window(name):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1}
+    if name == "LlamaFlash":
+        model = family("Llama")
+        model.config._attn_implementation_internal = "flash_attention_2"
+        words = "attn_implementation='sdpa'"
+    else:
+        config = getattr(transformers, f"{name}Config")(**sizes)
+        model = AutoModelForCausalLM.from_config(config)
+        words = f"cannot be set for model_type '{name.lower()}'"
+    with pytest.raises(InputError, match=words):
+        window_cache(model, 8)
