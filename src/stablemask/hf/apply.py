@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
-from .guard import check_family
+from .guard import check_family, check_layers
 from .settings import model_settings
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -39,6 +39,7 @@ def apply_stablemask(
     given = {"gamma": gamma, "horizon": horizon, "start": start, "shift": shift}
     settings = model_settings(config, given)
     check_family(type(model))
+    check_layers(model, config)
     if isinstance(model, StableMaskPreTrainedModel):
         if config.attention == "learned-sink":
             raise ValueError(

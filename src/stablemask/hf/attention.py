@@ -55,6 +55,7 @@ def stablemask_attention_forward(
         key, value = kwargs["cache"].update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
+    kwargs["sliding_window"] = window = _sliding_window(module, kwargs)
     q_len, kv_len = query.shape[2], key.shape[2]
     name = module.config._attn_implementation  # type: ignore[union-attr]
     if attention_mask is None and name != ATTN_IMPLEMENTATION and 1 < q_len < kv_len:
@@ -66,7 +67,7 @@ def stablemask_attention_forward(
         value,
         layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs),
         attn_mask=attention_mask,
-        window=kwargs.get("sliding_window") if attention_mask is None else None,
+        window=window if attention_mask is None else None,
         dropout_p=dropout,
         scale=scaling,
     )
@@ -132,6 +133,18 @@ def _pseudo(config: Any, positions: Tensor, query: Tensor) -> Tensor:
     return pseudo_sink_logits(settings, config.num_attention_heads, positions.to(query.device))
 
 
+def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """The window of a layer; our mask function leaves it out of the mask."""
+    if "sliding_window" in kwargs:
+        return kwargs["sliding_window"]
+    # A few (PhiMoE, Qwen2-MoE, Doge) do not name it: the rule of Transformers' caches.
+    window = getattr(module.config, "sliding_window", None)
+    types = getattr(module.config, "layer_types", None)
+    if window and types is not None and types[module.layer_idx] != "sliding_attention":
+        return None
+    return window or None
+
+
 def _refuse_unknown_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name, meaning in (
         ("softcap", "soft-capping of the scores, which no flash kernel gives a logsumexp for"),
@@ -140,7 +153,7 @@ def _refuse_unknown_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"StableMask cannot run in {type(module).__name__}: its attention has {meaning} "
-                f"({name}={kwargs[name]!r})"
+                f"({name})"
             )
 
 

@@ -7,7 +7,8 @@ configuration asks for StableMask may be told to run something else. Both would 
 import functools
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
 from .settings import model_settings
@@ -19,6 +20,21 @@ def install() -> None:
         method = getattr(PreTrainedModel, name)
         if not hasattr(method, "_guards_stablemask"):
             setattr(PreTrainedModel, name, _guarded(method))
+    if not hasattr(PreTrainedModel.post_init, "_guards_stablemask"):
+        PreTrainedModel.post_init = _checked(PreTrainedModel.post_init)  # type: ignore[method-assign]
+
+
+def _checked(post_init: Any) -> Any:
+    @functools.wraps(post_init)
+    def check(self: PreTrainedModel) -> None:
+        post_init(self)
+        if getattr(self.config, "stablemask", None) is not None:
+            check_layers(self, self.config)
+        elif self.config._attn_implementation == ATTN_IMPLEMENTATION and self.can_generate():
+            check_layers(self, self.config.get_text_config(decoder=True))
+
+    check._guards_stablemask = True  # type: ignore[attr-defined]
+    return check
 
 
 def _guarded(method: Any) -> Any:
@@ -70,3 +86,20 @@ def check_family(model_class: type[PreTrainedModel]) -> None:
             f"StableMask cannot run in {model_class.__name__}: its layers compute their attention "
             "themselves and do not call Transformers' attention interface"
         )
+
+
+def check_layers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Raise ValueError for a built model none of whose layers would read ``config.stablemask``."""
+    if isinstance(model, StableMaskPreTrainedModel):
+        return
+    if not any(_attends_causally(layer, config) for layer in model.modules()):
+        raise ValueError(
+            f"StableMask cannot run in {type(model).__name__}: it has no causal attention that reads "
+            "this configuration (encoders need is_decoder=True)"
+        )
+
+
+def _attends_causally(layer: nn.Module, config: PreTrainedConfig) -> bool:
+    if getattr(layer, "config", None) is not config or isinstance(layer, PreTrainedModel):
+        return False
+    return getattr(layer, "is_causal", "Attention" in type(layer).__name__)

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,16 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 
 from ..errors import InputError
 from ..models import StableMaskConfig
 
 # NAME or OWNER/NAME; anything else can only be a path.
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_model(
@@ -31,40 +35,71 @@ def load_model(
     Reads safetensors only and runs no code from the checkpoint.
 
     Args:
-        name_or_path: a folder, or the name of a model on the hub.
+        name_or_path: a folder, or the name of a model on the hub. That of a PEFT adapter brings the
+            model it was trained on, with the adapter in its layers, and the settings in the adapter's
+            own ``config.json`` where it has one.
         dtype: of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; default: as saved.
         device: where to put it; default: the CPU.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its files are damaged.
     """
-    name_or_path = str(name_or_path)
-    folder = Path(name_or_path).expanduser()
-    if name_or_path and folder.is_dir():
-        name_or_path = str(folder)
-        _check_folder(folder)
-    elif folder.is_file():
-        raise InputError(f"{name_or_path} is a file; give the folder that holds the model")
-    elif not HUB_NAME.fullmatch(name_or_path):
-        raise InputError(f"no model folder at {name_or_path!r}")
-    else:
-        _check_hub(name_or_path)
-
-    config, model, report = _from_pretrained(name_or_path, "auto" if dtype is None else dtype)
-    _check_report(name_or_path, report, isinstance(config, StableMaskConfig))
+    name = _find(name_or_path)
+    adapter = _adapter_of(name)
+    base = name if adapter is None else _base_of(name, adapter)
+    config = _read_config(base if adapter is None or not _has_config(name) else name)
+    model, report = _from_pretrained(base, config, "auto" if dtype is None else dtype)
+    _check_report(base, report, isinstance(config, StableMaskConfig))
+    if adapter is not None:
+        _add_adapter(model, name)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval()
 
 
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of a model, or of the model an adapter was trained on, as it was saved.
+
+    Raises:
+        InputError: as :func:`load_model`.
+    """
+    name = _find(name_or_path)
+    adapter = _adapter_of(name)
+    if adapter is not None and not _has_config(name):
+        name = _base_of(name, adapter)
+    return _read_config(name)
+
+
+def is_adapter(name_or_path: str) -> bool:
+    """Whether this is a PEFT adapter in place of a whole model; InputError where it is neither."""
+    return _adapter_of(_find(name_or_path)) is not None
+
+
+def _find(name_or_path: str) -> str:
+    """A folder that holds a model or an adapter, or the name of one on the hub."""
+    name_or_path = str(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    if name_or_path and folder.is_dir():
+        _check_folder(folder)
+        return str(folder)
+    if folder.is_file():
+        raise InputError(f"{name_or_path} is a file; give the folder that holds the model")
+    if not HUB_NAME.fullmatch(name_or_path):
+        raise InputError(f"no model folder at {name_or_path!r}")
+    _check_hub(name_or_path)
+    return name_or_path
+
+
+def _read_config(name: str) -> PreTrainedConfig:
+    with _one_line(f"the model {name}"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def _from_pretrained(
-    name: str, dtype: torch.dtype | str
-) -> tuple[PreTrainedConfig, PreTrainedModel, dict[str, Any]]:
-    """The configuration, the model and Transformers' report on its weights."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the report is ours to judge, and to word
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    name: str, config: PreTrainedConfig, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and Transformers' report on its weights."""
+    with _one_line(f"the model {name}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -74,28 +109,70 @@ def _from_pretrained(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+        return loaded
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """An InputError in place of what Transformers raises for bad files; its report is left to us."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     except SafetensorError as error:
         raise InputError(
-            f"the weights in {name} are damaged or cut short ({error}); copy them again"
+            f"the weights of {what} are damaged or cut short ({error}); copy them again"
         ) from error
-    # What Transformers raises for a bad folder, name, connection or configuration, and no more.
+    # For a bad folder, name, connection or configuration, and no more.
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"cannot load the model {name}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {what}: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-    return config, *loaded
+
+
+def _adapter_of(name: str) -> dict[str, Any] | None:
+    """The ``adapter_config.json`` of an adapter, None for a whole model."""
+    path = find_adapter_config_file(name)
+    whole = path is not None and any(Path(path).parent.glob("model*.safetensors"))
+    return None if path is None or whole else _read_json(Path(path))
+
+
+def _base_of(name: str, adapter: dict[str, Any]) -> str:
+    """The model that an adapter was trained on."""
+    base = adapter.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise InputError(f"{name} is an adapter, and its adapter_config.json names no model")
+    try:
+        return _find(base)
+    except InputError as error:
+        raise InputError(f"{name} is an adapter of {base!r}: {error}") from error
+
+
+def _add_adapter(model: PreTrainedModel, name: str) -> None:
+    if not is_peft_available():
+        raise InputError(f"{name} is an adapter, which needs PEFT: pip install 'stablemask[train]'")
+    from peft import PeftConfig
+
+    with _one_line(f"the adapter {name}"):
+        weights: Any = cached_file(name, ADAPTER_WEIGHTS)
+        report = model.load_adapter(
+            peft_config=PeftConfig.from_pretrained(name),
+            adapter_state_dict=load_file(weights),
+            ignore_mismatched_sizes=True,
+        )
+    _check_report(name, vars(report), True)
+
+
+def _has_config(name: str) -> bool:
+    return cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _check_folder(folder: Path) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
+    adapter = (folder / "adapter_config.json").is_file()
+    if (folder / "config.json").is_file():
+        _read_json(folder / "config.json")
+    elif not adapter:
         raise InputError(f"{folder} holds no config.json, so it is not a saved model")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {_first_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} is damaged: it must hold a JSON object")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} holds no .safetensors weights, the only format that is read")
 
@@ -129,6 +206,16 @@ def _check_report(name: str, report: dict[str, Any], ours: bool) -> None:
         if keys:
             first = min(key if isinstance(key, str) else key[0] for key in keys)
             raise InputError(f"the weights in {name} {problem}: {first} and {len(keys) - 1} more")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it must hold a JSON object")
+    return content
 
 
 def _first_line(error: Exception) -> str:

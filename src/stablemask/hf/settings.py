@@ -19,7 +19,13 @@ def model_settings(config: PreTrainedConfig, given: dict[str, Any] | None = None
     """
     if given is None:
         given = getattr(config, "stablemask", None)
-    return complete_settings(given, config.num_attention_heads, _context(config))
+    # Some configurations have none (Mamba), some one a layer.
+    num_heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(num_heads, int):
+        raise ValueError(
+            f"StableMask needs one num_attention_heads, which {type(config).__name__} does not name"
+        )
+    return complete_settings(given, num_heads, _context(config))
 
 
 def _context(config: PreTrainedConfig) -> int | None:

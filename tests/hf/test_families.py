@@ -1,0 +1,75 @@
+"""Every family against the definition written out in its own eager attention."""
+
+import pytest
+import torch
+
+from stablemask.hf import apply_stablemask
+
+from .families import FAMILIES, PAGE, PSEUDO, outcome, page
+
+EPS = torch.finfo(torch.float32).eps
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+@families
+def test_logits_and_gradients_equal_the_definition_or_the_family_is_refused(family):
+    found = outcome(family)
+    if found.works:
+        # The sink logits are float32, and so are the norms and routers between the layers.
+        assert found.attention < EPS
+        assert max(found.logits, found.gradients) < 64 * EPS
+        assert found.plain > 0.01
+    else:
+        assert "\n" not in found.refusal
+
+
+@families
+def test_the_name_alone_and_a_built_model_meet_the_same_answer(family):
+    input_ids = torch.randint(3, 61, (1, 6))
+
+    def by_name():
+        return family.model_class._from_config(family.config(), attn_implementation="stablemask")
+
+    def by_call():
+        model = family.model_class(family.config())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.1)
+        return apply_stablemask(model, **PSEUDO[0])
+
+    for build in (by_name, by_call):
+        if outcome(family).works:
+            model = build().eval()
+            assert model.config._attn_implementation == "stablemask"
+            assert model(input_ids).logits.isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="StableMask (cannot run in|needs one)"):
+                build()(input_ids)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    family = next(family for family in FAMILIES if family.model == "BloomForCausalLM")
+    model = family.model_class(family.config())
+    name = model.config._attn_implementation
+    with pytest.raises(ValueError, match="do not call Transformers' attention interface"):
+        apply_stablemask(model)
+    assert getattr(model.config, "stablemask", None) is None
+    assert model.config._attn_implementation == name
+    model(torch.randint(3, 61, (1, 6)))
+
+
+def test_settings_in_the_wrong_configuration_are_refused():
+    """An encoder-decoder's decoder has no configuration of its own to hold them."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "vocab_size": 61}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    model = BartForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="no causal attention that reads this configuration"):
+        apply_stablemask(model)
+
+
+def test_the_page_says_what_was_found():
+    assert PAGE.read_text() == page(), "run python -m tests.hf.families"
