@@ -1,0 +1,149 @@
+"""Losses from a cache against a plain pass, and StreamingLLM against its recipe written out."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from stablemask.errors import InputError
+from stablemask.evaluation.streaming import (
+    mean_and_error,
+    position_bins,
+    sink_cache,
+    streaming_losses,
+)
+from stablemask.inference.streaming import window_cache
+from stablemask.models.positions import position_sink_logits
+from stablemask.pseudo import head_decay_rates
+
+from ..models.tiny import random_ids, tiny_model
+
+WINDOW, SINKS = 9, 3
+CLOSE = {"rtol": 0, "atol": 1e-4}  # logits near 10, losses in float32
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def losses_of_a_pass(model, ids):
+    with torch.no_grad():
+        logits = model(ids[:, :-1], use_cache=False).logits.float()
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 100])
+def test_all_keys_are_a_plain_pass(chunk_size):
+    model, ids = llama(), random_ids(2, 40)
+    losses = streaming_losses(model, ids, DynamicCache(config=model.config), chunk_size=chunk_size)
+    torch.testing.assert_close(losses, losses_of_a_pass(model, ids), **CLOSE)
+
+
+def turn(states, positions, theta=1e4):
+    """RoPE as Su et al. write it: pairs of features as complex numbers, turned."""
+    half = states.shape[-1] // 2
+    pairs = torch.complex(states[..., :half], states[..., half:])
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = pairs * torch.polar(torch.ones(()).double(), positions[:, None] * frequency)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+@torch.no_grad()
+def streaming_llm(model, ids):
+    """The recipe for one text, row by row: keys without positions, and a place for each it keeps."""
+    config, decoder = model.config, model.model
+    hidden = decoder.embed_tokens(ids)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        query, key, value = attention.project(layer.input_layernorm(hidden)[None])
+        key, value = (t.repeat_interleave(groups, 1)[0] for t in (key, value))
+        rows = []
+        for row in range(len(ids)):
+            kept = list(range(row + 1))
+            if len(kept) > WINDOW:
+                kept = kept[:SINKS] + kept[-(WINDOW - SINKS) :]
+            place = torch.arange(len(kept))
+            q, k = query[0, :, row : row + 1], key[:, kept]
+            if config.position_encoding == "rope":
+                q, k = turn(q, place[-1:]), turn(k, place)
+            scores = (q @ k.mT)[:, 0] * attention.head_dim**-0.5
+            if config.position_encoding == "alibi":
+                slopes = head_decay_rates(config.num_attention_heads)
+                scores = scores - slopes[:, None] * (place[-1] - place)
+            mass = position_sink_logits(config, place[None, -1:]).exp().reshape(-1, 1)
+            weights = scores.exp() / (scores.exp().sum(-1, keepdim=True) + mass)
+            rows.append((weights[:, None] @ value[:, kept]).flatten())
+        hidden = hidden + attention.o_proj(torch.stack(rows))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(decoder.norm(hidden))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "stablemask"])
+@pytest.mark.parametrize("position", ["rope", "alibi", "nope"])
+def test_streaming_llm_is_its_recipe(position, kind):
+    model = tiny_model(torch.float64, position_encoding=position, attention=kind)
+    ids = random_ids(2, 40)
+    losses = streaming_losses(model, ids, sink_cache(model, WINDOW, num_sinks=SINKS), chunk_size=1)
+    for text, of_text in zip(ids, losses, strict=True):
+        expected = F.cross_entropy(
+            streaming_llm(model, text[:-1]).float(), text[1:], reduction="none"
+        )
+        torch.testing.assert_close(of_text, expected, **CLOSE)
+    plain = streaming_losses(model, ids, window_cache(model, WINDOW), chunk_size=8)
+    assert torch.equal(
+        losses[:, : WINDOW - 1].round(decimals=3), plain[:, : WINDOW - 1].round(decimals=3)
+    )
+    assert (losses - plain).abs().max() > 0.1
+
+
+def test_without_sinks_a_relative_model_sees_its_plain_window():
+    """Also through Transformers' own rotation; StableMask's mass, which is absolute, differs."""
+    ids = random_ids(2, 40)
+    for model in (llama(), tiny_model(attention="softmax")):
+        plain = streaming_losses(model, ids, window_cache(model, WINDOW), chunk_size=8)
+        placed = streaming_losses(model, ids, sink_cache(model, WINDOW, num_sinks=0), chunk_size=1)
+        torch.testing.assert_close(placed, plain, **CLOSE)
+    model = tiny_model(stablemask={"gamma": 0.2})
+    plain = streaming_losses(model, ids, window_cache(model, WINDOW), chunk_size=8)
+    held = streaming_losses(model, ids, sink_cache(model, WINDOW, num_sinks=0), chunk_size=1)
+    assert (held - plain).abs().max() > 0.1
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="num_sinks must be from 0 to the window of 4 less 2"):
+        sink_cache(llama(), 4, num_sinks=3)
+    with pytest.raises(InputError, match="learned positions cannot be counted anew"):
+        sink_cache(tiny_model(position_encoding="learned"), 8)
+    scaled = llama()
+    scaled.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(InputError, match="need RoPE of the default type"):
+        sink_cache(scaled, 8)
+    with pytest.raises(ValueError, match="one at a time"):
+        streaming_losses(llama(), random_ids(1, 9), sink_cache(llama(), 8), chunk_size=2)
+    with pytest.raises(InputError, match="outside the model's vocabulary of 61"):
+        streaming_losses(llama(), torch.tensor([[1, 61]]), DynamicCache(), chunk_size=1)
+
+
+def test_bins_cover_every_position_once():
+    for length in (2, 3, 17, 8192):
+        for per_octave in (1, 2, 5):
+            bins = position_bins(length, per_octave)
+            covered = [position for start, end in bins for position in range(start, end)]
+            assert covered == list(range(1, length))
+    assert position_bins(2048, 1, first=256) == [(256, 512), (512, 1024), (1024, 2048)]
+
+
+def test_each_text_is_one_observation():
+    losses = torch.tensor([[1.0, 3.0], [2.0, 2.0], [5.0, 5.0]])
+    mean, error = mean_and_error(losses)
+    assert mean == 3
+    assert math.isclose(error, (3 / 3) ** 0.5)
