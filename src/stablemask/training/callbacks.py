@@ -25,13 +25,12 @@ class Record(TrainerCallback):
     A resumed run drops the lines past its checkpoint first, so that no step stands twice.
     """
 
-    def __init__(self, path: Path, tokens_per_step: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.tokens_per_step = tokens_per_step
         self._bar: tqdm | None = None
         self._begun = 0.0
         self._first_step, self._first_time = 0, 0.0
-        self._seconds, self._steps = 0.0, 0  # since the last log, evaluation and saving left out
+        self._tokens, self._seconds = 0, 0.0  # at the last log; since it, evaluation left out
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -47,13 +46,13 @@ class Record(TrainerCallback):
             disable=not sys.stderr.isatty(),
         )
         self._first_step, self._first_time = state.global_step, time.perf_counter()
+        self._tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._seconds += time.perf_counter() - self._begun
-        self._steps += 1
         if self._bar is not None:
             self._bar.update()
 
@@ -65,20 +64,23 @@ class Record(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if self._bar is None or not logs or "train_runtime" in logs:
+        if self._bar is None or not logs or "train_loss" in logs:
             return
         row: dict[str, float] = {"step": state.global_step}
+        if "shift" in logs:
+            row["shift"] = logs["shift"]
         if "loss" in logs:
             row |= {name: logs[name] for name in ("loss", "grad_norm", "learning_rate")}
-            row["tokens"] = state.global_step * self.tokens_per_step
-            row["tokens_per_second"] = round(self._steps * self.tokens_per_step / self._seconds, 1)
-            self._seconds, self._steps = 0.0, 0
+            row["tokens"] = state.num_input_tokens_seen
+            row["tokens_per_second"] = round((row["tokens"] - self._tokens) / self._seconds, 1)
+            self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
             self._show(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s", state)
         elif "eval_loss" in logs:
             row["eval_loss"] = logs["eval_loss"]
             row["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+            shift = f" with log M shifted by {row['shift']:g}" if row.get("shift") else ""
             self._bar.write(
-                f"step {state.global_step}: validation perplexity {row['eval_perplexity']:.2f}",
+                f"step {state.global_step}: validation perplexity {row['eval_perplexity']:.2f}{shift}",
                 file=sys.stderr,
             )
         with self.path.open("a") as file:

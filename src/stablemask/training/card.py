@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .options import PretrainOptions
+from .options import FinetuneOptions, PretrainOptions
 
-_CARD = """\
+_PRETRAIN_CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -39,13 +39,13 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """
 
 
-def write_model_card(folder: Path, options: PretrainOptions, record: dict[str, Any]) -> None:
-    """Write ``README.md`` from the options and the record of a finished run."""
+def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str, Any]) -> None:
+    """Write ``README.md`` from the options and the record of a finished pretraining."""
     assert options.context is not None
     assert options.steps is not None
     eval_loss = record["result"]["eval_loss"]
     tokens_per_step = options.batch_size * options.gradient_accumulation * options.context
-    card = _CARD.format(
+    card = _PRETRAIN_CARD.format(
         name=folder.name,
         folder=options.out,
         tags=", ".join(dict.fromkeys(["stablemask", options.attention])),
@@ -59,6 +59,78 @@ def write_model_card(folder: Path, options: PretrainOptions, record: dict[str, A
         tokens_per_step=tokens_per_step,
         context=options.context,
         dtype=options.dtype,
+        eval_loss=eval_loss,
+        perplexity=math.exp(eval_loss),
+        command=record["command"],
+    )
+    (folder / "README.md").write_text(card)
+
+
+_FINETUNE_CARD = """\
+---
+base_model: {model}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [stablemask]
+---
+
+# {name}
+
+{what} of `{model}`, finetuned with `stablemask`
+([StableMask](https://arxiv.org/abs/2402.04779)).
+
+| | |
+|---|---|
+| attention | {attention} |
+| training data | {data}, {train_tokens:,} tokens |
+| training | {steps:,} steps of {batch} {unit}, context {context}, {dtype}, learning rate {rate:g} |
+| validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity:.2f}) |
+
+```sh
+{command}
+```
+
+```python
+import stablemask.hf
+
+model = stablemask.hf.load_model("{folder}")
+```
+"""
+
+
+def write_finetune_card(
+    folder: Path, options: FinetuneOptions, settings: dict[str, Any] | None, record: dict[str, Any]
+) -> None:
+    """Write ``README.md`` from the options and the record of a finished finetuning.
+
+    Args:
+        settings: ``config.stablemask`` of the model.
+    """
+    attention = "the model's own"
+    if settings is not None:
+        pairs = ", ".join(
+            f"{name} {value}" for name, value in settings.items() if value is not None
+        )
+        attention = f"StableMask, {pairs}"
+        if options.adapt:
+            attention += f", brought in over {options.shift_steps} steps"
+    adapter = options.lora and not options.merge
+    eval_loss = record["result"]["eval_loss"]
+    card = _FINETUNE_CARD.format(
+        name=folder.name,
+        folder=options.out,
+        model=options.model,
+        library="peft" if adapter else "transformers",
+        what=f"A LoRA adapter (rank {options.lora_rank})" if adapter else "The weights",
+        attention=attention,
+        data=options.data,
+        train_tokens=record["train_tokens"],
+        steps=options.steps,
+        batch=options.batch_size * options.gradient_accumulation,
+        unit="conversations" if record["conversations"] else "blocks",
+        context=options.context,
+        dtype=options.dtype,
+        rate=options.learning_rate,
         eval_loss=eval_loss,
         perplexity=math.exp(eval_loss),
         command=record["command"],

@@ -1,11 +1,13 @@
-"""What a pretraining run can be told, and the checks that need no data."""
+"""What a training run can be told, and the checks that need no data."""
 
 import dataclasses
 import importlib.util
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar
 
 import torch
+from typing_extensions import Self
 
 from ..errors import InputError
 from ..models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS, StableMaskConfig
@@ -18,23 +20,16 @@ FREE_ON_RESUME = {"out", "resume", "dry_run", "tensorboard", "wandb", "keep_chec
 
 
 @dataclass(kw_only=True)
-class PretrainOptions:
-    """Options of ``stablemask pretrain``; the defaults suit the ``tiny`` preset."""
+class TrainingOptions:
+    """Options of every training run; ``command`` names it and the file its options are kept in."""
+
+    command: ClassVar[str]
 
     steps: int | None = option(None, "optimizer steps; only --dry-run goes without")
     out: str | None = option(None, "folder for the run and its model; only --dry-run goes without")
-    preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
-    data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
+    data: str = option(MISSING, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     text_column: str = option("text", "column that holds the text, in jsonl and parquet")
-    tokenizer: str | None = option(None, "existing tokenizer; by default one is trained")
-    vocab_size: int | None = option(None, "vocabulary; by default the preset's")
-    attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)
-    position: str = option("rope", "position encoding", choices=POSITION_ENCODINGS)
-    gamma: float | str | None = option(
-        None, "decay of the pseudo scores: a number, or slopes; by default 1 / context"
-    )
-    horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
-    context: int | None = option(None, "tokens in a training block; by default the preset's")
+    context: int | None = option(None, "tokens in a training block; by default the model's")
     batch_size: int = option(16, "blocks in a batch, on each device")
     gradient_accumulation: int = option(1, "batches in a step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
@@ -62,6 +57,59 @@ class PretrainOptions:
     resume: bool = option(False, "go on with the run in --out")
     dry_run: bool = option(False, "print what the run would cost, and stop")
 
+    def _filled(self, **defaults: Any) -> Self:
+        """A copy with every default that depends on another option, checked."""
+        for name in ("steps", "out"):
+            if getattr(self, name) is None and not self.dry_run:
+                raise InputError(f"{name} must be given: --{name}")
+        tenth = max(1, (self.steps or 0) // 10)
+        defaults = {
+            "warmup": min(tenth, 2000),
+            "eval_every": tenth,
+            "save_every": tenth,
+            "dtype": default_dtype(),
+        } | defaults
+        unset: dict[str, Any] = {
+            name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")
+        }
+        options = dataclasses.replace(self, **unset)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        _check_least(
+            self, steps=1, batch_size=1, gradient_accumulation=1, log_every=1, eval_every=1,
+            save_every=1, eval_tokens=1, keep_checkpoints=1, context=2, warmup=0, seed=0,
+        )  # fmt: skip
+        for name in ("min_learning_rate", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.wandb and not _installed("wandb"):
+            raise InputError("wandb is not installed; pip install wandb, or leave out --wandb")
+
+
+@dataclass(kw_only=True)
+class PretrainOptions(TrainingOptions):
+    """Options of ``stablemask pretrain``; the defaults suit the ``tiny`` preset."""
+
+    command: ClassVar[str] = "pretrain"
+
+    data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
+    preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
+    tokenizer: str | None = option(None, "existing tokenizer; by default one is trained")
+    vocab_size: int | None = option(None, "vocabulary; by default the preset's")
+    attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)
+    position: str = option("rope", "position encoding", choices=POSITION_ENCODINGS)
+    gamma: float | str | None = option(
+        None, "decay of the pseudo scores: a number, or slopes; by default 1 / context"
+    )
+    horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
+
     def resolved(self) -> "PretrainOptions":
         """A copy in which every default that depends on another option is filled in, checked.
 
@@ -71,51 +119,12 @@ class PretrainOptions:
         if self.preset not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         preset = PRESETS[self.preset]
-        for name in ("steps", "out"):
-            if getattr(self, name) is None and not self.dry_run:
-                raise InputError(f"{name} must be given: --{name}")
-        tenth = max(1, (self.steps or 0) // 10)
-        defaults = {
-            "vocab_size": preset["vocab_size"],
-            "context": preset["max_position_embeddings"],
-            "warmup": min(tenth, 2000),
-            "eval_every": tenth,
-            "save_every": tenth,
-            "dtype": default_dtype(),
-        }
-        unset = {
-            name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")
-        }
-        options = dataclasses.replace(self, **unset)
-        options._check()
-        return options
+        return self._filled(
+            vocab_size=preset["vocab_size"], context=preset["max_position_embeddings"]
+        )
 
     def _check(self) -> None:
-        at_least = {
-            "steps": 1, "batch_size": 1, "gradient_accumulation": 1, "log_every": 1,
-            "eval_every": 1, "save_every": 1, "eval_tokens": 1, "keep_checkpoints": 1,
-            "context": 2, "warmup": 0, "seed": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        ranges: dict[str, tuple[float, float]] = {
-            "min_learning_rate": (0.0, 1.0),
-            "beta1": (0.0, 1.0),
-            "beta2": (0.0, 1.0),
-        }
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise InputError(
-                    f"{name} must be in [{low:g}, {high:g}], got {getattr(self, name)}"
-                )
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if self.wandb and not _installed("wandb"):
-            raise InputError("wandb is not installed; pip install wandb, or leave out --wandb")
+        super()._check()
         self.model_config()
 
     def model_config(self, **overrides: Any) -> StableMaskConfig:
@@ -142,11 +151,113 @@ class PretrainOptions:
             raise InputError(str(error)) from error
 
 
+@dataclass(kw_only=True)
+class FinetuneOptions(TrainingOptions):
+    """Options of ``stablemask finetune``."""
+
+    command: ClassVar[str] = "finetune"
+
+    data: str = option(
+        MISSING, "text or conversations: builtin, a file or folder, or hub:OWNER/NAME[:CONFIG]"
+    )
+    context: int | None = option(
+        None,
+        "tokens in a block, and the most of a conversation; by default the model's, at most 1024",
+    )
+    batch_size: int = option(8, "blocks or conversations in a batch, on each device")
+    learning_rate: float = option(5e-5, "peak learning rate of AdamW; --lora wants about 2e-4")
+    min_learning_rate: float = option(0.0, "where the cosine ends, as a share of the peak")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
+    beta2: float = option(0.999, "decay of AdamW's second moment")
+    eval_tokens: int = option(16384, "validation tokens of an evaluation during training")
+    seed: int = option(0, "of the order of the data, and of a new adapter")
+    dry_run: bool = option(
+        False, "check the model and the data, print what would be done, and stop"
+    )
+    model: str = option(MISSING, "folder or hub name of the model to start from")
+    adapt: bool = option(False, "bring StableMask into a softmax model, gradually")
+    gamma: float | str | None = option(
+        None, "with --adapt, decay of the pseudo scores: a number, or slopes; by default 1 / the "
+        "model's context"
+    )  # fmt: skip
+    horizon: int | None = option(
+        None, "with --adapt, columns of the pseudo mask; by default infinitely many"
+    )
+    start: int = option(
+        0, "with --adapt, first position with a pseudo mass; 1 leaves the first row alone"
+    )
+    shift_from: float | None = option(
+        None,
+        "with --adapt, what log M is shifted by at first; by default low enough to change nothing",
+    )
+    shift_steps: int | None = option(
+        None, "with --adapt, steps until the shift is 0; by default three fifths of the steps"
+    )
+    lora: bool = option(False, "train a low-rank adapter (LoRA) and leave the weights as they are")
+    lora_rank: int = option(16, "with --lora, rank of the adapter")
+    lora_alpha: int = option(32, "with --lora, its scale is this over the rank")
+    merge: bool = option(False, "with --lora, write the merged model in place of the adapter")
+
+    def resolved(self) -> "FinetuneOptions":
+        """A copy in which every default that depends on another option is filled in, checked.
+
+        Raises:
+            InputError: an option is out of its range, or its default is the model's and there is none.
+        """
+        defaults: dict[str, Any] = {}
+        if self.context is None:
+            defaults["context"] = _context_of(self.model)
+        if self.adapt and self.steps is not None:
+            defaults["shift_steps"] = max(1, round(0.6 * self.steps))
+        return self._filled(**defaults)
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_group("adapt", ("gamma", "horizon", "start", "shift_from", "shift_steps"))
+        self._check_group("lora", ("lora_rank", "lora_alpha", "merge"))
+        _check_least(self, lora_rank=1, lora_alpha=1, start=0, shift_steps=1)
+        if self.adapt and self.compile:
+            raise InputError(
+                "compile does not go with adapt: every step has a shift of its own, and would be "
+                "compiled anew; adapt first, and train the result on with --compile"
+            )
+        if self.shift_from is not None and not -math.inf < self.shift_from <= 0:
+            raise InputError(f"shift_from must be finite and at most 0, got {self.shift_from}")
+        if self.shift_steps is not None and self.steps and self.shift_steps > self.steps:
+            raise InputError(
+                f"shift_steps must be at most the {self.steps} steps of the run, got {self.shift_steps}"
+            )
+        if self.lora and not _installed("peft"):
+            raise InputError(
+                "lora needs PEFT, which is not installed: pip install 'stablemask[train]'"
+            )
+
+    def _check_group(self, switch: str, names: tuple[str, ...]) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if not getattr(self, switch) and getattr(self, name) != defaults[name]:
+                raise InputError(f"{name} goes with --{switch}")
+
+
 def default_dtype() -> str:
     """``bfloat16`` where the hardware multiplies it faster than float32, else ``float32``."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def _context_of(model: str) -> int:
+    from ..hf.loading import load_config
+
+    config: Any = load_config(model).get_text_config(decoder=True)
+    return min(getattr(config, "max_position_embeddings", None) or 1024, 1024)
+
+
+def _check_least(options: TrainingOptions, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise InputError(f"{name} must be at least {bound}, got {value}")
 
 
 def _installed(package: str) -> bool:

@@ -1,0 +1,206 @@
+"""Finetuning of any causal language model, and adapting one to StableMask.
+
+What it shares with pretraining is in run.py; how the pseudo mass comes in, in adapt.py.
+"""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from ..data import Corpus, load_tokenizer, prepare_corpus
+from ..data.chat import ChatCorpus, is_chat, pad_conversations, prepare_chat
+from ..errors import InputError
+from ..hf import load_model
+from ..hf.loading import is_adapter
+from ..inference.model import check_length, check_token_ids
+from .adapt import ShiftSchedule, adapt
+from .card import write_finetune_card
+from .options import FinetuneOptions
+from .run import (
+    RunResult,
+    begin_run,
+    build_trainer,
+    command_line,
+    finish_run,
+    finished_run,
+    given,
+    open_run,
+    train,
+)
+from .trainer import LanguageModelTrainer
+
+
+@dataclass
+class _Prepared:
+    model: PreTrainedModel
+    data: Corpus | ChatCorpus
+    schedule: ShiftSchedule | None
+    record: dict[str, Any]
+
+
+def finetune(options: FinetuneOptions) -> RunResult:
+    """Train a model further, or go on with a run that was interrupted.
+
+    With ``adapt`` a softmax model becomes a StableMask model: the pseudo mass begins so small that it
+    changes nothing and comes in over ``shift_steps``.
+
+    Raises:
+        InputError: an option, the model, the data or the run folder is not usable; nothing was written.
+        RunError: the loss or its gradients are no longer finite; the last checkpoint is kept.
+    """
+    command = command_line(options)
+    options = options.resolved()
+    folder, checkpoint = open_run(options)
+    finished = finished_run(folder) if options.resume else None
+    if finished is not None:
+        return finished
+
+    prepared = _prepare(options)
+    _say_what_was_cut(prepared.record)
+    begin_run(folder, options, prepared.data.key, {**prepared.record, "command": command})
+    set_seed(options.seed)
+    trainer = _build_trainer(options, folder, prepared, checkpoint)
+    stopped_by = train(trainer, checkpoint)
+    if stopped_by is not None:
+        return RunResult(folder, trainer.state.global_step, None, stopped_by)
+    settings = getattr(prepared.model.config.get_text_config(decoder=True), "stablemask", None)
+    return finish_run(
+        folder,
+        trainer,
+        prepared.data,
+        partial(_save, trainer, options.merge),
+        partial(write_finetune_card, folder, options, settings),
+    )
+
+
+def describe_finetuning(options: FinetuneOptions) -> str:
+    """What a run would do, with the model and the data checked and nothing written."""
+    options = options.resolved()
+    prepared = _prepare(options)
+    _say_what_was_cut(prepared.record)
+    model = _with_adapter(prepared.model, options) if options.lora else prepared.model
+    total = sum(parameter.numel() for parameter in prepared.model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kind = "conversations" if prepared.record["conversations"] else f"blocks of {options.context}"
+    data = prepared.data
+    lines = [
+        f"model       {options.model}, {total:,} parameters, {trained:,} of them trained",
+        f"data        {len(data.train):,} {kind} to train on, {prepared.record['train_tokens']:,} "
+        f"tokens; {len(data.validation):,} held out",
+    ]
+    if options.steps is not None:
+        batch = options.batch_size * options.gradient_accumulation
+        passes = options.steps * batch / len(data.train)
+        lines.append(f"training    {options.steps:,} steps of {batch}, {passes:.2f} passes")
+    if prepared.schedule is not None:
+        settings = {k: v for k, v in prepared.schedule.settings.items() if k != "shift"}
+        steps = prepared.schedule.shift_steps
+        lines.append(
+            f"adaptation  {settings}, log M shifted by {prepared.schedule.shift_from:g} at first, "
+            f"by 0 from step {steps:,} on"
+        )
+    return "\n".join(lines)
+
+
+def _prepare(options: FinetuneOptions) -> _Prepared:
+    """The model and the data, each checked against the other."""
+    if is_adapter(options.model):
+        raise InputError(
+            f"{options.model} is an adapter; merge it into its model (--merge) to train that further"
+        )
+    context = given(options.context)
+    tokenizer = load_tokenizer(options.model)
+    data: Corpus | ChatCorpus
+    if is_chat(options.data, options.text_column):
+        data = prepare_chat(options.data, tokenizer, context=context)
+        sides = [data.train, data.validation]
+        sizes = [side.num_tokens for side in sides]
+        highest = max(int(ids.max()) for side in sides for ids, _ in side.conversations)
+        conversations = {"train": len(data.train), "validation": len(data.validation)}
+        conversations |= {"cut": data.cut, "left_out": data.left_out}
+    else:
+        data = prepare_corpus(
+            options.data,
+            block_size=context,
+            tokenizer=options.model,
+            text_column=options.text_column,
+        )
+        arrays = [data.train.tokens, data.validation.tokens]
+        sizes = [len(tokens) for tokens in arrays]
+        highest = max(int(tokens.max()) for tokens in arrays)
+        conversations = {}
+    record = {
+        "train_tokens": sizes[0],
+        "validation_tokens": sizes[1],
+        "conversations": conversations,
+    }
+    # An optimizer needs the small changes that bfloat16 would round away; frozen weights do not.
+    dtype = options.dtype if options.lora and not options.merge else "float32"
+    model = load_model(options.model, dtype=dtype)
+    check_token_ids(model, highest)
+    check_length(model, context, "the context")
+    schedule = adapt(model, options, _first_batch(data, options)) if options.adapt else None
+    return _Prepared(model, data, schedule, record)
+
+
+def _first_batch(data: Corpus | ChatCorpus, options: FinetuneOptions) -> dict[str, torch.Tensor]:
+    examples = [data.validation[i] for i in range(min(options.batch_size, len(data.validation)))]
+    batch = pad_conversations(examples, given(data.tokenizer.pad_token_id))
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def _build_trainer(
+    options: FinetuneOptions, folder: Path, prepared: _Prepared, checkpoint: Path | None
+) -> LanguageModelTrainer:
+    model: Any = prepared.model
+    if options.lora:
+        model = _with_adapter(model, options)
+    arguments: dict[str, Any] = {"eval_on_start": checkpoint is None}
+    if isinstance(prepared.data, ChatCorpus):
+        pad_token_id = given(prepared.data.tokenizer.pad_token_id)
+        arguments["data_collator"] = partial(pad_conversations, pad_token_id=pad_token_id)
+        arguments["include_num_input_tokens_seen"] = "non_padding"
+    callbacks = () if prepared.schedule is None else (prepared.schedule,)
+    return build_trainer(
+        options, folder, model, prepared.data, checkpoint, callbacks=callbacks, **arguments
+    )
+
+
+def _with_adapter(model: PreTrainedModel, options: FinetuneOptions) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # PEFT asks by a name Transformers has changed
+        return get_peft_model(model, config)
+
+
+def _save(trainer: LanguageModelTrainer, merge: bool, folder: str) -> None:
+    if merge:
+        adapted: Any = trainer.model
+        trainer.model = adapted.merge_and_unload()
+    trainer.save_model(folder)
+
+
+def _say_what_was_cut(record: dict[str, Any]) -> None:
+    counts = record["conversations"]
+    if counts:
+        print(
+            f"{counts['train']:,} conversations to train on, {counts['validation']:,} held out; "
+            f"{counts['cut']:,} were longer than the context and cut, {counts['left_out']:,} of them "
+            "left out, with nothing of the assistant left",
+            file=sys.stderr,
+        )

@@ -1,0 +1,283 @@
+"""What all training runs share: the run folder, the Trainer, stopping, and the finished model.
+
+The run folder, ``--out``::
+
+    pretrain.yaml or finetune.yaml                    the resolved options
+    run.json                                          versions, data, command, result
+    model.safetensors, config.json, tokenizer files   the model, written last
+    README.md           its model card                metrics.jsonl, tensorboard/
+    checkpoints/        checkpoint-STEP, each whole
+"""
+
+import dataclasses
+import json
+import math
+import platform
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import transformers
+from torch.utils.data import Subset
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from .. import __version__
+from ..errors import InputError
+from ..options import load_yaml, option_fields, save_yaml
+from . import checkpoints
+from .callbacks import Record, StopOnSignal, StopWhenNotFinite
+from .options import FREE_ON_RESUME, TrainingOptions
+from .trainer import LanguageModelTrainer
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+Value = TypeVar("Value")
+
+
+class TrainingData(Protocol):
+    """Examples to train on and held out, both datasets with a length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Any
+    validation: Any
+    key: str  # another one wherever a token is
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. ``stopped_by`` is the signal that ended it early, or None."""
+
+    folder: Path
+    step: int
+    eval_loss: float | None
+    stopped_by: signal.Signals | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.eval_loss is None else math.exp(self.eval_loss)
+
+
+def given(value: Value | None) -> Value:
+    """An option that is filled in once the options are resolved."""
+    assert value is not None
+    return value
+
+
+def options_file(options: TrainingOptions) -> str:
+    return f"{options.command}.yaml"
+
+
+def tokens_per_step(options: TrainingOptions) -> int:
+    """Of one process."""
+    return options.batch_size * options.gradient_accumulation * given(options.context)
+
+
+def open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
+    """The run folder, checked against the options, and the checkpoint to resume from, if any.
+
+    Raises:
+        InputError: the folder holds something else, was started with other options, or is damaged.
+    """
+    folder = Path(given(options.out))
+    written = folder / options_file(options)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out must be a folder, {folder} is a file")
+    if not options.resume:
+        if written.exists():
+            raise InputError(f"{folder} already holds a run; add --resume, or name another --out")
+        # A hidden file is what a kill left of one that was never renamed.
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no run; name another --out")
+        return folder, None
+    if not written.exists():
+        raise InputError(f"{folder} holds no run to resume; leave out --resume to start one")
+    before, now = load_yaml(written), dataclasses.asdict(options)
+    for field in option_fields(type(options)):
+        name = field.name
+        if name not in FREE_ON_RESUME and before.get(name) != now[name]:
+            raise InputError(
+                f"{folder} was started with {name} {before.get(name)!r}, not {now[name]!r}; "
+                "resume with the same settings, or name another --out"
+            )
+    found = checkpoints.list_checkpoints(folder / "checkpoints")
+    if not found:
+        return folder, None
+    checkpoints.verify(found[-1])
+    return folder, found[-1]
+
+
+def finished_run(folder: Path) -> RunResult | None:
+    """The result of a run that has nothing left to do."""
+    try:
+        result = json.loads((folder / RUN_FILE).read_text())["result"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return RunResult(folder, result["step"], result["eval_loss"])
+
+
+def begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
+    """Write what makes the folder a run, or check that a run goes on with the text it began with."""
+    if (folder / RUN_FILE).exists():
+        if json.loads((folder / RUN_FILE).read_text())["corpus"] != key:
+            raise InputError(
+                f"{options.data} is not what {folder} was started with: its text or its "
+                "tokenizer has changed; restore it, or name another --out"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    save_yaml(options, folder / options_file(options))  # from here on --resume finds the run
+    versions = {
+        "stablemask": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    _write_json(folder / RUN_FILE, {"corpus": key, **record, "versions": versions})
+
+
+def build_trainer(
+    options: TrainingOptions,
+    folder: Path,
+    model: torch.nn.Module,
+    data: TrainingData,
+    checkpoint: Path | None,
+    *,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **arguments: Any,
+) -> LanguageModelTrainer:
+    """The Trainer of a run.
+
+    Args:
+        callbacks: they come before the record of a log, and may add to it.
+        arguments: of the TrainingArguments, in place of ours; ``data_collator`` of the Trainer.
+    """
+    collator = arguments.pop("data_collator", None)
+    if options.gradient_checkpointing:
+        # Transformers has renamed it; older versions know only the second name.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})  # type: ignore[operator]
+    blocks = min(len(data.validation), math.ceil(options.eval_tokens / given(options.context)))
+    trainer = LanguageModelTrainer(
+        model=model,
+        args=TrainingArguments(**(_arguments(options, folder) | arguments)),
+        train_dataset=data.train,
+        eval_dataset=Subset(data.validation, range(blocks)),
+        data_collator=collator,
+        processing_class=data.tokenizer,
+        keep=options.keep_checkpoints,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in (*callbacks, Record(folder / METRICS_FILE), StopWhenNotFinite()):
+        trainer.add_callback(callback)
+    if options.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        begin = checkpoints.step_of(checkpoint) + 1 if checkpoint else None
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin)
+        trainer.add_callback(TensorBoardCallback(writer))
+    return trainer
+
+
+def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "max_steps": given(options.steps),
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": options.min_learning_rate},
+        "warmup_steps": given(options.warmup),
+        "weight_decay": options.weight_decay,
+        "adam_beta1": options.beta1,
+        "adam_beta2": options.beta2,
+        "max_grad_norm": options.clip,
+        "use_cpu": not on_gpu,
+        "bf16": options.dtype == "bfloat16",
+        "torch_compile": options.compile,
+        "logging_steps": options.log_every,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "all",
+        "eval_strategy": "steps",
+        "eval_steps": options.eval_every,
+        "save_strategy": "steps",
+        "save_steps": given(options.save_every),
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "dataloader_pin_memory": on_gpu,
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "report_to": ["wandb"] if options.wandb else [],
+        "run_name": folder.name,
+    }
+
+
+def train(trainer: LanguageModelTrainer, checkpoint: Path | None) -> signal.Signals | None:
+    """Run the training; the signal that stopped it before its last step, or None."""
+    transformers_logging.disable_progress_bar()  # one for each file saved, beside ours
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return stop.received if trainer.state.global_step < trainer.args.max_steps else None
+
+
+def finish_run(
+    folder: Path,
+    trainer: LanguageModelTrainer,
+    data: TrainingData,
+    save: Callable[[str], object],
+    write_card: Callable[[dict[str, Any]], None],
+) -> RunResult:
+    """Evaluate on the whole validation split and write the model.
+
+    Args:
+        save: writes the model into a folder.
+        write_card: writes the model card from the run's record.
+    """
+    trainer.remove_callback(TensorBoardCallback)  # its writer has closed with the training
+    metrics = trainer.evaluate(eval_dataset=data.validation)
+    result = RunResult(folder, trainer.state.global_step, metrics["eval_loss"])
+    partial = folder / "checkpoints" / checkpoints.INCOMPLETE
+    shutil.rmtree(partial, ignore_errors=True)
+    save(str(partial))
+    for path in partial.iterdir():
+        if path.name != "training_args.bin":  # a pickle, which nothing of ours reads
+            path.replace(folder / path.name)
+    shutil.rmtree(partial)
+    record = json.loads((folder / RUN_FILE).read_text())
+    record["result"] = {"step": result.step, "eval_loss": result.eval_loss}
+    write_card(record)
+    _write_json(folder / RUN_FILE, record)
+    return result
+
+
+def command_line(options: TrainingOptions) -> str:
+    """The command that gives these options, defaults left out."""
+    words = ["stablemask", options.command]
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
+        if value == field.default or field.name in ("resume", "dry_run"):
+            continue
+        if isinstance(value, bool):
+            words.append(field.flag if value else field.flag.replace("--", "--no-", 1))
+        else:
+            words += [field.flag, str(value)]
+    return shlex.join(words)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
