@@ -1,0 +1,79 @@
+"""`stablemask serve`, as a user starts and ends it."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("openai", reason="needs the packages of the extra `serve`")
+import openai
+
+from stablemask.cli import serve
+from stablemask.cli.main import main
+from stablemask.inference.serve import bind
+
+
+def test_as_a_user_types_it(model_folder):
+    command = [sys.executable, "-m", "stablemask", "serve", "--model", model_folder, "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--max-model-len", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:  # fmt: skip
+        try:
+            line = server.stdout.readline()
+            assert line.startswith(f"serving {model_folder} at http://127.0.0.1:")
+            url = line.split(" at ")[1].partition(";")[0]
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+            answer = client.completions.create(model=model_folder, prompt="the", max_tokens=5)
+            assert answer.usage.completion_tokens == 5
+            endless = client.completions.create(
+                model=model_folder, prompt="the", max_tokens=90_000, stream=True
+            )
+            next(iter(endless))
+            server.send_signal(signal.SIGINT)  # as Ctrl-C does
+            out, err = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert server.returncode == 130
+    assert (out, err) == ("", "stablemask: interrupted\n")
+
+
+def fails(capsys, *argv: str) -> str:
+    assert main(["serve", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    error = err.splitlines()[-1]
+    assert error.startswith("stablemask: error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--model must be given"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--port", "http"], "--port: 'http' is not a whole number"),
+        (["--port", "70000"], "port must be from 0 to 65535, got 70000"),
+        (["--host", "no.such.host.invalid"], "cannot listen at no.such.host.invalid port 0"),
+        (["--dtype", "float17"], "dtype"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--max-model-len", "1"], "max_model_len must be at least 2"),
+    ],
+)
+def test_bad_input(model_folder, capsys, argv, words):
+    argv = argv and ["--port", "0", "--model", model_folder, *argv]
+    assert words in fails(capsys, *argv)
+
+
+def test_a_port_that_is_taken(model_folder, capsys):
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        error = fails(capsys, "--model", model_folder, "--port", port)
+    assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in error
+    assert "--port" in error
+
+
+def test_without_a_web_server(model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    assert 'pip install "stablemask[serve]"' in fails(capsys, "--model", model_folder)
