@@ -88,9 +88,8 @@ def layer_sink_logits(
     attention_mask: Tensor | None,
     *,
     position_ids: Tensor | None = None,
-    s_aux: Tensor | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """The sink logit of each row, broadcastable to (B, H, q): log M, the model's own sinks, or both.
 
@@ -98,14 +97,15 @@ def layer_sink_logits(
         module, query, attention_mask: as :func:`stablemask_attention_forward` takes them.
         kv_len: number of keys.
         position_ids: (B or 1, q), or (axes, B, q) where the first axis counts tokens.
-        s_aux: a learned sink per head, (H,).
         sliding_window: of this layer, or None.
+        kwargs: ``s_aux``, where a model has learned sinks, is one per head, (H,), or None in a layer
+            that has none (MiMo V2).
     """
-    own = None if s_aux is None else s_aux[:, None]
+    own = None if kwargs.get("s_aux") is None else kwargs["s_aux"][:, None]
     config: Any = module.config
     given = getattr(config, "stablemask", None)
-    if own is not None and given is None:
-        return own
+    if "s_aux" in kwargs and given is None:
+        return query.new_full((1, 1), -torch.inf) if own is None else own
     if isinstance(position_ids, Tensor) and position_ids.dim() == 3:
         position_ids = position_ids[0]
     if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != query.shape[2]:
