@@ -15,7 +15,9 @@ from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError, RunError
 
 # In the order a new user meets them. Each is the module of that name in this folder.
-COMMANDS = ("env", "demo", "pretrain", "generate", "evaluate", "bench")
+COMMANDS = (
+    "env", "demo", "pretrain", "finetune", "generate", "serve", "evaluate", "inspect", "export", "bench",
+)  # fmt: skip
 
 FAILED_RUN = 1
 BAD_INPUT = 2
