@@ -4,10 +4,8 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
-pytest.importorskip("openai", reason="needs the packages of the extra `serve`")
 import openai
+import pytest
 
 from stablemask.cli import serve
 from stablemask.cli.main import main

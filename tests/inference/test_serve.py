@@ -9,14 +9,11 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import openai
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-pytest.importorskip("openai", reason="needs the packages of the extra `serve`")
-pytest.importorskip("uvicorn", reason="needs the packages of the extra `serve`")
-import openai
 import uvicorn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import stablemask.hf
 from stablemask.data import load_tokenizer, train_tokenizer
