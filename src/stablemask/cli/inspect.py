@@ -1,0 +1,86 @@
+"""Where a model's attention goes on a text, as one HTML page: sinks, pseudo share, attention maps."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from stablemask.data import load_tokenizer
+from stablemask.errors import InputError
+from stablemask.hf import load_model
+from stablemask.inference.model import choose_device
+from stablemask.options import option
+from stablemask.report.inspection import MAP_BYTES, MAX_TOKENS, Inspection, inspect_model
+from stablemask.report.inspection_page import render_inspection, summary_rows
+
+SUMMARY = "where a model's attention goes on a text, as an HTML page"
+
+
+@dataclass(kw_only=True)
+class InspectOptions:
+    model: str = option(MISSING, "folder or hub name of the model")
+    text: str = option(MISSING, "what it reads")
+    out: str = option(MISSING, "the HTML file to write")
+    against: str | None = option(None, "folder or hub name of a second model, shown side by side")
+    max_tokens: int = option(64, f"read so many tokens of the text at most, 2 to {MAX_TOKENS}")
+    device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
+
+
+def run(options: InspectOptions) -> None:
+    device = choose_device(options.device)
+    names = [options.model] if options.against is None else [options.model, options.against]
+    if len(set(names)) < len(names):
+        raise InputError(f"--against must be another model, got {options.against} twice")
+    with _whole_file(Path(options.out)) as partial:
+        inspections: list[Inspection] = []
+        for name, label in zip(names, _labels(names), strict=True):
+            inspections.append(
+                inspect_model(
+                    load_model(name, device=device),
+                    load_tokenizer(name),
+                    options.text,
+                    label=label,
+                    max_tokens=options.max_tokens,
+                    map_bytes=MAP_BYTES // len(names),
+                )
+            )
+        partial.write_text(render_inspection(inspections), encoding="utf-8")
+    print(_table(inspections))
+    report = Path(options.out).resolve()
+    print(f"\nreport   {options.out}\n         open it in a browser: {report.as_uri()}")
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The last part of each name, where these differ."""
+    short = [Path(name).name or name for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place at the end; it is made first, to fail before the work."""
+    try:
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; name a file as --out")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.touch()
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; name another file as --out"
+        ) from error
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _table(inspections: list[Inspection]) -> str:
+    rows = [("", [one.label for one in inspections]), *summary_rows(inspections)]
+    columns = list(zip(*([name, *values] for name, values in rows)))
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip([name, *values], widths)).rstrip()
+        for name, values in rows
+    )

@@ -1,0 +1,228 @@
+"""What an inspection shows of one model on one text, measured, as plain data.
+
+Shapes: L layers, H heads, n tokens, s pixels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..evaluation.activations import hidden_state_outliers
+from ..evaluation.attention_maps import LayerAttention, capture_attention
+from ..evaluation.sinks import LayerStatistics
+from ..hf.settings import model_settings
+from ..inference.model import check_length, check_token_ids, evaluating
+from ..models import StableMaskConfig
+from ..models.modeling import ATTN_IMPLEMENTATION
+
+MAX_TOKENS = 1024
+# What the maps of a page may take, in bytes of its file; the rest of it is some hundred KB.
+MAP_BYTES = 6 * 2**20
+# Of one map, measured: half a byte a pixel, in base64, and what every PNG begins and ends with.
+_BYTES_PER_PIXEL, _BYTES_PER_MAP = 0.5, 400
+# A pixel is one of so many shades, even in the square root of the share; the next is the future's.
+SHADES = 63
+
+
+@dataclass(frozen=True)
+class HeadMaps:
+    """Attention of the heads of a layer in shades 0 to ``SHADES - 1``, of shares 0 to 1.
+
+    Attributes:
+        real: of row by column, (H, s, s), uint8; ``SHADES`` in the future.
+        pseudo: of each row, (H, s), uint8.
+    """
+
+    real: np.ndarray
+    pseudo: np.ndarray
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One model on one text.
+
+    Attributes:
+        attention: its kind, as ``StableMaskConfig.attention`` names them.
+        settings: its ``config.stablemask`` with defaults, or None.
+        tokens: text of each token that was read, the first of ``total_tokens``.
+        perplexity: of those tokens but the first.
+        layers: statistics of each layer that has attention.
+        maps: attention of the same layers; a pixel holds the largest share among ``block`` by
+            ``block`` tokens.
+        largest, largest_later: largest activation behind a layer, on any token and on any but the
+            first, each as its size and its layer.
+    """
+
+    label: str
+    family: str
+    attention: str
+    settings: dict[str, Any] | None
+    parameters: int
+    dtype: str
+    tokens: list[str]
+    total_tokens: int
+    perplexity: float
+    layers: list[LayerStatistics]
+    maps: list[HeadMaps]
+    block: int
+    largest: tuple[float, int]
+    largest_later: tuple[float, int]
+
+    @property
+    def first_token(self) -> float:
+        """Mean attention on token 0 over layers and heads."""
+        return float(torch.cat([layer.first_token for layer in self.layers]).mean())
+
+    @property
+    def pseudo(self) -> float:
+        """Mean pseudo share over layers, heads and rows."""
+        return float(torch.cat([layer.pseudo for layer in self.layers]).mean())
+
+
+def inspect_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    label: str,
+    max_tokens: int = 64,
+    map_bytes: int = MAP_BYTES,
+    progress: bool = True,
+) -> Inspection:
+    """Read a text with a model and see where its attention goes.
+
+    Args:
+        model: ours, or any decoder whose attention goes through Transformers' attention interface.
+        text: at least 2 tokens, of which the first ``max_tokens`` are read.
+        label: what to call the model.
+        map_bytes: how much of the page its attention maps may take; long texts of models with many
+            heads are drawn in blocks of tokens.
+        progress: show a bar, where stderr is a terminal.
+
+    Raises:
+        InputError: the text is too short or not Unicode, ``max_tokens`` is not from 2 to 1024 or more than the model
+            can read, or the model's attention cannot be captured.
+    """
+    if not 2 <= max_tokens <= MAX_TOKENS:
+        raise InputError(f"max_tokens must be from 2 to {MAX_TOKENS}, got {max_tokens}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not valid Unicode: {error.reason}") from error
+    every: list[int] = tokenizer(text)["input_ids"]
+    ids = torch.tensor(every[:max_tokens])
+    if len(ids) < 2:
+        raise InputError(
+            f"the text has {len(ids)} token{'s' * (len(ids) != 1)} for {label}; give at least 2"
+        )
+    check_length(model, len(ids), f"a text of {len(ids)} tokens")
+    check_token_ids(model, int(ids.max()))
+    config: Any = model.config.get_text_config(decoder=True)
+    num_layers = config.num_hidden_layers
+    block = _block(len(ids), num_layers * config.num_attention_heads, map_bytes)
+
+    layers: list[LayerStatistics] = []
+    maps: list[HeadMaps] = []
+    with (
+        evaluating(model),
+        tqdm(total=num_layers, desc=label, unit="layer", disable=None if progress else True) as bar,
+    ):
+
+        def record(attention: LayerAttention) -> None:
+            layers.append(LayerStatistics.of(attention))
+            maps.append(_head_maps(attention, block))
+            bar.update()
+
+        losses = _token_losses(model, ids)
+        with capture_attention(model, record):
+            captured = _token_losses(model, ids)
+        outliers = hidden_state_outliers(model, ids[None])
+    _check_capture(label, model, losses, captured)
+    return Inspection(
+        label=label,
+        family=config.model_type,
+        attention=_attention_kind(config, layers),
+        settings=_settings(config),
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        tokens=[str(tokenizer.decode([token])) for token in ids.tolist()],
+        total_tokens=len(every),
+        perplexity=math.exp(losses.mean().item()),
+        layers=layers,
+        maps=maps,
+        block=block,
+        largest=_peak(outliers.largest),
+        largest_later=_peak(outliers.largest_later),
+    )
+
+
+def _block(length: int, heads: int, map_bytes: int) -> int:
+    """How many tokens share a pixel for all maps together to keep to ``map_bytes``."""
+    pixels = max((map_bytes / heads - _BYTES_PER_MAP) / _BYTES_PER_PIXEL, 16**2)
+    return math.ceil(length / int(pixels**0.5))
+
+
+def _head_maps(attention: LayerAttention, block: int) -> HeadMaps:
+    real = F.max_pool2d(attention.real, block, ceil_mode=True)[0]
+    pseudo = F.max_pool1d(attention.pseudo, block, ceil_mode=True)[0]
+    future = torch.ones(real.shape[-2:], dtype=torch.bool).triu(1).numpy()
+    return HeadMaps(np.where(future, np.uint8(SHADES), _shade(real)), _shade(pseudo))
+
+
+def _shade(share: Tensor) -> np.ndarray:
+    shade = share.float().cpu().clamp(0, 1).sqrt() * (SHADES - 1)
+    return shade.round().to(torch.uint8).numpy()
+
+
+def _token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Negative log-likelihood of every token but the first, in nats, (n - 1,)."""
+    logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1].float().cpu(), ids[1:], reduction="none")
+
+
+def _check_capture(label: str, model: PreTrainedModel, losses: Tensor, captured: Tensor) -> None:
+    """Refuse a model whose captured attention is not the one that it runs."""
+    if not losses.isfinite().all():
+        raise InputError(
+            f"the model's loss is not finite on this text; the weights of {label} are damaged, or "
+            "their dtype overflows"
+        )
+    # Rounding alone moves a token's loss too: SmolLM2-135M's by 5e-6 in float32, 0.07 in bfloat16.
+    allowed = 0.01 if model.dtype in (torch.float32, torch.float64) else 0.3
+    difference = (losses - captured).abs().mean().item()
+    if not difference <= allowed:
+        raise InputError(
+            f"the attention of {type(model).__name__} cannot be captured: computed from what reaches "
+            f"Transformers' attention interface, it changes the loss by {difference:.2g} nats a token"
+        )
+
+
+def _attention_kind(config: Any, layers: Sequence[LayerStatistics]) -> str:
+    if isinstance(config, StableMaskConfig):
+        return config.attention
+    if _settings(config) is not None:
+        return "stablemask"
+    return "learned-sink" if any(layer.pseudo.any() for layer in layers) else "softmax"
+
+
+def _settings(config: Any) -> dict[str, Any] | None:
+    given = getattr(config, "stablemask", None)
+    if isinstance(config, StableMaskConfig) or (
+        given is None and config._attn_implementation != ATTN_IMPLEMENTATION
+    ):
+        return given
+    return model_settings(config)
+
+
+def _peak(by_layer: Tensor) -> tuple[float, int]:
+    layer = int(by_layer.argmax())
+    return float(by_layer[layer]), layer
