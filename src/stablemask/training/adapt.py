@@ -15,6 +15,7 @@ from transformers import (
 from ..errors import InputError
 from ..hf import apply_stablemask
 from ..inference.model import evaluating
+from ..models import StableMaskConfig
 from .options import FinetuneOptions
 
 SHIFT_STEP = 8.0  # how finely a harmless shift is looked for
@@ -78,7 +79,8 @@ def adapt(
         InputError: the model has StableMask already or cannot have it, or a setting is out of range.
     """
     config: Any = model.config.get_text_config(decoder=True)
-    if getattr(config, "attention", "softmax") != "softmax" or getattr(config, "stablemask", None):
+    softmax = not isinstance(config, StableMaskConfig) or config.attention == "softmax"
+    if not softmax or getattr(config, "stablemask", None) is not None:
         raise InputError(f"{options.model} is no softmax model to adapt; leave out --adapt")
     try:
         apply_stablemask(model, gamma=options.gamma, horizon=options.horizon, start=options.start)

@@ -37,7 +37,8 @@ class Record(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        _keep_lines_up_to(self.path, state.global_step)
+        # A run that begins again evaluates step 0 again.
+        _keep_lines_up_to(self.path, state.global_step or -1)
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,

@@ -94,17 +94,16 @@ def describe_finetuning(options: FinetuneOptions) -> str:
         f"data        {len(data.train):,} {kind} to train on, {prepared.record['train_tokens']:,} "
         f"tokens; {len(data.validation):,} held out",
     ]
+    if prepared.schedule is not None:
+        settings = {k: v for k, v in prepared.schedule.settings.items() if k != "shift"}
+        lines.append(
+            f"adaptation  {settings}, log M shifted by {prepared.schedule.shift_from:g} at first"
+        )
     if options.steps is not None:
         batch = options.batch_size * options.gradient_accumulation
         passes = options.steps * batch / len(data.train)
-        lines.append(f"training    {options.steps:,} steps of {batch}, {passes:.2f} passes")
-    if prepared.schedule is not None:
-        settings = {k: v for k, v in prepared.schedule.settings.items() if k != "shift"}
-        steps = prepared.schedule.shift_steps
-        lines.append(
-            f"adaptation  {settings}, log M shifted by {prepared.schedule.shift_from:g} at first, "
-            f"by 0 from step {steps:,} on"
-        )
+        ramp = f", the mass whole from step {options.shift_steps:,} on" if options.adapt else ""
+        lines.append(f"training    {options.steps:,} steps of {batch}, {passes:.2f} passes{ramp}")
     return "\n".join(lines)
 
 

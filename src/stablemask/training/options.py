@@ -207,8 +207,8 @@ class FinetuneOptions(TrainingOptions):
         defaults: dict[str, Any] = {}
         if self.context is None:
             defaults["context"] = _context_of(self.model)
-        if self.adapt and self.steps is not None:
-            defaults["shift_steps"] = max(1, round(0.6 * self.steps))
+        if self.adapt:
+            defaults["shift_steps"] = max(1, round(0.6 * (self.steps or 0)))
         return self._filled(**defaults)
 
     def _check(self) -> None:

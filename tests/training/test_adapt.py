@@ -1,0 +1,135 @@
+"""The schedule by which the pseudo mass comes in, and what it comes into."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    TrainerControl,
+    TrainerState,
+)
+
+from stablemask.errors import InputError
+from stablemask.hf import apply_stablemask, load_model
+from stablemask.training.adapt import ShiftSchedule, adapt, harmless_shift
+from stablemask.training.options import FinetuneOptions
+
+from ..models.tiny import random_ids, tiny_model
+
+
+def options(**changes) -> FinetuneOptions:
+    settings = {"model": "m", "data": "d", "out": "o", "steps": 10, "shift_steps": 6, "adapt": True}
+    return FinetuneOptions(**(settings | changes))
+
+
+def test_the_shift_rises_by_the_same_amount_each_step_and_goes_at_0():
+    settings = {"gamma": 0.1, "horizon": None}
+    schedule = ShiftSchedule(settings, -20.0, 5)
+    state, control = TrainerState(), TrainerControl()
+    seen = []
+    for step in range(8):
+        state.global_step = step
+        if step in (0, 3):  # a run begins, or is gone on with
+            schedule.on_train_begin(None, state, control)
+        else:
+            schedule.on_step_end(None, state, control)
+        logs: dict[str, float] = {"loss": 1.0}
+        schedule.on_log(None, state, control, logs=logs)
+        assert settings.get("shift", 0.0) == logs["shift"]
+        seen.append(logs["shift"])
+    assert seen == pytest.approx([-20, -16, -12, -8, -4, 0, 0, 0])
+    assert settings == {"gamma": 0.1, "horizon": None}
+
+
+def neox(scale: float):
+    config = GPTNeoXConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, initializer_range=scale,
+    )  # fmt: skip
+    return GPTNeoXForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+@pytest.mark.parametrize("start", [0, 1])
+def test_adapting_starts_from_the_very_model(scale, start, tmp_path):
+    torch.manual_seed(0)
+    model = neox(scale)
+    model.save_pretrained(tmp_path)
+    batch = {"input_ids": random_ids(3, 17), "attention_mask": torch.ones(3, 17, dtype=torch.long)}
+    batch["attention_mask"][1, 9:] = 0  # padded on the right
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)(batch["input_ids"][:1]).logits
+    schedule = adapt(model, options(start=start), batch)
+    schedule.on_train_begin(None, TrainerState(), TrainerControl())
+    assert torch.equal(model(batch["input_ids"][:1]).logits, expected)
+    assert schedule.shift_from < 0
+    assert schedule.shift_from % 8 == 0
+    # Nor is the shift lower than it must be.
+    schedule.settings["shift"] = schedule.shift_from + 8
+    raised = model(**batch).logits
+    schedule.settings["shift"] = -500.0
+    assert not torch.equal(raised, model(**batch).logits)
+
+
+def test_a_row_that_scores_itself_low_needs_a_lower_shift_than_the_rest():
+    """A first row that sees itself alone at -40 gives all its attention away to a small mass."""
+    torch.manual_seed(0)
+    model = tiny_model(attention="softmax", position_encoding="nope")
+    for layer in model.model.layers:
+        with torch.no_grad():
+            # Keys turned against their own queries: every row scores itself below the others.
+            heads, width = model.config.num_attention_heads, model.config.head_dim
+            query = layer.self_attn.q_proj.weight.view(heads, width, -1)
+            layer.self_attn.k_proj.weight.copy_(-3 * query[::2].reshape(-1, query.shape[-1]))
+    batch = {"input_ids": random_ids(2, 9)}
+    apply_stablemask(model, gamma=0.1)
+    everywhere = harmless_shift(model, model.config.stablemask, batch)
+    apply_stablemask(model, gamma=0.1, start=1)
+    after_the_first = harmless_shift(model, model.config.stablemask, batch)
+    assert everywhere < after_the_first
+
+
+def test_a_shift_that_is_given_is_taken():
+    batch = {"input_ids": random_ids(1, 9)}
+    schedule = adapt(neox(0.02), options(shift_from=-3.0, gamma="slopes", horizon=64), batch)
+    assert schedule.shift_from == -3.0
+    assert schedule.settings["gamma"] == "slopes"
+    assert schedule.settings["horizon"] == 64
+
+
+def test_our_own_softmax_model_can_be_adapted(tmp_path):
+    model = tiny_model(attention="softmax")
+    input_ids = random_ids(2, 9)
+    expected = model(input_ids).logits
+    schedule = adapt(model, options(), {"input_ids": input_ids})
+    schedule.on_train_begin(None, TrainerState(), TrainerControl())
+    assert torch.equal(model(input_ids).logits, expected)
+    model.config.stablemask.pop("shift")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.config.attention == "stablemask"
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    assert not torch.allclose(loaded(input_ids).logits, expected)
+
+
+def bloom():
+    return BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "match"),
+    [
+        (bloom, {"gamma": 0.1}, "Bloom.* compute their attention themselves"),
+        (tiny_model, {}, "no softmax model"),
+        (lambda: tiny_model(attention="learned-sink"), {}, "no softmax model"),
+        (lambda: apply_stablemask(neox(0.02), gamma=0.1), {}, "no softmax model"),
+        (lambda: neox(0.02), {"gamma": 0.0}, "gamma"),
+        (lambda: neox(0.02), {"gamma": "fast"}, "gamma"),
+        (lambda: neox(0.02), {"horizon": 0}, "horizon"),
+    ],
+)
+def test_what_cannot_be_adapted_says_so(model, changes, match):
+    with pytest.raises(InputError, match=match):
+        adapt(model(), options(**changes), {"input_ids": random_ids(1, 5)})

@@ -1,0 +1,291 @@
+"""Finetuning as a user runs it: small, but the whole of it."""
+
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stablemask.hf
+from stablemask.cli.parser import parse_options
+from stablemask.data.chat import prepare_chat
+from stablemask.errors import InputError
+from stablemask.options import load_yaml
+from stablemask.training import checkpoints
+from stablemask.training.callbacks import StopOnSignal
+from stablemask.training.finetune import describe_finetuning, finetune
+from stablemask.training.options import FinetuneOptions
+from stablemask.training.run import command_line
+
+STEPS = 20
+
+pytestmark = pytest.mark.usefixtures("corpora")
+
+
+@pytest.fixture
+def options(base, prose) -> FinetuneOptions:
+    return FinetuneOptions(
+        model=str(base), data=str(prose), steps=STEPS, out="", context=32, batch_size=4,
+        learning_rate=3e-3, dtype="float32", eval_every=5, save_every=4, eval_tokens=128,
+        log_every=5, keep_checkpoints=10, tensorboard=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def chat_options(options, chats) -> FinetuneOptions:
+    return replace(options, data=str(chats), context=64, adapt=True, lora=True, gamma=0.05, start=1)
+
+
+@pytest.fixture(scope="module")
+def adapted(base, prose, tmp_path_factory) -> Path:
+    """A run with --adapt that was never interrupted."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.getbasetemp() / "corpora"))
+    folder = tmp_path_factory.mktemp("runs") / "adapted"
+    options = FinetuneOptions(
+        model=str(base), data=str(prose), steps=STEPS, out=str(folder), context=32, batch_size=4,
+        learning_rate=3e-3, dtype="float32", eval_every=5, save_every=4, eval_tokens=128,
+        log_every=5, keep_checkpoints=10, tensorboard=False, adapt=True,
+    )  # fmt: skip
+    finetune(options)
+    patch.undo()
+    return folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(folder: Path, other: Path, name: str = "model.safetensors") -> None:
+    ours, theirs = (load_file(path / name) for path in (folder, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def stop_at(step: int, monkeypatch) -> None:
+    def stop(self, args, state, control, **_):
+        if state.global_step == step:
+            self.received = signal.SIGTERM
+            control.should_save = control.should_training_stop = True
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", stop)
+
+
+def test_the_pseudo_mass_comes_in_over_the_first_part(adapted, base):
+    rows = metrics(adapted)
+    shifts = {row["step"]: row["shift"] for row in rows}
+    first = shifts[0]
+    assert first < -8
+    assert shifts[5] == pytest.approx(first * 7 / 12)
+    assert [shifts[step] for step in (15, 20)] == [0, 0]
+    evaluated = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 5, 10, 15, 20]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.5
+    training = [row for row in rows if "loss" in row]
+    assert [row["tokens"] for row in training] == [step * 4 * 32 for step in (5, 10, 15, 20)]
+
+    for checkpoint in checkpoints.list_checkpoints(adapted / "checkpoints"):
+        step = checkpoints.step_of(checkpoint)
+        settings = json.loads((checkpoint / "config.json").read_text())["stablemask"]
+        expected = first * (1 - step / 12) if step < 12 else None
+        assert settings.get("shift") == (expected and pytest.approx(expected))
+    model = AutoModelForCausalLM.from_pretrained(adapted)
+    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None}
+    assert model.config.use_cache
+
+
+def test_the_first_evaluation_is_of_the_pretrained_model(adapted, base, prose):
+    """By Transformers' own forward on the validation blocks, and float64."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert getattr(model.config, "stablemask", None) is None
+    from stablemask.data import prepare_corpus
+
+    blocks = prepare_corpus(str(prose), block_size=32, tokenizer=str(base)).validation
+    ids = torch.stack([blocks[i]["input_ids"] for i in range(4)])
+    logits = model(ids).logits[:, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert metrics(adapted)[0]["eval_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_leaves_what_a_user_needs(adapted, base):
+    written = load_yaml(adapted / "finetune.yaml")
+    assert written["shift_steps"] == 12
+    record = json.loads((adapted / "run.json").read_text())
+    assert record["result"]["step"] == STEPS
+    card = (adapted / "README.md").read_text()
+    assert record["command"] in card
+    assert f"base_model: {base}" in card
+    assert "brought in over 12 steps" in card
+    assert AutoTokenizer.from_pretrained(adapted).chat_template
+    assert not (adapted / "checkpoints" / "incomplete").exists()
+
+
+def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(adapted, options, tmp_path):
+    options = replace(options, out=str(tmp_path / "run"), adapt=True)
+    code = (
+        "import sys; from stablemask.cli import finetune; from stablemask.cli.parser import *;"
+        "finetune.run(parse_options(finetune.FinetuneOptions, sys.argv[1:]))"
+    )
+    words = shlex.split(command_line(options))[2:]
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.DEVNULL)
+    awaited = tmp_path / "run" / "checkpoints" / "checkpoint-8"
+    while not awaited.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    assert finetune(replace(options, resume=True)).step == STEPS
+    assert_same_weights(tmp_path / "run", adapted)
+    ours, theirs = metrics(tmp_path / "run"), metrics(adapted)
+    for name in ("shift", "eval_loss", "tokens"):
+        assert [row.get(name) for row in ours] == [row.get(name) for row in theirs]
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_stopped_adapter_on_conversations_goes_on(step, chat_options, tmp_path, monkeypatch):
+    whole = replace(chat_options, out=str(tmp_path / "whole"), steps=8)
+    assert finetune(whole).step == 8
+    part = replace(whole, out=str(tmp_path / "part"))
+    stop_at(step, monkeypatch)
+    result = finetune(part)
+    assert (result.stopped_by, result.step) == (signal.SIGTERM, step)
+    monkeypatch.undo()
+    saved = json.loads(
+        (tmp_path / "part" / "checkpoints" / f"checkpoint-{step}" / "config.json").read_text()
+    )
+    assert ("shift" in saved["stablemask"]) == (step < 5)  # 5 of 8 steps: the default
+    finetune(replace(part, resume=True))
+    assert_same_weights(tmp_path / "part", tmp_path / "whole", "adapter_model.safetensors")
+
+
+def delta(folder: Path, rank: int, alpha: int) -> dict[str, torch.Tensor]:
+    """What an adapter adds to each weight, from its file: B A alpha / rank, in float64."""
+    weights = {
+        key: value.double()
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+    names = {key.removesuffix(".lora_A.weight") for key in weights if "lora_A" in key}
+    return {
+        name.removeprefix("base_model.model.") + ".weight": alpha
+        / rank
+        * weights[f"{name}.lora_B.weight"]
+        @ weights[f"{name}.lora_A.weight"]
+        for name in names
+    }
+
+
+def test_an_adapter_keeps_its_settings_and_the_merged_model_is_the_same(
+    chat_options, base, tmp_path
+):
+    chosen = replace(chat_options, steps=6, lora_rank=4, lora_alpha=12, eval_every=100)
+    finetune(replace(chosen, out=str(tmp_path / "adapter")))
+    finetune(replace(chosen, out=str(tmp_path / "merged"), merge=True))
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+    # The definition: the weights with what the adapter adds, in a stock model made StableMask.
+    expected = AutoModelForCausalLM.from_pretrained(base).double()
+    state = expected.state_dict()
+    added = delta(tmp_path / "adapter", 4, 12)
+    assert len(added) == 2 * 7  # every linear layer but the output
+    for name, change in added.items():
+        assert change.abs().max() > 0
+        state[name] += change
+    stablemask.hf.apply_stablemask(expected, gamma=0.05, start=1)
+
+    ids = torch.randint(1, 200, (2, 20))
+    with torch.no_grad():
+        logits = expected(ids).logits.float()
+        for folder in ("adapter", "merged"):
+            model = stablemask.hf.load_model(str(tmp_path / folder))
+            assert model.config.stablemask == {"gamma": 0.05, "horizon": None, "start": 1}
+            torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_conversations_is_the_mean_over_the_assistants_tokens(
+    chat_options, base, chats, tmp_path
+):
+    data = prepare_chat(str(chats), AutoTokenizer.from_pretrained(base), context=64)
+    steps = math.ceil(len(data.train) / 4)  # one pass
+    chosen = replace(chat_options, out=str(tmp_path / "run"), steps=steps, log_every=steps)
+    result = finetune(replace(chosen, lora=False))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").double()
+    nats, tokens = 0.0, 0
+    for example in data.validation:  # one at a time, without padding
+        scores = model(example["input_ids"][None]).logits[0, :-1].log_softmax(-1)
+        for row, label in zip(scores, example["labels"][1:], strict=True):
+            if label >= 0:
+                nats, tokens = nats - row[label].item(), tokens + 1
+    assert tokens > 0
+    assert result.eval_loss == pytest.approx(nats / tokens, abs=1e-5)
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.5
+    (seen,) = [row["tokens"] for row in rows if "tokens" in row]
+    assert seen == data.train.num_tokens  # padding is not counted
+
+
+def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_path):
+    plain = finetune(replace(options, out=str(tmp_path / "plain"), steps=2))
+    config = AutoModelForCausalLM.from_pretrained(plain.folder).config
+    assert getattr(config, "stablemask", None) is None
+    assert "shift" not in metrics(plain.folder)[0]
+    further = replace(options, model=str(adapted), out=str(tmp_path / "further"), steps=2)
+    model = stablemask.hf.load_model(str(finetune(further).folder))
+    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None}
+    assert model.config._attn_implementation == "stablemask"
+
+
+def test_a_dry_run_writes_nothing(options, chat_options, tmp_path, capsys):
+    text = describe_finetuning(
+        replace(options, out=str(tmp_path / "run"), adapt=True, dry_run=True, steps=None)
+    )
+    assert "blocks of 32" in text
+    assert "'gamma': 0.0078125" in text
+    text = describe_finetuning(replace(chat_options, out=str(tmp_path / "run"), dry_run=True))
+    assert "log M shifted by -" in text
+    assert "conversations" in text
+    total, trained = (
+        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:param|of them)", text)
+    )
+    assert 0 < trained < total
+    assert "cut" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_gives_the_same_options(chat_options):
+    chosen = replace(chat_options, out="a b", shift_from=-12.5, merge=True, horizon=99)
+    words = shlex.split(command_line(chosen))[2:]
+    assert parse_options(FinetuneOptions, words, prog="p", description="") == chosen
+
+
+def test_the_context_is_the_models_by_default(options, base, tmp_path):
+    assert replace(options, out="x", context=None).resolved().context == 128
+    shutil.copytree(base, tmp_path / "long")
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    (tmp_path / "long" / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 8192})
+    )
+    chosen = replace(options, out="x", model=str(tmp_path / "long"), context=None)
+    assert chosen.resolved().context == 1024
+
+
+def test_resume_wants_the_same_settings(adapted, options):
+    chosen = replace(options, out=str(adapted), adapt=True, resume=True)
+    assert finetune(chosen).step == STEPS  # nothing left to do
+    assert math.isfinite(finetune(chosen).perplexity)
+    with pytest.raises(InputError, match="was started with shift_steps 12, not 3"):
+        finetune(replace(chosen, shift_steps=3))
+    with pytest.raises(InputError, match="already holds a run"):
+        finetune(replace(chosen, resume=False))
