@@ -4,6 +4,7 @@
 
 prints tables and writes ``streaming.json`` and ``streaming.png``. Every cache reads the same texts, cut
 from the validation side of ``--data``, token after token from position 0, and every token is scored.
+With ``--decode N`` it times N tokens read one by one instead, and weighs the cache.
 """
 
 import argparse
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256, help="keys per layer (default: 256)")
     parser.add_argument("--length", type=int, default=8192, help="of a text (default: 8192)")
     parser.add_argument("--texts", type=int, default=16, help="how many (default: 16)")
-    parser.add_argument("--decode", type=int, default=0, help="time so many tokens, one by one")
+    parser.add_argument("--decode", type=int, default=0, help="time so many tokens instead")
     parser.add_argument(
         "--out", type=Path, required=True, help="name of the files, less .json, .png"
     )
@@ -212,19 +213,21 @@ def main() -> None:
     for named in options.models:
         label, _, path = named.rpartition("=")
         model = load_model(path)
-        texts = _texts(path, options.data, options.texts, options.length)
-        measured = {
-            "trained_length": model.config.max_position_embeddings,
-            "caches": measure_model(model, texts, options.window),
-        }
+        measured: dict[str, Any] = {"trained_length": model.config.max_position_embeddings}
         if options.decode:
             text = _texts(path, options.data, 1, options.decode)[0]
             measured["decoding"] = measure_decoding(model, text, options.window)
+            shown = "\n".join(map(str, measured["decoding"]))
+        else:
+            texts = _texts(path, options.data, options.texts, options.length)
+            measured["caches"] = measure_model(model, texts, options.window)
+            shown = table(measured)
         result["models"][label or Path(path).name] = measured
-        print(f"{label or path}\n\n{table(measured)}\n", flush=True)
+        print(f"{label or path}\n\n{shown}\n", flush=True)
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    with matplotlib.rc_context(STYLE):
-        draw(result).savefig(options.out.with_suffix(".png"), dpi=160)
+    if not options.decode:
+        with matplotlib.rc_context(STYLE):
+            draw(result).savefig(options.out.with_suffix(".png"), dpi=160)
 
 
 if __name__ == "__main__":
