@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..call import Call
-from . import blocks, flash, flash_attn, flex, reference
+from . import blocks, decomposition, flash, flash_attn, flex, reference
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,5 @@ BACKENDS: dict[str, Backend] = {
         reference.attend, reference.unsupported, "the dense definition, twice differentiable"
     ),
 }
+
+decomposition.register()

@@ -83,7 +83,9 @@ def _attend(call: Call, kernel: str) -> Tensor:
     past = key.shape[2] - query.shape[2]
     one_row = query.shape[2] == 1
     one_call = masks is NO_MASKS and (one_row or past == 0)
-    if torch.compiler.is_compiling() and one_call and not needs_gradient(call):
+    # Not in an exported program: what decomposes the kernel there, ONNX's exporter too, gives no true lse.
+    in_sight = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if in_sight and one_call and not needs_gradient(call):
         # In sight of the compiler, which makes the factor part of what comes next.
         query, key, value, value_dim = fit(query, key, value, kernel)
         causal = False if one_row else True  # noqa: SIM211 (a bool, where the length is a symbol)

@@ -277,7 +277,9 @@ flash_backward = torch.library.custom_op("stablemask::flash_backward", mutates_a
 
 
 @flash_forward.register_fake
-def _(query, key, value, sink_logits, attn_mask, slopes, window, documents, past, scale, kernel):
+def fake_forward(
+    query, key, value, sink_logits, attn_mask, slopes, window, documents, past, scale, kernel
+):
     return _empty(query), query.new_empty(query.shape[:3], dtype=lse_dtype(query))
 
 
