@@ -103,34 +103,29 @@ def layer_sink_logits(
     """
     own = None if kwargs.get("s_aux") is None else kwargs["s_aux"][:, None]
     config: Any = module.config
-    given = getattr(config, "stablemask", None)
-    if "s_aux" in kwargs and given is None:
+    if "s_aux" in kwargs and getattr(config, "stablemask", None) is None:
         return query.new_full((1, 1), -torch.inf) if own is None else own
     if isinstance(position_ids, Tensor) and position_ids.dim() == 3:
         position_ids = position_ids[0]
     if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != query.shape[2]:
         position_ids = _rows_of_the_mask(module, query, kv_len, attention_mask, sliding_window)
-        pseudo = _pseudo(config, position_ids, query)
-    elif torch.compiler.is_compiling() or position_ids.is_inference():
-        pseudo = _pseudo(config, position_ids, query)
-    else:
-        # Every layer of a forward pass gets this tensor: the first works the mass out for all.
-        memo = position_ids.__dict__.setdefault("_stablemask", {})
-        if sliding_window is None and "checked" not in memo:
-            memo["checked"] = True
-            _warn_of_padding_counted(attention_mask, position_ids)
-        asked = (given, position_ids._version)
-        if memo.get("asked") != asked:
-            memo["asked"] = (None if given is None else dict(given), position_ids._version)
-            memo["pseudo"] = _pseudo(config, position_ids, query)
-        pseudo = memo["pseudo"]
-    pseudo = _local_heads(module, pseudo, query)
+    elif not torch.compiler.is_compiling():
+        _warn_of_padding_counted(attention_mask, position_ids, sliding_window)
+    pseudo = _local_heads(module, _pseudo(config, position_ids, query.device), query)
     return pseudo if own is None else torch.logaddexp(pseudo, own.float())
 
 
-def _pseudo(config: Any, positions: Tensor, query: Tensor) -> Tensor:
-    settings = model_settings(config)
-    return pseudo_sink_logits(settings, config.num_attention_heads, positions.to(query.device))
+def _pseudo(config: Any, positions: Tensor, device: torch.device) -> Tensor:
+    """Log of the mass; every layer of a forward pass gets the same positions, the first works it out."""
+    settings, heads = model_settings(config), config.num_attention_heads
+    if torch.compiler.is_compiling() or positions.is_inference():
+        return pseudo_sink_logits(settings, heads, positions.to(device))
+    asked = (settings, heads, device, positions._version)
+    known = positions.__dict__.get("_stablemask")
+    if known is None or known[0] != asked:
+        known = asked, pseudo_sink_logits(settings, heads, positions.to(device))
+        positions.__dict__["_stablemask"] = known
+    return known[1]
 
 
 def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
@@ -178,12 +173,23 @@ def _rows_of_the_mask(
     return (attention_mask[:, 0].sum(-1) - 1).clamp(min=0)
 
 
-def _warn_of_padding_counted(attention_mask: Tensor | None, position_ids: Tensor) -> None:
+def _warn_of_padding_counted(
+    attention_mask: Tensor | None, position_ids: Tensor, sliding_window: int | None
+) -> None:
     """Left padding without position_ids: Transformers then counts the padding as positions."""
     if attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.dim() != 4:
         return
+    if sliding_window in attention_mask.__dict__.setdefault("_stablemask_checked", set()):
+        return  # an earlier layer had the same mask
+    attention_mask.__dict__["_stablemask_checked"].add(sliding_window)
     visible = attention_mask[:, 0].sum(-1)
     starts_late = ~attention_mask[:, 0, :, 0] & (visible > 0)
+    if sliding_window is not None:
+        if attention_mask.shape[-2] != attention_mask.shape[-1]:
+            return
+        # Further on the window hides the first key, and rows of padding on the right see too few.
+        real = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        starts_late &= real & (visible < sliding_window)
     if bool((starts_late & (visible - 1 != position_ids)).any()):
         warnings.warn(
             "the position_ids count padding: a left-padded batch needs position_ids = "

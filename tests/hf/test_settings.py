@@ -1,0 +1,229 @@
+"""``config.stablemask`` is what runs: saved, loaded, changed between steps, or refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from stablemask.hf import apply_stablemask
+
+from .dense import densely
+from .families import SIZES, Family
+
+LLAMA = Family("Llama", "LlamaForCausalLM")
+NEOX = Family("GPT-NeoX", "GPTNeoXForCausalLM")
+EPS = torch.finfo(torch.float32).eps
+
+
+def llama(settings=None, family=LLAMA, **more):
+    return family.model_class(family.config(stablemask=settings, **more)).double().eval()
+
+
+def random_ids(*shape):
+    return torch.randint(3, 61, shape)
+
+
+def test_saved_and_loaded_it_runs_without_being_named(tmp_path):
+    settings = {"gamma": [0.3, 0.1, 0.05, 0.2], "horizon": 40, "start": 1, "shift": -0.5}
+    model = apply_stablemask(LLAMA.model_class(LLAMA.config()).eval(), **settings)
+    model.save_pretrained(tmp_path)
+    ids = random_ids(1, 9)
+    for name in ({}, {"attn_implementation": "stablemask"}, {"attn_implementation": "sdpa"}):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **name)
+        assert loaded.config.stablemask == settings
+        assert loaded(ids).logits.equal(model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"gama": 0.1}, "must be a dict of gamma, horizon, start, shift"),
+        ({"gamma": -1}, "must be greater than 0"),
+        ({"gamma": [0.1, 0.2]}, r"a list of one number per head \(4\)"),
+        ({"horizon": 0}, "must be an integer of at least 1 or None"),
+        ({"shift": "low"}, "must be a finite number"),
+        ("slopes", "must be a dict"),
+    ],
+)
+def test_what_no_model_can_run_is_refused_when_it_is_loaded(settings, match, tmp_path):
+    llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stablemask": settings}))
+    with pytest.raises(ValueError, match=match):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["eager", "flash_attention_2", "flex_attention"])
+def test_another_attention_is_refused(name, tmp_path):
+    model = llama({"gamma": 0.1})
+    model.save_pretrained(tmp_path)
+    for ask in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name),
+        lambda: model.set_attn_implementation(name),
+    ):
+        with pytest.raises(ValueError, match=f"attn_implementation='{name}' would not run it"):
+            ask()
+    model.config.stablemask = None
+    if name == "eager":
+        model.set_attn_implementation(name)
+
+
+def test_the_defaults_are_an_infinite_horizon_and_one_gamma_of_the_context():
+    ids = random_ids(1, 9)
+    model = llama()
+    model.set_attn_implementation("stablemask")
+    expected = llama({"gamma": 1 / 64})
+    expected.load_state_dict(model.state_dict())
+    assert model(ids).logits.equal(expected(ids).logits)
+
+
+def against_the_definition(model, ids, positions, settings):
+    exact = type(model)._from_config(LLAMA.config(), attn_implementation="eager").double().eval()
+    exact.load_state_dict(model.state_dict())
+    with densely(exact, positions, settings):
+        truth = exact(ids, position_ids=positions).logits
+    assert (
+        model(ids, position_ids=positions).logits - truth
+    ).abs().max() < 64 * EPS * truth.abs().max()
+
+
+def test_a_schedule_takes_effect_at_once():
+    """Though the forward passes be given one and the same tensor of positions."""
+    settings = {"gamma": [0.3, 0.1, 0.05, 0.2], "shift": -30.0}
+    model = llama(settings)
+    ids, positions = random_ids(1, 9), torch.arange(9)[None]
+    for shift in (-30.0, -2.0, 0.0, 1.5):
+        model.config.stablemask["shift"] = shift
+        against_the_definition(model, ids, positions, settings | {"shift": shift})
+    model.config.stablemask["gamma"][1] = 0.7
+    against_the_definition(model, ids, positions, model.config.stablemask)
+    positions += 3
+    against_the_definition(model, ids, positions, model.config.stablemask)
+    other = llama({"gamma": 0.01})
+    against_the_definition(other, ids, positions, {"gamma": 0.01})
+    longer = llama(max_position_embeddings=128)
+    longer.set_attn_implementation("stablemask")
+    against_the_definition(longer, ids, positions, {"gamma": 1 / 128})
+
+
+def test_far_below_zero_the_shift_leaves_the_plain_model_and_start_its_first_rows():
+    ids = random_ids(2, 9)
+    model = llama({"gamma": 0.05, "shift": -60.0}, NEOX)
+    model.config.stablemask, settings = None, model.config.stablemask
+    plain = model(ids).logits  # the default, not softmax: the name is still StableMask
+    model.set_attn_implementation("sdpa")
+    softmax = model(ids).logits
+    model.config.stablemask = settings
+    assert (plain - softmax).abs().max() > 0.1
+    torch.testing.assert_close(model(ids).logits, softmax, rtol=0, atol=1e-10)
+    model.config.stablemask = {"gamma": 0.05, "start": 4}
+    difference = (model(ids).logits - softmax).abs().amax((0, 2))
+    assert difference[:4].max() < 1e-10
+    assert difference[4:].min() > 0.01
+
+
+TEXT = {key: value for key, value in SIZES.items() if not key.endswith("_token_id")}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def gemma(text):
+    config = Gemma3Config(
+        text_config=TEXT | {"head_dim": 8, "layer_types": ["full_attention"] * 2} | text,
+        vision_config=VISION | {"model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        image_token_index=60,
+        boi_token_index=58,
+        eoi_token_index=59,
+    )
+    return Gemma3ForConditionalGeneration, config
+
+
+def llava(text):
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TEXT, **text),
+        vision_config=VISION | {"model_type": "siglip_vision_model"},
+        image_token_index=60,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration, config
+
+
+MULTIMODAL = pytest.mark.parametrize("family", [gemma, llava])
+
+
+def pictures():
+    ids = random_ids(1, 12)
+    ids[ids >= 58] = 5
+    ids[0, 3:7] = 60  # four places for a picture of two patches by two
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 8, 8),
+        "token_type_ids": (ids == 60).long(),
+    }
+
+
+@MULTIMODAL
+def test_in_a_multimodal_model_the_text_alone_has_a_pseudo_mass(family, tmp_path):
+    torch.manual_seed(1)
+    settings = {"gamma": [0.3, 0.1, 0.05, 0.2]}
+    model_class, config = family({"stablemask": settings})
+    model = model_class(config).eval()
+    _, config = family({})
+    plain = model_class(config).eval()
+    plain.load_state_dict(model.state_dict())
+    batch = pictures()
+    if family is llava:
+        batch.pop("token_type_ids")
+    pixels = batch["pixel_values"]
+    ours, theirs = (m.get_image_features(pixels).pooler_output[0] for m in (model, plain))
+    assert ours.equal(theirs)
+    logits, softmax = model(**batch).logits, plain(**batch).logits
+    assert (logits - softmax).abs().max() > 0.01
+
+    apply_stablemask(plain, **settings)
+    assert plain.config.text_config.stablemask["gamma"] == settings["gamma"]
+    assert plain(**batch).logits.equal(logits)
+    plain.save_pretrained(tmp_path)
+    assert model_class.from_pretrained(tmp_path)(**batch).logits.equal(logits)
+
+
+def test_settings_beside_the_text_model_are_refused():
+    model_class, config = llava({})
+    config.stablemask = {"gamma": 0.1}
+    with pytest.raises(ValueError, match="StableMask"):
+        model_class(config)
+
+
+def test_positions_of_several_axes():
+    """Qwen2-VL: the mass follows the first axis, which counts tokens in a text."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    config = Qwen2VLConfig(
+        text_config=SIZES | {"rope_parameters": rope, "stablemask": {"gamma": 0.1}},
+        vision_config={"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
+    )
+    model = Qwen2VLForConditionalGeneration(config).double().eval()
+    ids = random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    alone = model(ids[1:, 3:]).logits
+    positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+    batch = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert (batch[1:, 3:] - alone).abs().max() < 64 * EPS * alone.abs().max()
