@@ -8,17 +8,21 @@ from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError
 from stablemask.models.presets import PRESETS
 from stablemask.options import load_yaml
-from stablemask.training.options import PretrainOptions
+from stablemask.training.options import FinetuneOptions, PretrainOptions, TrainingOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# Which command reads the files of a folder.
-OPTIONS = {"pretrain": PretrainOptions}
+# Which command reads the files of a folder, and what it cannot do without.
+COMMANDS = {
+    "pretrain": (PretrainOptions, []),
+    "finetune": (FinetuneOptions, ["--model", "m", "--data", "d"]),
+}
 RECIPES = sorted(path for path in CONFIGS.rglob("*") if path.is_file())
+PRETRAINING = [path for path in RECIPES if path.parent.name == "pretrain"]
 
 
-def parse(path: Path, *flags: str) -> PretrainOptions:
-    options_class = OPTIONS[path.relative_to(CONFIGS).parts[0]]
-    return parse_options(options_class, ["--config", str(path), *flags])
+def parse(path: Path, *flags: str) -> TrainingOptions:
+    options_class, required = COMMANDS[path.relative_to(CONFIGS).parts[0]]
+    return parse_options(options_class, ["--config", str(path), *required, *flags])
 
 
 def recipe_name(path: Path) -> str:
@@ -26,22 +30,28 @@ def recipe_name(path: Path) -> str:
 
 
 def test_each_preset_has_a_recipe():
-    assert {path.stem for path in (CONFIGS / "pretrain").iterdir()} == set(PRESETS)
+    assert {path.stem for path in PRETRAINING} == set(PRESETS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
 def test_recipe_is_valid_and_means_what_it_says(path, tmp_path):
     options = parse(path, "--out", str(tmp_path)).resolved()
     written = load_yaml(path)
-    assert options.preset == path.stem
     assert {name: getattr(options, name) for name in written} == written
     assert options.warmup < options.steps
+    assert f"--config configs/{recipe_name(path)} " in path.read_text()
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)
+def test_a_recipe_describes_its_preset(path, tmp_path):
+    options = parse(path, "--out", str(tmp_path)).resolved()
+    assert options.preset == path.stem
     config = options.model_config()
     assert options.context == config.max_position_embeddings
     assert config.stablemask == {"gamma": 1 / options.context, "horizon": None}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+@pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)
 def test_the_preset_of_a_recipe_has_the_context_it_names(path):
     written = load_yaml(path)
     assert written["context"] == PRESETS[written["preset"]]["max_position_embeddings"]
@@ -51,13 +61,15 @@ def test_the_preset_of_a_recipe_has_the_context_it_names(path):
 def test_a_recipe_leaves_out_to_the_user_and_flags_win(path):
     with pytest.raises(InputError, match="out must be given"):
         parse(path).resolved()
-    options = parse(path, "--out", "x", "--attention", "softmax", "--steps", "7", "--warmup", "1")
-    assert (options.attention, options.steps, options.resolved().warmup) == ("softmax", 7, 1)
+    options = parse(path, "--out", "x", "--batch-size", "3", "--steps", "700", "--warmup", "1")
+    assert (options.batch_size, options.steps, options.resolved().warmup) == (3, 700, 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
 def test_an_unknown_key_is_refused_by_name(path, tmp_path):
-    changed = tmp_path / path.name
+    changed = tmp_path / path.parent.name / path.name
+    changed.parent.mkdir()
     changed.write_text(path.read_text() + "learning_rat: 1.0e-3\n")
+    options_class, _ = COMMANDS[path.parent.name]
     with pytest.raises(InputError, match=r"'learning_rat'.*learning_rate"):
-        parse_options(PretrainOptions, ["--config", str(changed), "--out", "x"])
+        parse_options(options_class, ["--config", str(changed), "--out", "x"])

@@ -1,0 +1,258 @@
+"""Conversations: which tokens are scored, how they are cut and padded, and what is refused."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stablemask.data import train_tokenizer
+from stablemask.data.chat import IGNORED, is_chat, pad_conversations, prepare_chat
+from stablemask.errors import InputError
+from stablemask.hf import apply_stablemask
+
+# The same format twice: without and with markers around what the assistant says.
+PLAIN = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|endoftext|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|endoftext|>\n"
+    "{% endgeneration %}{% else %}{{ message['content'] }}<|endoftext|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# Like templates that drop the reasoning of earlier answers.
+REWRITING = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if loop.last %}(last){% endif %}{{ message['content'] }}\n{% endfor %}"
+)
+TALKS = [
+    [("system", "Be brief."), ("user", "Count to two."), ("assistant", "One, two.")],
+    [
+        ("user", "Ça va ? 你好"),
+        ("assistant", "Très bien 🙂"),
+        ("user", "and?"),
+        ("assistant", "你好."),
+    ],
+    [("user", "no " * 300), ("assistant", "yes")],
+]
+
+
+def messages(talk):
+    return [{"role": role, "content": content} for role, content in talk]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = " ".join(content for talk in TALKS for _, content in talk) + " assistant user system"
+    tokenizer = train_tokenizer([text], 300)
+    tokenizer.chat_template = PLAIN
+    return tokenizer
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "chats.jsonl", [{"messages": messages(talk)} for talk in TALKS])
+
+
+def conversations(corpus):
+    return [corpus.train[i] for i in range(len(corpus.train))] + [
+        corpus.validation[i] for i in range(len(corpus.validation))
+    ]
+
+
+def by_text(corpus, tokenizer):
+    """Of each conversation, by its whole text: the text of its scored tokens."""
+    decode = tokenizer.decode
+    return {
+        decode(e["input_ids"]): decode(e["input_ids"][e["labels"] != IGNORED])
+        for e in conversations(corpus)
+    }
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_what_the_assistant_says_is_scored_and_nothing_else(template, tokenizer, source):
+    tokenizer.chat_template = template
+    found = by_text(prepare_chat(source, tokenizer, context=2048), tokenizer)
+    expected = {
+        "".join(f"<|{role}|>\n{content}<|endoftext|>\n" for role, content in talk): "".join(
+            f"{content}<|endoftext|>\n" for role, content in talk if role == "assistant"
+        )
+        for talk in TALKS
+    }
+    assert found == expected
+    tokenizer.chat_template = PLAIN
+
+
+def test_labels_are_the_tokens_themselves(tokenizer, source):
+    for example in conversations(prepare_chat(source, tokenizer, context=2048)):
+        scored = example["labels"] != IGNORED
+        assert torch.equal(example["labels"][scored], example["input_ids"][scored])
+
+
+def test_a_prompt_and_a_completion_are_a_conversation(tokenizer, tmp_path):
+    pairs = [{"prompt": f"say {word}", "completion": word} for word in ("a", "b", "c")]
+    corpus = prepare_chat(write(tmp_path / "p.jsonl", pairs), tokenizer, context=99)
+    assert by_text(corpus, tokenizer) == {
+        f"<|user|>\nsay {w}<|endoftext|>\n<|assistant|>\n{w}<|endoftext|>\n": f"{w}<|endoftext|>\n"
+        for w in ("a", "b", "c")
+    }
+
+
+def test_long_conversations_are_cut_and_counted(tokenizer, source):
+    whole = prepare_chat(source, tokenizer, context=2048)
+    assert (whole.cut, whole.left_out) == (0, 0)
+    lengths = sorted(len(example["input_ids"]) for example in conversations(whole))
+    cut = prepare_chat(source, tokenizer, context=lengths[1])
+    assert (cut.cut, cut.left_out) == (1, 1)  # the last one's answer stands behind the cut
+    assert sorted(len(e["input_ids"]) for e in conversations(cut)) == lengths[:2]
+    with pytest.raises(InputError, match="3 have no assistant token within 5 tokens"):
+        prepare_chat(source, tokenizer, context=5)
+
+
+def test_padding_on_the_right_changes_no_token(tokenizer, source):
+    """The padded batch gives each conversation the logits it has alone, under StableMask too."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=0.3,
+    )  # fmt: skip
+    model = apply_stablemask(LlamaForCausalLM(config).double().eval(), gamma=0.02)
+    examples = conversations(prepare_chat(source, tokenizer, context=2048))
+    batch = pad_conversations(examples, pad_token_id=7)
+    assert batch["attention_mask"].sum(1).tolist() == [len(e["input_ids"]) for e in examples]
+    logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+    nats, count = 0.0, 0
+    for row, (padded, example) in enumerate(zip(logits, examples, strict=True)):
+        length = len(example["input_ids"])
+        alone = model(example["input_ids"][None]).logits[0]
+        torch.testing.assert_close(padded[:length], alone)
+        assert (batch["labels"][row, length:] == IGNORED).all()
+        for scores, label in zip(alone.log_softmax(-1), example["labels"][1:], strict=False):
+            if label != IGNORED:
+                nats, count = nats - scores[label].item(), count + 1
+    assert model(**batch).loss.item() == pytest.approx(nats / count)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "folder", "hub"])
+def test_every_kind_of_source_gives_the_same(kind, tokenizer, source, tmp_path):
+    records = [{"messages": messages(talk)} for talk in TALKS]
+    path = tmp_path / "other" / f"chats.{kind}"
+    path.parent.mkdir()
+    if kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(Path(source).read_bytes()))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif kind == "hub":
+        import datasets
+
+        path = tmp_path / "set"
+        datasets.Dataset.from_list(records).save_to_disk(path)
+    else:
+        path = path.with_suffix(".jsonl")
+        write(path, records)
+    other = {"folder": str(path.parent), "hub": f"hub:{path}"}.get(kind, str(path))
+    assert is_chat(other)
+    expected = prepare_chat(source, tokenizer, context=2048)
+    corpus = prepare_chat(other, tokenizer, context=2048)
+    assert corpus.key == expected.key
+    assert by_text(corpus, tokenizer) == by_text(expected, tokenizer)
+
+
+def test_a_validation_split_is_kept(tokenizer, tmp_path):
+    import datasets
+
+    rows = [{"messages": messages(talk)} for talk in TALKS]
+    splits = {"train": rows[:1], "validation": rows[1:]}
+    made = {name: datasets.Dataset.from_list(part) for name, part in splits.items()}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "set")
+    corpus = prepare_chat(f"hub:{tmp_path / 'set'}", tokenizer, context=999)
+    assert (len(corpus.train), len(corpus.validation)) == (1, 2)
+
+
+def test_who_is_held_out_depends_on_the_conversation_alone(tokenizer, tmp_path):
+    pairs = [{"prompt": f"say {n}", "completion": str(n)} for n in range(200)]
+    corpus = prepare_chat(write(tmp_path / "a.jsonl", pairs), tokenizer, context=99)
+    turned = prepare_chat(write(tmp_path / "b.jsonl", pairs[::-1]), tokenizer, context=99)
+    held_out = {tokenizer.decode(e["input_ids"]) for e in corpus.validation}
+    assert held_out == {tokenizer.decode(e["input_ids"]) for e in turned.validation}
+    assert 2 <= len(held_out) <= 20
+    assert corpus.key != turned.key
+
+
+def test_what_is_a_conversation(tmp_path):
+    chat = {"messages": messages(TALKS[0])}
+    assert is_chat(write(tmp_path / "chat.jsonl", [chat]))
+    assert is_chat(write(tmp_path / "pair.jsonl", [{"prompt": "a", "completion": "b"}]))
+    assert not is_chat(write(tmp_path / "text.jsonl", [{"text": "a"}]))
+    assert not is_chat(write(tmp_path / "both.jsonl", [chat | {"text": "a"}]))
+    assert is_chat(str(tmp_path / "both.jsonl"), text_column="body")
+    (tmp_path / "prose.txt").write_text("prose")
+    for source in (
+        "builtin",
+        "",
+        "/no/such/file.jsonl",
+        str(tmp_path),
+        str(tmp_path / "prose.txt"),
+    ):
+        assert not is_chat(source)
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        ({"messages": []}, "line 2: messages must be a list of at least one"),
+        ({"messages": "hello"}, "line 2: messages must be a list"),
+        (
+            {"messages": [{"role": "narrator", "content": "a"}, ANSWER]},
+            "role must be .* 'narrator'",
+        ),
+        ({"messages": ["hello"]}, "role must be"),
+        ({"messages": [USER, {"role": "assistant"}]}, "content of the assistant's message"),
+        ({"messages": [USER, {"role": "assistant", "content": 5}]}, "must be text"),
+        ({"messages": [USER]}, "no assistant answers"),
+        ({"messages": [ANSWER]}, "no assistant answers"),
+        ({"prompt": "a", "completion": ""}, "a conversation is wanted"),
+        ({"prompt": "a"}, "a conversation is wanted"),
+        ({"other": 1}, "a conversation is wanted"),
+        ([1, 2], "line 2: a JSON object is wanted"),
+    ],
+)
+def test_a_bad_record_is_named(record, match, tokenizer, tmp_path):
+    source = write(tmp_path / "bad.jsonl", [{"messages": [USER, ANSWER]}, record])
+    with pytest.raises(InputError, match=match):
+        prepare_chat(source, tokenizer, context=99)
+
+
+def test_damaged_files_and_templates_are_named(tokenizer, source, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"messages": [')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
+    for name in ("bad.jsonl", "bad.parquet", "bad.jsonl.gz"):
+        with pytest.raises(InputError, match=name):
+            prepare_chat(str(tmp_path / name), tokenizer, context=99)
+    for template, match in (
+        (None, "has no chat template"),
+        (REWRITING, "line 1: the chat template rewrites earlier messages"),
+        ("{{ raise_exception('only users here') }}", "line 1: the chat template fails: only users"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match=match):
+            prepare_chat(source, tokenizer, context=99)
+    tokenizer.chat_template = PLAIN
+    one = write(tmp_path / "one.jsonl", [{"messages": [USER, ANSWER]}])
+    with pytest.raises(InputError, match="both sides need one"):
+        prepare_chat(one, tokenizer, context=99)
