@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stablemask.errors import InputError
-from stablemask.hf import load_model
+from stablemask.hf import apply_stablemask, load_model
+from stablemask.hf.loading import is_adapter, load_config
 from stablemask.models import StableMaskForCausalLM
 
 from ..models.tiny import random_ids, tiny_model
@@ -116,3 +117,74 @@ def test_a_config_that_asks_for_stablemask_gets_it_or_is_refused(tmp_path):
     path = tmp_path / "llama" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"stablemask": {"gamma": -1.0}}))
     refused(tmp_path / "llama", r"stablemask\['gamma'\] must be greater than 0")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A LoRA adapter as PEFT saves it, of a model beside it, and the model it makes."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(str(tmp_path / "base")), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def test_an_adapter_brings_its_model(adapter):
+    folder, model = adapter
+    assert not (folder / "config.json").exists()
+    loaded = load_model(str(folder))
+    assert isinstance(loaded, LlamaForCausalLM)
+    ids = random_ids(2, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert (
+        loaded(ids).logits - load_model(str(folder.parent / "base"))(ids).logits
+    ).abs().max() > 1e-3
+    low = load_model(str(folder), dtype="bfloat16")
+    assert next(low.parameters()).dtype == torch.bfloat16
+
+
+def test_the_settings_of_an_adapter_are_its_own(adapter):
+    folder, model = adapter
+    apply_stablemask(model.get_base_model(), gamma=0.3, start=1)
+    model.config.save_pretrained(folder)
+    loaded = load_model(str(folder))
+    assert loaded.config.stablemask == {"gamma": 0.3, "horizon": None, "start": 1}
+    ids = random_ids(2, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert load_config(str(folder)).stablemask == loaded.config.stablemask
+    assert getattr(load_config(str(folder.parent / "base")), "stablemask", None) is None
+    assert is_adapter(str(folder))
+    assert not is_adapter(str(folder.parent / "base"))
+
+
+def test_an_adapter_that_cannot_be_loaded(adapter, monkeypatch, capfd):
+    folder, _ = adapter
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    state, data, text = load_file(weights), weights.read_bytes(), config.read_text()
+    weights.write_bytes(data[:-9])
+    refused(folder, "adapter .* damaged or cut short")
+    lacking = {name: tensor for name, tensor in state.items() if "q_proj.lora_A" not in name}
+    save_file(lacking, weights)
+    refused(folder, "lack tensors .*q_proj.lora_A")
+    save_file({name: torch.ones(5, 5) for name in state}, weights)
+    refused(folder, "of another shape")
+    assert "REPORT" not in capfd.readouterr().err
+    weights.write_bytes(data)
+
+    config.write_text(text[:-30])
+    refused(folder, "adapter_config.json is damaged")
+    settings = json.loads(text)
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    refused(folder, "names no model")
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": "/no/such/base"}))
+    refused(folder, "is an adapter of '/no/such/base': no model folder")
+    config.write_text(json.dumps(settings | {"peft_type": "NO_SUCH"}))
+    refused(folder, "cannot load the adapter")
+    config.write_text(text)
+    monkeypatch.setattr("stablemask.hf.loading.is_peft_available", lambda: False)
+    refused(folder, r"needs PEFT: pip install 'stablemask\[train\]'")
