@@ -9,7 +9,7 @@ import pytest
 
 from stablemask.cli import serve
 from stablemask.cli.main import main
-from stablemask.inference.serve import bind
+from stablemask.inference.serving import bind
 
 
 def test_as_a_user_types_it(model_folder):

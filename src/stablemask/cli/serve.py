@@ -28,7 +28,7 @@ class ServeOptions:
 def run(options: ServeOptions) -> None:
     if not is_serve_available():
         raise InputError('serve needs a web server; pip install "stablemask[serve]" brings it')
-    from stablemask.inference.serve import bind, serve
+    from stablemask.inference.serving import bind, serve
 
     with bind(options.host, options.port) as listener:
         model = load_model(options.model, dtype=options.dtype, device=choose_device(options.device))

@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import stablemask.hf
 from stablemask.data import load_tokenizer, train_tokenizer
 from stablemask.errors import InputError
-from stablemask.inference.answers import AnswerStreamer
-from stablemask.inference.serve import bind, build_app
+from stablemask.inference.serving import bind, build_app
+from stablemask.inference.serving.answers import AnswerStreamer
 
 from ..cli.conftest import TEXT, save_model
 from ..cli.conftest import learned_folder as learned_folder

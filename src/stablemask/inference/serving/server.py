@@ -7,23 +7,17 @@ or refused (`requests.py`); a seed belongs to its request; a stop text ends the 
 a client that hangs up frees the model; errors and ends of streams look as clients expect.
 """
 
-import asyncio
 import copy
 import json
 import logging
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from jinja2 import TemplateError
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import StreamingResponse
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -35,9 +29,10 @@ from transformers.cli.serving.utils import (
     GenerationState,
 )
 
-from ..errors import InputError
+from ...errors import InputError
+from ..model import check_length
 from .answers import AnswerThread
-from .model import check_length
+from .http import add_manners, error_body
 from .requests import ChatRequest, CompletionRequest, Request, check_request
 
 ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
@@ -143,16 +138,8 @@ def build_app(
     )
     # The others load and unload models at a client's word, or are not tested here.
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", None) in ROUTES]
-    app.add_exception_handler(InputError, _refuse)
-    app.add_exception_handler(TemplateError, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse_json)
-    app.add_exception_handler(StarletteHTTPException, _refuse_http)
-    app.add_exception_handler(Exception, _fail)
-    app.add_middleware(_EndWithClient)
+    add_manners(app)
     return app
-
-
-# ---- one model --------------------------------------------------------------------------------
 
 
 class _OneModel(ModelManager):
@@ -188,9 +175,6 @@ class _OneThread(GenerationState):
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
         return self._thread
-
-
-# ---- requests ---------------------------------------------------------------------------------
 
 
 class _Checked(BaseHandler):
@@ -243,7 +227,7 @@ async def _as_clients_expect(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     async for chunk in chunks:
         if start in chunk:
             events, _, message = chunk.partition(start)
-            error = _error(500, json.loads(message.strip().removesuffix("}")))
+            error = error_body(500, json.loads(message.strip().removesuffix("}")))
             chunk = f"{events}data: {json.dumps(error)}\n\n"
         yield chunk
     yield "data: [DONE]\n\n"
@@ -271,39 +255,6 @@ class _ChatHandler(_Checked, ChatCompletionHandler):
             )
 
 
-# ---- the connection ---------------------------------------------------------------------------
-
-
-class _EndWithClient:
-    """Cancels a request whose client hangs up; Starlette itself does so for streams only."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        messages: asyncio.Queue[Message] = asyncio.Queue()
-
-        async def listen() -> None:
-            message: Message = {"type": "http.request"}
-            while message["type"] != "http.disconnect":
-                message = await receive()
-                messages.put_nowait(message)
-
-        answering: asyncio.Task = asyncio.create_task(
-            self.app(scope, messages.get, send)  # type: ignore[arg-type]
-        )
-        listening = asyncio.create_task(listen())
-        try:
-            await asyncio.wait({answering, listening}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            listening.cancel()
-            answering.cancel()
-        with suppress(asyncio.CancelledError):
-            await answering
-
-
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, place: str):
         super().__init__(config)
@@ -317,34 +268,3 @@ class _Server(uvicorn.Server):
         # Answers cut off are no errors.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
-
-
-# ---- errors, in the form that clients of the API know ------------------------------------------
-
-
-def _error(status: int, message: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def _answer(status: int, message: str) -> JSONResponse:
-    return JSONResponse(_error(status, message), status)
-
-
-def _refuse(request: Any, error: Exception) -> JSONResponse:
-    return _answer(400, str(error))
-
-
-def _refuse_json(request: Any, error: Any) -> JSONResponse:
-    problem = error.errors()[0]
-    if problem["type"] == "json_invalid":
-        return _answer(400, f"the body is not valid JSON: {problem['ctx']['error']}")
-    return _answer(400, "the body must be a JSON object, sent as application/json")
-
-
-def _refuse_http(request: Any, error: Any) -> JSONResponse:
-    return _answer(error.status_code, str(error.detail))
-
-
-def _fail(request: Any, error: Exception) -> JSONResponse:
-    return _answer(500, f"the server failed: {type(error).__name__}; its log says where")

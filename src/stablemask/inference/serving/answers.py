@@ -18,9 +18,9 @@ from transformers.cli.serving.utils import (
     response_events_to_chunks,
 )
 
-from ..errors import InputError
-from .generate import _seeded
-from .model import check_token_ids
+from ...errors import InputError
+from ..generate import _seeded
+from ..model import check_token_ids
 
 LOGGER = logging.getLogger("uvicorn.error")
 

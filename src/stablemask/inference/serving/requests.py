@@ -13,7 +13,7 @@ from pydantic import (
     ValidationError,
 )
 
-from ..errors import InputError
+from ...errors import InputError
 
 
 def _encodable(text: str) -> str:
