@@ -61,6 +61,10 @@ def stablemask_attention_forward(
     if attention_mask is None and name != ATTN_IMPLEMENTATION and 1 < q_len < kv_len:
         # The mask function of "sdpa" gives None there only for the prefill of a static cache.
         key, value = key[:, :, :q_len], value[:, :, :q_len]
+    # The masks of continuous batching are its own, and part of CUDA graphs, where none can be read.
+    unread = kwargs.get("cache") is not None or torch.compiler.is_compiling()
+    if attention_mask is not None and not unread:
+        _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
     out = sink_attention(
         query,
         key,
@@ -105,14 +109,18 @@ def layer_sink_logits(
     config: Any = module.config
     if "s_aux" in kwargs and getattr(config, "stablemask", None) is None:
         return query.new_full((1, 1), -torch.inf) if own is None else own
-    if isinstance(position_ids, Tensor) and position_ids.dim() == 3:
-        position_ids = position_ids[0]
-    if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != query.shape[2]:
-        position_ids = _rows_of_the_mask(module, query, kv_len, attention_mask, sliding_window)
-    elif not torch.compiler.is_compiling():
-        _warn_of_padding_counted(attention_mask, position_ids, sliding_window)
-    pseudo = _local_heads(module, _pseudo(config, position_ids, query.device), query)
+    positions = _token_positions(query.shape[2], position_ids)
+    if positions is None:
+        positions = _rows_of_the_mask(module, query, kv_len, attention_mask, sliding_window)
+    pseudo = _local_heads(module, _pseudo(config, positions, query.device), query)
     return pseudo if own is None else torch.logaddexp(pseudo, own.float())
+
+
+def _token_positions(q_len: int, position_ids: Tensor | None = None, **_: Any) -> Tensor | None:
+    """What a model tells of its rows' positions, (B or 1, q)."""
+    if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != q_len:
+        return None
+    return position_ids[0] if position_ids.dim() == 3 else position_ids
 
 
 def _pseudo(config: Any, positions: Tensor, device: torch.device) -> Tensor:
@@ -131,7 +139,7 @@ def _pseudo(config: Any, positions: Tensor, device: torch.device) -> Tensor:
 def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     """The window of a layer; our mask function leaves it out of the mask."""
     if "sliding_window" in kwargs:
-        return kwargs["sliding_window"]
+        return kwargs["sliding_window"] or None
     # A few (PhiMoE, Qwen2-MoE, Doge) do not name it: the rule of Transformers' caches.
     window = getattr(module.config, "sliding_window", None)
     types = getattr(module.config, "layer_types", None)
@@ -173,23 +181,35 @@ def _rows_of_the_mask(
     return (attention_mask[:, 0].sum(-1) - 1).clamp(min=0)
 
 
+def _check_mask(
+    module: nn.Module, mask: Tensor, position_ids: Tensor | None, sliding_window: int | None
+) -> None:
+    """What can be said of a mask by reading it, (B, 1, q, kv), once for all layers that get it."""
+    if sliding_window in mask.__dict__.setdefault("_stablemask_checked", set()):
+        return
+    mask.__dict__["_stablemask_checked"].add(sliding_window)
+    q_len, kv_len = mask.shape[-2:]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if bool(seen.triu(kv_len - q_len + 1).any()):
+        raise ValueError(
+            f"StableMask cannot run in {type(module).__name__} here: the mask lets a token see later ones "
+            "(as in a picture or a prefix), and StableMask is causal"
+        )
+    if mask.dtype == torch.bool and position_ids is not None:
+        _warn_of_padding_counted(mask[:, 0], position_ids, sliding_window)
+
+
 def _warn_of_padding_counted(
-    attention_mask: Tensor | None, position_ids: Tensor, sliding_window: int | None
+    mask: Tensor, position_ids: Tensor, sliding_window: int | None
 ) -> None:
     """Left padding without position_ids: Transformers then counts the padding as positions."""
-    if attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.dim() != 4:
-        return
-    if sliding_window in attention_mask.__dict__.setdefault("_stablemask_checked", set()):
-        return  # an earlier layer had the same mask
-    attention_mask.__dict__["_stablemask_checked"].add(sliding_window)
-    visible = attention_mask[:, 0].sum(-1)
-    starts_late = ~attention_mask[:, 0, :, 0] & (visible > 0)
+    visible = mask.sum(-1)
+    starts_late = ~mask[..., 0] & (visible > 0)
     if sliding_window is not None:
-        if attention_mask.shape[-2] != attention_mask.shape[-1]:
+        if mask.shape[-2] != mask.shape[-1]:
             return
         # Further on the window hides the first key, and rows of padding on the right see too few.
-        real = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        starts_late &= real & (visible < sliding_window)
+        starts_late &= mask.diagonal(dim1=-2, dim2=-1) & (visible < sliding_window)
     if bool((starts_late & (visible - 1 != position_ids)).any()):
         warnings.warn(
             "the position_ids count padding: a left-padded batch needs position_ids = "
