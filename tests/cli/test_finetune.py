@@ -52,8 +52,8 @@ def test_adapts_and_says_what_it_came_to(finetune, softmax_folder, tmp_path):
 def test_dry_run(finetune, softmax_folder, tmp_path):
     code, stdout, _ = finetune(softmax_folder, "--adapt", "--dry-run", "--shift-from", "-20")
     assert code == 0
-    assert "shifted by -20 at first" in stdout
-    assert "the mass whole from step 2 on" in stdout
+    assert "shifted by -20 at first and by 0 in the end" in stdout
+    assert "the first 2 with a rising shift" in stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -130,6 +130,8 @@ def test_a_model_that_will_not_do(change, flags, words, finetune, softmax_folder
         (["--adapt", "--shift-from", "2"], "shift_from must be"),
         (["--adapt", "--shift-from", "nan"], "shift_from must be"),
         (["--adapt", "--shift-from=-inf"], "shift_from must be"),
+        (["--adapt", "--shift-to", "1"], "shift_to must be"),
+        (["--adapt", "--shift-from", "-3", "--shift-to", "-4"], "at most shift_to (-4)"),
         (["--adapt", "--shift-steps", "5"], "shift_steps must be at most the 4 steps"),
         (["--adapt", "--gamma", "0"], "stablemask['gamma'] must be greater than 0"),
         (["--adapt", "--compile"], "compile does not go with adapt"),

@@ -25,9 +25,13 @@ def options(**changes) -> FinetuneOptions:
     return FinetuneOptions(**(settings | changes))
 
 
-def test_the_shift_rises_by_the_same_amount_each_step_and_goes_at_0():
+@pytest.mark.parametrize(
+    ("to", "shifts"),
+    [(0.0, [-20, -16, -12, -8, -4, 0, 0, 0]), (-5.0, [-20, -17, -14, -11, -8, -5, -5, -5])],
+)
+def test_the_shift_rises_by_the_same_amount_each_step_and_goes_at_0(to, shifts):
     settings = {"gamma": 0.1, "horizon": None}
-    schedule = ShiftSchedule(settings, -20.0, 5)
+    schedule = ShiftSchedule(settings, -20.0, to, 5)
     state, control = TrainerState(), TrainerControl()
     seen = []
     for step in range(8):
@@ -40,8 +44,8 @@ def test_the_shift_rises_by_the_same_amount_each_step_and_goes_at_0():
         schedule.on_log(None, state, control, logs=logs)
         assert settings.get("shift", 0.0) == logs["shift"]
         seen.append(logs["shift"])
-    assert seen == pytest.approx([-20, -16, -12, -8, -4, 0, 0, 0])
-    assert settings == {"gamma": 0.1, "horizon": None}
+    assert seen == pytest.approx(shifts)
+    assert settings == {"gamma": 0.1, "horizon": None} | ({"shift": to} if to else {})
 
 
 def neox(scale: float):
@@ -94,7 +98,8 @@ def test_a_row_that_scores_itself_low_needs_a_lower_shift_than_the_rest():
 def test_a_shift_that_is_given_is_taken():
     batch = {"input_ids": random_ids(1, 9)}
     schedule = adapt(neox(0.02), options(shift_from=-3.0, gamma="slopes", horizon=64), batch)
-    assert schedule.shift_from == -3.0
+    assert (schedule.shift_from, schedule.shift_to) == (-3.0, 0.0)
+    assert adapt(neox(0.02), options(shift_to=-300.0), batch).shift_from == -300.0
     assert schedule.settings["gamma"] == "slopes"
     assert schedule.settings["horizon"] == 64
 

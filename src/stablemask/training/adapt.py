@@ -1,4 +1,4 @@
-"""Bringing StableMask into a pretrained softmax model: log M, shifted from far below up to 0."""
+"""Bringing StableMask into a pretrained softmax model: log M, shifted from far below."""
 
 from typing import Any
 
@@ -23,20 +23,24 @@ NO_MASS = -1e4  # a shift that leaves nothing of it
 
 
 class ShiftSchedule(TrainerCallback):
-    """Raise ``config.stablemask["shift"]`` to 0, by the same amount each step.
+    """Raise ``config.stablemask["shift"]`` by the same amount each step.
 
     The shift in force at a step is that of its number alone, so a resumed run goes on with it. It is
     written before the step's evaluation and checkpoint, and beside its losses in the log. At 0 the
     entry goes.
     """
 
-    def __init__(self, settings: dict[str, Any], shift_from: float, shift_steps: int) -> None:
+    def __init__(
+        self, settings: dict[str, Any], shift_from: float, shift_to: float, shift_steps: int
+    ) -> None:
         self.settings = settings
         self.shift_from = shift_from
+        self.shift_to = shift_to
         self.shift_steps = shift_steps
 
     def shift_at(self, step: int) -> float:
-        return self.shift_from * max(0.0, 1 - step / self.shift_steps)
+        left = max(0.0, 1 - step / self.shift_steps)
+        return self.shift_to + left * (self.shift_from - self.shift_to)
 
     def _set(self, step: int) -> None:
         shift = self.shift_at(step)
@@ -87,9 +91,11 @@ def adapt(
         harmless = harmless_shift(model, config.stablemask, batch)
     except ValueError as error:
         raise InputError(f"{options.model} cannot be adapted: {error}") from error
-    shift_from = harmless if options.shift_from is None else options.shift_from
+    shift_from = options.shift_from
+    if shift_from is None:
+        shift_from = min(harmless, options.shift_to)
     assert options.shift_steps is not None
-    return ShiftSchedule(config.stablemask, shift_from, options.shift_steps)
+    return ShiftSchedule(config.stablemask, shift_from, options.shift_to, options.shift_steps)
 
 
 def harmless_shift(

@@ -28,6 +28,7 @@ class Record(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._bar: tqdm | None = None
+        self._evaluation: tqdm | None = None
         self._begun = 0.0
         self._first_step, self._first_time = 0, 0.0
         self._tokens, self._seconds = 0, 0.0  # at the last log; since it, evaluation left out
@@ -56,6 +57,31 @@ class Record(TrainerCallback):
         self._seconds += time.perf_counter() - self._begun
         if self._bar is not None:
             self._bar.update()
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        if self._evaluation is None:
+            self._evaluation = tqdm(
+                total=len(eval_dataloader),
+                desc="evaluating",
+                unit="batch",
+                dynamic_ncols=True,
+                leave=False,
+                delay=1,
+                disable=not (state.is_world_process_zero and sys.stderr.isatty()),
+            )
+        self._evaluation.update()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
 
     def on_log(
         self,

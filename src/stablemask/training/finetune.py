@@ -48,7 +48,7 @@ def finetune(options: FinetuneOptions) -> RunResult:
     """Train a model further, or go on with a run that was interrupted.
 
     With ``adapt`` a softmax model becomes a StableMask model: the pseudo mass begins so small that it
-    changes nothing and comes in over ``shift_steps``.
+    changes nothing, and comes in over ``shift_steps``.
 
     Raises:
         InputError: an option, the model, the data or the run folder is not usable; nothing was written.
@@ -95,14 +95,16 @@ def describe_finetuning(options: FinetuneOptions) -> str:
         f"tokens; {len(data.validation):,} held out",
     ]
     if prepared.schedule is not None:
-        settings = {k: v for k, v in prepared.schedule.settings.items() if k != "shift"}
+        schedule = prepared.schedule
+        settings = {k: v for k, v in schedule.settings.items() if k != "shift"}
         lines.append(
-            f"adaptation  {settings}, log M shifted by {prepared.schedule.shift_from:g} at first"
+            f"adaptation  {settings}, log M shifted by {schedule.shift_from:g} at first and by "
+            f"{schedule.shift_to:g} in the end"
         )
     if options.steps is not None:
         batch = options.batch_size * options.gradient_accumulation
         passes = options.steps * batch / len(data.train)
-        ramp = f", the mass whole from step {options.shift_steps:,} on" if options.adapt else ""
+        ramp = f", the first {options.shift_steps:,} with a rising shift" if options.adapt else ""
         lines.append(f"training    {options.steps:,} steps of {batch}, {passes:.2f} passes{ramp}")
     return "\n".join(lines)
 

@@ -190,8 +190,11 @@ class FinetuneOptions(TrainingOptions):
         None,
         "with --adapt, what log M is shifted by at first; by default low enough to change nothing",
     )
+    shift_to: float = option(
+        0.0, "with --adapt, what it stays shifted by; below 0 the mass stays smaller"
+    )
     shift_steps: int | None = option(
-        None, "with --adapt, steps until the shift is 0; by default three fifths of the steps"
+        None, "with --adapt, steps from the one to the other; by default three fifths of the steps"
     )
     lora: bool = option(False, "train a low-rank adapter (LoRA) and leave the weights as they are")
     lora_rank: int = option(16, "with --lora, rank of the adapter")
@@ -213,7 +216,9 @@ class FinetuneOptions(TrainingOptions):
 
     def _check(self) -> None:
         super()._check()
-        self._check_group("adapt", ("gamma", "horizon", "start", "shift_from", "shift_steps"))
+        self._check_group(
+            "adapt", ("gamma", "horizon", "start", "shift_from", "shift_to", "shift_steps")
+        )
         self._check_group("lora", ("lora_rank", "lora_alpha", "merge"))
         _check_least(self, lora_rank=1, lora_alpha=1, start=0, shift_steps=1)
         if self.adapt and self.compile:
@@ -221,8 +226,13 @@ class FinetuneOptions(TrainingOptions):
                 "compile does not go with adapt: every step has a shift of its own, and would be "
                 "compiled anew; adapt first, and train the result on with --compile"
             )
-        if self.shift_from is not None and not -math.inf < self.shift_from <= 0:
-            raise InputError(f"shift_from must be finite and at most 0, got {self.shift_from}")
+        if not -math.inf < self.shift_to <= 0:
+            raise InputError(f"shift_to must be finite and at most 0, got {self.shift_to}")
+        if self.shift_from is not None and not -math.inf < self.shift_from <= self.shift_to:
+            raise InputError(
+                f"shift_from must be finite and at most shift_to ({self.shift_to:g}), "
+                f"got {self.shift_from}"
+            )
         if self.shift_steps is not None and self.steps and self.shift_steps > self.steps:
             raise InputError(
                 f"shift_steps must be at most the {self.steps} steps of the run, got {self.shift_steps}"
