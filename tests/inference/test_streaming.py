@@ -1,6 +1,7 @@
 """A bounded cache is a sliding-window mask in every layer, however the text is cut, and stays small."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -179,7 +180,10 @@ def greedy_in_a_band(model, tokenizer, prompt, count):
         text = torch.tensor([ids + new])
         with torch.no_grad():
             logits = model(text, attention_mask=band(text.shape[1]), use_cache=False).logits
-        new.append(int(logits[0, -1].argmax()))
+        token = int(logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        new.append(token)
     return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
 
 
@@ -199,17 +203,24 @@ def test_prompts_past_the_window_and_the_training_length(model, tokenizer):
 
 
 def test_no_limit_but_the_end_token(model, tokenizer):
-    full = generate(model, tokenizer, ["the"], max_new_tokens=200, window=WINDOW, **SAMPLING)
-    ids = tokenizer(full[0])["input_ids"]
-    model.generation_config.eos_token_id = ids[150]
+    ids = []
+    watch = model.register_forward_pre_hook(
+        lambda _, args, kwargs: ids.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    settings = {"window": WINDOW, "temperature": 1.5, "seed": 3}
+    model.generation_config.eos_token_id = len(tokenizer)  # which no model can make
+    generate(model, tokenizer, ["the"], max_new_tokens=200, **settings)
+    watch.remove()
+    end = model.generation_config.eos_token_id = ids[100]
+    start = len(tokenizer("the")["input_ids"])
+    until = ids.index(end, start) + 1
     pieces = []
-    ended = generate(
-        model, tokenizer, ["the"], max_new_tokens=None, window=WINDOW, stream=pieces.append,
-        **SAMPLING,
-    )  # fmt: skip
-    assert full[0].startswith(ended[0][:-3])
-    assert 0 < len(ended[0]) < len(full[0])
-    assert "".join(pieces) == ended[0]
+    texts = generate(
+        model, tokenizer, ["the"], max_new_tokens=None, stream=pieces.append, **settings
+    )
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    assert texts == [decode(ids[:until])[len(decode(ids[:start])) :]]
+    assert "".join(pieces) == texts[0]
 
 
 @pytest.mark.parametrize(

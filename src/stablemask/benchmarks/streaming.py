@@ -15,13 +15,13 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -42,11 +42,12 @@ from .figure import STYLE
 
 SINKS = 4  # first tokens that StreamingLLM keeps
 DECODED_PER_ROW = 2_000  # tokens whose median time is one figure
-# Colour, marker and line by cache. Okabe and Ito's palette; a name that is drawn under others is wide.
+FIRST_DRAWN = 8  # before it a range holds a few tokens of each text, and the line is noise
+# Colour, marker and line by cache, of Okabe and Ito's palette; what lies under another is wide.
 STYLES: dict[str, dict[str, Any]] = {
+    "StreamingLLM": {"color": "#d55e00", "marker": "^", "ls": "-", "lw": 3.6, "alpha": 0.8},
     "all keys": {"color": "#000000", "marker": "s", "ls": ":"},
-    "window": {"color": "#0072b2", "marker": "o", "ls": "-", "lw": 2.6},
-    "StreamingLLM": {"color": "#d55e00", "marker": "^", "ls": "--"},
+    "window": {"color": "#0072b2", "marker": "o", "ls": "--"},
     "window, mass held": {"color": "#009e73", "marker": "D", "ls": "-."},
 }
 
@@ -116,46 +117,58 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def draw(result: dict[str, Any]) -> Figure:
+    """Perplexity by position above, and below it what each cache saves over the plain window."""
     models = result["models"]
-    figure = Figure((5.2 * len(models), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    for axes, (label, measured) in zip(panels, models.items(), strict=True):
-        for name, by_position in measured["caches"].items():
-            _draw_line(axes, name, by_position["bins"])
-        trained = measured["trained_length"]
-        _mark(axes, result["window"], "the window fills", "bottom")
-        _mark(axes, trained, "training length", "top")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        axes.set(title=label, xlabel="position of the token in the text (log scale)")
-        axes.legend(loc="upper right", frameon=False)
-    panels[0].set_ylabel("perplexity (log scale)")
+    figure = Figure((5.4 * len(models), 6.2), layout="constrained")
+    panels = figure.subplots(
+        2, len(models), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2)
+    )
+    for (above, below), (label, measured) in zip(panels.T, models.items(), strict=True):
+        for name in (name for name in STYLES if name in measured["caches"]):
+            by_position = measured["caches"][name]
+            bins = [row for row in by_position["bins"] if row["start"] >= FIRST_DRAWN]
+            perplexities = [math.exp(row["nats"]) for row in bins]
+            above.plot(_middles(bins), perplexities, label=name, markersize=4, **STYLES[name])
+            saved = by_position["less than the window"][1:]
+            below.errorbar(
+                _middles(saved),
+                [row["nats"] for row in saved],
+                yerr=[row["standard_error"] for row in saved],
+                markersize=4, capsize=2, **STYLES[name],
+            )  # fmt: skip
+        _mark(above, result["window"], "the window is full", 0.95)
+        _mark(above, measured["trained_length"], "training length", 0.89)
+        above.set_xscale("log", base=2)
+        above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_minor_formatter(NullFormatter())
+        above.set_title(label)
+        above.legend(loc="upper left", frameon=False)
+        below.set_xlabel("position of the token in the text (log scale)")
+        for axis in (below.xaxis, above.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panels[0, 0].set_ylabel("perplexity (log scale)")
+    panels[1, 0].set_ylabel("nats a token saved\nover the plain window")
     figure.suptitle(
-        f"Reading a long text from {result['window']:,} keys per layer, or from all: "
-        f"{result['texts']} texts of {result['length']:,} tokens, bands of a standard error",
+        f"Reading a long text from {result['window']:,} keys per layer, or from all of them\n"
+        f"{result['texts']} texts of {result['length']:,} tokens; below, bars of a standard error",
         fontsize=9.5,
     )
     return figure
 
 
-def _draw_line(axes: Axes, name: str, bins: list[dict[str, float]]) -> None:
-    middle = [(row["start"] * (row["end"] - 1)) ** 0.5 for row in bins]
-    low, mean, high = (
-        [math.exp(row["nats"] + sign * row["standard_error"]) for row in bins]
-        for sign in (-1, 0, 1)
-    )
-    axes.plot(middle, mean, label=name, markersize=4, **STYLES[name])
-    axes.fill_between(middle, low, high, color=STYLES[name]["color"], alpha=0.12, lw=0)
+def _middles(rows: list[dict[str, float]]) -> list[float]:
+    """Where on a logarithmic axis a range of positions lies."""
+    return [(row["start"] * (row["end"] - 1)) ** 0.5 for row in rows]
 
 
-def _mark(axes: Axes, position: int, text: str, where: Literal["top", "bottom"]) -> None:
+def _mark(axes: Axes, position: int, text: str, height: float) -> None:
+    if not axes.get_xlim()[0] < position < axes.get_xlim()[1]:
+        return
     axes.axvline(position, color="#6b7280", lw=0.9, ls=(0, (2, 2)), zorder=1)
     axes.text(
-        position, {"top": 0.62, "bottom": 0.03}[where], f" {text}",
-        transform=axes.get_xaxis_transform(), color="#374151", fontsize=8,
+        position, height, f" {text}", transform=axes.get_xaxis_transform(), color="#374151",
+        fontsize=8,
     )  # fmt: skip
 
 
