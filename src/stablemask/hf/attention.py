@@ -61,8 +61,9 @@ def stablemask_attention_forward(
     if attention_mask is None and name != ATTN_IMPLEMENTATION and 1 < q_len < kv_len:
         # The mask function of "sdpa" gives None there only for the prefill of a static cache.
         key, value = key[:, :, :q_len], value[:, :, :q_len]
-    # The masks of continuous batching are its own, and part of CUDA graphs, where none can be read.
-    unread = kwargs.get("cache") is not None or torch.compiler.is_compiling()
+    # Not at every decode step, which would wait for the device; and the masks of continuous batching
+    # are its own, and part of CUDA graphs.
+    unread = q_len == 1 or kwargs.get("cache") is not None or torch.compiler.is_compiling()
     if attention_mask is not None and not unread:
         _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
     out = sink_attention(
