@@ -155,7 +155,6 @@ FAMILIES = [
     ),
     Family("GPT-BigCode (StarCoder)", "GPTBigCodeForCausalLM", notes=NO_POSITIONS),
     Family("Persimmon", "PersimmonForCausalLM", notes=NO_POSITIONS),
-    Family("Inkling", "InklingForCausalLM", {"sliding_window_size": 5}),
     Family("Bloom", "BloomForCausalLM", notes=ALIBI),
     Family("MPT", "MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2}, notes=ALIBI),
     Family("Falcon", "FalconForCausalLM"),

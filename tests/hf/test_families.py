@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stablemask.hf import apply_stablemask
+from stablemask.hf.attention import stablemask_attention_forward
 
 from .families import FAMILIES, PAGE, PSEUDO, outcome, page
 
@@ -57,6 +58,14 @@ def test_a_refused_model_is_left_as_it_was():
     assert getattr(model.config, "stablemask", None) is None
     assert model.config._attn_implementation == name
     model(torch.randint(3, 61, (1, 6)))
+
+
+@pytest.mark.parametrize("term", ["position_bias", "softcap"])
+def test_terms_in_the_scores_that_no_kernel_takes_are_refused(term):
+    layer = FAMILIES[0].model_class(FAMILIES[0].config()).model.layers[0].self_attn
+    states = torch.randn(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=rf"cannot run in LlamaAttention: .* \({term}\)$"):
+        stablemask_attention_forward(layer, states, states, states, None, **{term: torch.ones(3)})
 
 
 def test_settings_in_the_wrong_configuration_are_refused():
