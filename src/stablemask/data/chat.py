@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablemask.data.sources import BUILTIN, HUB_PREFIX, _line, _load_dataset, _uniform, _walk
 from stablemask.errors import InputError
+
+from .sources import BUILTIN, HUB_PREFIX, first_line, load_dataset_splits, uniform_hash, walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,14 +132,16 @@ def prepare_chat(
         except InputError as error:
             raise InputError(f"{record.where}: {error}") from error
         except Exception as error:  # a template is a program, and raises what it likes
-            raise InputError(f"{record.where}: the chat template fails: {_line(error)}") from error
+            raise InputError(
+                f"{record.where}: the chat template fails: {first_line(error)}"
+            ) from error
         cut += len(ids) > context
         ids, scored = ids[:context], scored[:context]
         if not scored[1:].any():  # nothing predicts the first token
             left_out += 1
             continue
         digest.update(ids.tobytes() + scored.tobytes())
-        held_out = _uniform(json.dumps(messages)) < validation_fraction
+        held_out = uniform_hash(json.dumps(messages)) < validation_fraction
         given = given or record.split is not None
         sides[record.split or ("validation" if held_out else "train")].append((ids, scored))
     train, validation = sides["train"], sides["validation"]
@@ -176,7 +179,7 @@ def pad_conversations(examples: list[dict[str, Tensor]], pad_token_id: int) -> d
 def _record_files(source: str) -> list[Path]:
     """The files of records at a path; none where there is plain text too, or nothing."""
     path = Path(source).expanduser()
-    files = _walk(path) if source and path.is_dir() else [path]
+    files = walk(path) if source and path.is_dir() else [path]
     if any(file.name.lower().endswith(".txt") for file in files):
         return []
     return [file for file in files if file.is_file() and _RECORDS.search(file.name.lower())]
@@ -190,7 +193,7 @@ def _records(source: str) -> Iterator[Record]:
         try:
             yield from _parquet(file) if file.suffix.lower() == ".parquet" else _json_lines(file)
         except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"cannot read '{file}': {_line(error)}") from error
+            raise InputError(f"cannot read '{file}': {first_line(error)}") from error
 
 
 _RECORDS = re.compile(r"\.(jsonl|jsonl\.gz|parquet)$")
@@ -221,12 +224,12 @@ def _parquet(path: Path) -> Iterator[Record]:
             for number, row in enumerate(rows, start=1):
                 yield Record(row, f"'{path}', row {number}")
     except pa.ArrowException as error:
-        raise InputError(f"'{path}' is not a readable Parquet file: {_line(error)}") from error
+        raise InputError(f"'{path}' is not a readable Parquet file: {first_line(error)}") from error
 
 
 def _dataset_records(source: str) -> Iterator[Record]:
     name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
-    splits = _load_dataset(source, name, config or None)
+    splits = load_dataset_splits(source, name, config or None)
     if "train" not in splits:
         raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
     given = "validation" in splits

@@ -82,14 +82,14 @@ def split_documents(
     train: list[str] = []
     validation: list[str] = []
     for text, key, given in _read(source, text_column):
-        held_out = given == "validation" if given else _uniform(key) < validation_fraction
+        held_out = given == "validation" if given else uniform_hash(key) < validation_fraction
         (validation if held_out else train).append(text)
     if not train or not validation:
         return _cut(train or validation, validation_fraction)
     return train, validation
 
 
-def _uniform(key: str) -> float:
+def uniform_hash(key: str) -> float:
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -135,13 +135,13 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests"
 
 def _read_standard_library() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root, skip=_NOT_LIBRARY):
+    for path in walk(root, skip=_NOT_LIBRARY):
         if path.suffix == ".py":
             text = path.read_bytes().decode("utf-8", errors="replace")
             yield Document(text, path.relative_to(root).as_posix())
 
 
-def _walk(root: Path, skip: Iterable[str] = ()) -> list[Path]:
+def walk(root: Path, skip: Iterable[str] = ()) -> list[Path]:
     """Files below ``root`` by relative name, less hidden ones and the folders named in ``skip``."""
     paths = []
     for folder, subfolders, names in os.walk(root):
@@ -161,7 +161,7 @@ def _read_path(source: str, text_column: str) -> Iterator[Document]:
             f"or '{HUB_PREFIX}OWNER/NAME[:CONFIG]'"
         )
     if path.is_dir():
-        files = [file for file in _walk(path) if _extension(file)]
+        files = [file for file in walk(path) if _extension(file)]
         root, wrong = path, f"no {_EXTENSIONS} file in the folder {source!r}"
     else:
         files = [path] if _extension(path) else []
@@ -220,7 +220,7 @@ def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Document]
                 for value in batch.column(0).to_pylist():
                     yield _record(value, text_column, f"'{path}'")
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"'{path}' is not a readable Parquet file: {_line(error)}") from error
+        raise InputError(f"'{path}' is not a readable Parquet file: {first_line(error)}") from error
 
 
 _READERS = {
@@ -255,7 +255,7 @@ def _record(value: Any, text_column: str, where: str) -> Document:
     return Document(value, value)
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -264,7 +264,7 @@ def _line(error: BaseException) -> str:
 
 def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
     name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
-    splits = _load_dataset(source, name, config or None)
+    splits = load_dataset_splits(source, name, config or None)
     if "train" not in splits:
         raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
     given = "validation" in splits
@@ -277,7 +277,7 @@ def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
                 yield document._replace(split=split) if given else document
 
 
-def _load_dataset(source: str, name: str, config: str | None) -> Any:
+def load_dataset_splits(source: str, name: str, config: str | None) -> Any:
     folder = Path(name).expanduser()
     is_local = bool(name) and folder.is_dir()
     if not is_local:
@@ -300,5 +300,5 @@ def _load_dataset(source: str, name: str, config: str | None) -> Any:
         for known in (error, cause):
             if isinstance(known, OSError) and known.errno == errno.ENOSPC:
                 raise known from None
-        reason = _line(error) + (f": {_line(cause)}" if cause else "")
+        reason = first_line(error) + (f": {first_line(cause)}" if cause else "")
         raise InputError(f"cannot load {source!r}: {reason}") from error

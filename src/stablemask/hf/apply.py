@@ -36,10 +36,10 @@ def apply_stablemask(
             then as it was.
     """
     config: Any = model.config.get_text_config(decoder=True)
-    given = {"gamma": gamma, "horizon": horizon, "start": start, "shift": shift}
-    settings = model_settings(config, given)
     check_family(type(model))
     check_layers(model, config)
+    given = {"gamma": gamma, "horizon": horizon, "start": start, "shift": shift}
+    settings = model_settings(config, given)
     if isinstance(model, StableMaskPreTrainedModel):
         if config.attention == "learned-sink":
             raise ValueError(
