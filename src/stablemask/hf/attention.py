@@ -5,8 +5,9 @@ A model hands over query, key and value, a mask where causality alone does not s
 at every forward pass. Shapes: B batch, H query heads, q and kv lengths.
 """
 
+import copy
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,17 +125,36 @@ def _token_positions(q_len: int, position_ids: Tensor | None = None, **_: Any) -
     return position_ids[0] if position_ids.dim() == 3 else position_ids
 
 
+class _Memo(NamedTuple):
+    """The pseudo mass of a forward pass, kept on the positions that all its layers get."""
+
+    config: Any
+    given: Any
+    version: int
+    sink_logits: Tensor
+
+    def holds(self, config: Any, positions: Tensor, device: torch.device) -> bool:
+        return (
+            self.config is config
+            and self.given == getattr(config, "stablemask", None)
+            and self.version == positions._version
+            and self.sink_logits.device == device
+        )
+
+
 def _pseudo(config: Any, positions: Tensor, device: torch.device) -> Tensor:
-    """Log of the mass; every layer of a forward pass gets the same positions, the first works it out."""
-    settings, heads = model_settings(config), config.num_attention_heads
-    if torch.compiler.is_compiling() or positions.is_inference():
-        return pseudo_sink_logits(settings, heads, positions.to(device))
-    asked = (settings, heads, device, positions._version)
-    known = positions.__dict__.get("_stablemask")
-    if known is None or known[0] != asked:
-        known = asked, pseudo_sink_logits(settings, heads, positions.to(device))
-        positions.__dict__["_stablemask"] = known
-    return known[1]
+    """Log of the mass; the first layer of a forward pass works it out for all."""
+    kept = not (torch.compiler.is_compiling() or positions.is_inference())
+    memo: _Memo | None = positions.__dict__.get("_stablemask") if kept else None
+    if memo is not None and memo.holds(config, positions, device):
+        return memo.sink_logits
+    settings = model_settings(config)
+    sink_logits = pseudo_sink_logits(settings, config.num_attention_heads, positions.to(device))
+    if kept:
+        given = copy.deepcopy(getattr(config, "stablemask", None))
+        memo = _Memo(config, given, positions._version, sink_logits)
+        positions.__dict__["_stablemask"] = memo
+    return sink_logits
 
 
 def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
