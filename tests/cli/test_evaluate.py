@@ -105,3 +105,58 @@ def test_bad_input(model_folder, text_file, capsys, argv, words):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("stablemask: error: ")
     assert words in error
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """A folder with a task: which word comes next."""
+    examples = [
+        {"text": "the quick brown", "words": ["fox", "dog"], "answer": 0},
+        {"text": "jumps over the", "words": ["fox", "lazy dog"], "answer": 1},
+        {"text": "the lazy", "words": ["quick", "dog"], "answer": 1},
+    ]
+    data = tmp_path / "examples.jsonl"
+    data.write_text("\n".join(map(json.dumps, examples)))
+    (tmp_path / "next_word.yaml").write_text(
+        "task: next_word\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        'doc_to_text: "{{text}}"\ndoc_to_choice: "{{words}}"\ndoc_to_target: answer\n'
+    )
+    return str(tmp_path)
+
+
+def test_tasks(model_folder, own_task, capsys):
+    pytest.importorskip("lm_eval")
+    argv = ["evaluate", "--model", model_folder, "--tasks", "next_word", "--include-path", own_task]
+    assert main([*argv, "--batch-size", "2"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    summary = json.loads(last)
+    accuracy = summary["results"]["next_word"]["acc,none"]
+    assert accuracy * 3 == pytest.approx(round(accuracy * 3))
+    assert summary["num_fewshot"] == {"next_word": 0}
+    assert summary["versions"].keys() == {"stablemask", "torch", "transformers", "lm_eval"}
+    [row] = [line.split("|") for line in table if "next_word" in line and "acc " in line]
+    assert float(row[7]) == pytest.approx(accuracy, abs=1e-4)
+
+    assert main([*argv, "--limit", "1", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    limited = json.loads(line)
+    assert limited["limit"] == limited["results"]["next_word"]["sample_len"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--tasks", "any", "--stride", "8"], "--stride is of perplexity"),
+        (["--tasks", "any", "--text-column", "body"], "--text-column is of perplexity"),
+        (["--tasks", "any", "--lengths", "64"], "--lengths is of perplexity"),
+        (["--num-fewshot", "2"], "--num-fewshot is of tasks; name them with --tasks"),
+        (["--include-path", "own"], "--include-path is of tasks"),
+        (["--tasks", "any", "--include-path", "own"], "include_path must be a folder"),
+    ],
+)
+def test_options_of_the_other_way_are_refused(model_folder, capsys, argv, words):
+    assert main(["evaluate", "--model", model_folder, *argv]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("stablemask: error: ")
+    assert words in last

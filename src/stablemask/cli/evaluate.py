@@ -1,22 +1,30 @@
-"""Perplexity of a model on a text, by the length of its context, past the training length too."""
+"""Perplexity of a model on a text, by the length of its context, past the training length too; or, with
+--tasks, its scores in tasks of the lm-evaluation-harness.
+"""
 
 import json
 import time
 from dataclasses import MISSING, asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedModel
 
 from stablemask import __version__
 from stablemask.data import load_documents, load_tokenizer, tokenize_documents
 from stablemask.errors import InputError
 from stablemask.evaluation import perplexity
+from stablemask.evaluation.tasks import evaluate_tasks, results_table
 from stablemask.hf.loading import load_model
 from stablemask.inference.model import choose_device
 from stablemask.options import option
 
-SUMMARY = "perplexity of a model on a text, by length"
+SUMMARY = "perplexity of a model on a text by length, or its scores in tasks"
+
+# Of one way of evaluating, without meaning in the other.
+OF_PERPLEXITY = ("data", "split", "text_column", "lengths", "stride", "max_tokens")
+OF_TASKS = ("include_path", "limit", "num_fewshot")
 
 
 @dataclass(kw_only=True)
@@ -27,15 +35,65 @@ class EvaluateOptions:
     text_column: str = option("text", "field of a record that holds its text")
     lengths: list[str] = option(["1x", "2x", "4x"], "in tokens, or in training lengths")
     stride: int | None = option(None, "new tokens a window scores; by default half its length")
-    batch_size: int | None = option(None, "windows in a batch; by default what memory allows")
     max_tokens: int | None = option(None, "read so many tokens of the text at most")
+    tasks: list[str] = option([], "instead: tasks or groups of the lm-evaluation-harness")
+    include_path: Path | None = option(None, "folder of tasks of your own, in its YAML format")
+    limit: int | None = option(None, "take the first so many examples of each task")
+    num_fewshot: int | None = option(None, "solved examples before each; by default the task's own")
+    batch_size: int | None = option(
+        None, "windows in a batch, by default what memory allows; of tasks, requests, by default 1"
+    )
     device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
     json: bool = option(False, "print the JSON line alone, without the table")
 
 
 def run(options: EvaluateOptions) -> None:
+    _refuse_mixture(options)
     device = choose_device(options.device)
     model = load_model(options.model, device=device)
+    if options.tasks:
+        _run_tasks(options, model)
+    else:
+        _run_perplexity(options, model)
+
+
+def _refuse_mixture(options: EvaluateOptions) -> None:
+    """An option that would be ignored is a mistake."""
+    default = EvaluateOptions(model=options.model)
+    for name in OF_PERPLEXITY if options.tasks else OF_TASKS:
+        if getattr(options, name) != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{flag} is of perplexity, which --tasks does not measure; leave one out"
+                if options.tasks
+                else f"{flag} is of tasks; name them with --tasks"
+            )
+
+
+def _run_tasks(options: EvaluateOptions, model: PreTrainedModel) -> None:
+    results = evaluate_tasks(
+        model,
+        load_tokenizer(options.model),
+        ",".join(options.tasks).replace(" ", "").split(","),
+        include_path=options.include_path,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=1 if options.batch_size is None else options.batch_size,
+    )
+    if not options.json:
+        print(results_table(results))
+    summary = {
+        "model": options.model,
+        "results": results["results"],
+        "num_fewshot": results["n-shot"],
+        "limit": options.limit,
+        "device": str(model.device),
+        "versions": _versions("torch", "transformers", "lm_eval"),
+    }
+    print(json.dumps(summary, default=float))  # NumPy's numbers
+
+
+def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel) -> None:
     lengths = parse_lengths(options.lengths, model)
     tokenizer = load_tokenizer(options.model)
     documents = load_documents(options.data, split=options.split, text_column=options.text_column)
@@ -72,10 +130,14 @@ def run(options: EvaluateOptions) -> None:
         "split": options.split,
         "trained_length": trained_length(model),
         "results": results,
-        "device": str(device),
-        "versions": {"stablemask": __version__, "torch": torch.__version__},
+        "device": str(model.device),
+        "versions": _versions("torch"),
     }
     print(json.dumps(summary))
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {"stablemask": __version__} | {package: version(package) for package in packages}
 
 
 def trained_length(model: PreTrainedModel) -> int | None:

@@ -1,0 +1,71 @@
+"""Write a model as an ONNX file or a torch.export program, and check that it gives the model's logits."""
+
+import json
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stablemask.errors import InputError, RunError
+from stablemask.hf import load_model
+from stablemask.inference.export import (
+    export_onnx,
+    export_pt2,
+    largest_difference,
+    load_onnx,
+)
+from stablemask.options import option
+
+SUMMARY = "a model as an ONNX file or a torch.export program"
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    model: str = option(MISSING, "folder or hub name of the model")
+    out: Path = option(MISSING, "the file: NAME.onnx, or NAME.pt2 for torch.export")
+    cache: bool = option(False, "take and give keys and values, to decode with")
+    batch_size: int | None = option(None, "fix the batch, with --length; by default any")
+    length: int | None = option(None, "fix the length, with --batch-size; by default any")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "of the weights")
+
+
+def run(options: ExportOptions) -> None:
+    out, shape = options.out, _shape(options)
+    if out.suffix not in (".onnx", ".pt2"):
+        raise InputError(f"--out must end in .onnx or .pt2, got {str(out)!r}")
+    if out.suffix == ".onnx" and options.dtype == "bfloat16":
+        raise InputError("ONNX Runtime computes few operators in bfloat16; give another --dtype")
+    if not out.parent.is_dir():
+        raise InputError(f"--out: no folder at {str(out.parent)!r}")
+    model = load_model(options.model, dtype=options.dtype)
+
+    if out.suffix == ".onnx":
+        export_onnx(model, out, cache=options.cache, shape=shape)
+        graph = load_onnx(out)
+    else:
+        export_pt2(model, out, cache=options.cache, shape=shape)
+        graph = torch.export.load(out).module()
+    difference = largest_difference(model, graph, cache=options.cache, shape=shape)
+    if not difference <= torch.finfo(model.dtype).eps ** 0.5:
+        raise RunError(f"{out} is not the model: its outputs differ by a share of {difference:.1e}")
+    print(f"{out}: outputs within {difference:.1e} of the model's, as a share of the largest")
+    files = [file for file in (out, out.with_name(f"{out.name}.data")) if file.exists()]
+    summary = {
+        "model": options.model,
+        "files": {str(file): file.stat().st_size for file in files},
+        "cache": options.cache,
+        "shape": shape,
+        "dtype": options.dtype,
+        "difference": difference,
+    }
+    print(json.dumps(summary))
+
+
+def _shape(options: ExportOptions) -> tuple[int, int] | None:
+    batch_size, length = options.batch_size, options.length
+    if batch_size is None and length is None:
+        return None
+    if batch_size is None or length is None or min(batch_size, length) < 1:
+        raise InputError("--batch-size and --length fix the shape together, each at least 1")
+    return batch_size, length

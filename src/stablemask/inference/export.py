@@ -1,0 +1,253 @@
+"""A model as a graph that runs without its code: a ``torch.export`` program, or an ONNX file.
+
+Both take and give, in this order and under the names that ONNX runtimes of language models look for::
+
+    input_ids                          (batch, length)
+    attention_mask                     (batch, past + length), 0 at padding
+    past_key_values.LAYER.key, .value  (batch, kv_heads, past, head_dim), with a cache
+    logits                             (batch, length, vocabulary)
+    present.LAYER.key, .value          (batch, kv_heads, past + length, head_dim), with a cache
+
+Positions are counted from the mask within the graph, so a left-padded batch gives the logits of its texts
+alone. With a cache, the first call has a past of length 0.
+"""
+
+import inspect
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import DynamicCache, PreTrainedModel
+
+from ..errors import InputError
+from .model import evaluating
+
+Graph = Callable[..., tuple[Tensor, ...]]
+
+# A file of the ONNX format ends at 2 GiB; weights that come near stand in another one beside it.
+_WEIGHTS_IN_THE_FILE = 1536 * 2**20
+
+
+def export_program(
+    model: PreTrainedModel, *, cache: bool = False, shape: tuple[int, int] | None = None
+) -> ExportedProgram:
+    """A causal language model as a ``torch.export`` program, whose attention is the operator that runs here.
+
+    Call ``program.module()`` with the inputs in order.
+
+    Args:
+        model: ours, or another of Transformers'.
+        cache: take and give keys and values, to decode with.
+        shape: ``(batch, length)`` to fix, without a cache; default: any.
+
+    Raises:
+        InputError: the model takes no positions or has another kind of cache, or a shape is to be fixed
+            with a cache.
+    """
+    if cache and shape is not None:
+        raise InputError("a shape can only be fixed without a cache, which grows")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"{type(model).__name__} takes no position_ids, so it cannot be exported")
+    with evaluating(model):
+        inputs = _sample_inputs(model, cache, shape or (2, 4), past=3)
+        axes = [dict.fromkeys(names, Dim.DYNAMIC) for names in _axis_names(inputs)]
+        return torch.export.export(
+            _Decoder(model), inputs, dynamic_shapes=None if shape else _arguments(axes)
+        )
+
+
+def export_pt2(
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    cache: bool = False,
+    shape: tuple[int, int] | None = None,
+) -> None:
+    """Write :func:`export_program` as a file for ``torch.export.load``.
+
+    A process that loads it must have imported ``stablemask.hf``, which brings the operator.
+
+    Args, Raises: as for :func:`export_program`; ``path`` is replaced if it exists.
+    """
+    program = export_program(model, cache=cache, shape=shape)
+    with _replacing(path) as new:
+        torch.export.save(program, new)
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    path: str | os.PathLike,
+    *,
+    cache: bool = False,
+    shape: tuple[int, int] | None = None,
+) -> None:
+    """Write a causal language model as an ONNX file, of standard operators only.
+
+    Weights of 1.5 GiB and more go to a second file, named as the first with ``.data`` at its end.
+
+    Args:
+        model, cache, shape: as for :func:`export_program`.
+        path: of the file, which is replaced if it exists.
+
+    Raises:
+        InputError: as for :func:`export_program`, or a package is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(_MISSING) from error
+    program = export_program(model, cache=cache, shape=shape)
+    assert program.example_inputs is not None
+    inputs = program.example_inputs[0]
+    num_layers = (len(inputs) - 2) // 2
+    with _without_hints_to_programmers():
+        onnx_program = torch.onnx.export(
+            program,
+            input_names=["input_ids", "attention_mask", *_names("past_key_values", num_layers)],
+            output_names=["logits", *_names("present", num_layers)],
+            dynamic_shapes=None if shape else _arguments(_axis_names(inputs)),
+            verbose=False,
+        )
+    assert onnx_program is not None
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with _replacing(path) as new:
+        onnx_program.save(new, external_data=weights > _WEIGHTS_IN_THE_FILE)
+
+
+def load_onnx(path: str | os.PathLike) -> Graph:
+    """A file of :func:`export_onnx` as a function of its inputs in order, run by ONNX Runtime on the CPU.
+
+    Raises:
+        InputError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(_MISSING) from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return tuple(torch.from_numpy(output) for output in session.run(None, feed))
+
+    return run
+
+
+def largest_difference(
+    model: PreTrainedModel,
+    graph: Graph,
+    *,
+    cache: bool = False,
+    shape: tuple[int, int] | None = None,
+) -> float:
+    """How far a graph's outputs are from the model's, as a share of their largest value.
+
+    A row is left-padded, and the shape another than the graph was made with, unless it is fixed.
+    """
+    with evaluating(model):
+        inputs = _sample_inputs(model, cache, shape or (3, 7), past=2)
+        inputs[1][0, 0] = 0
+        expected = _Decoder(model)(*inputs)
+        outputs = graph(*inputs)
+    return max(
+        ((output - truth).abs().max() / truth.abs().max()).item()
+        for output, truth in zip(outputs, expected, strict=True)
+    )
+
+
+_MISSING = 'ONNX needs packages that are not installed; pip install "stablemask[export]"'
+
+
+class _Decoder(nn.Module):
+    """The model with tensors alone as its inputs and outputs."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        length, past_length = input_ids.shape[1], past[0].shape[2] if past else 0
+        # Not a slice, nor the whole mask: either would make cases of short inputs, for the exporter
+        # takes every length for at least 2.
+        columns = torch.arange(past_length + length, device=input_ids.device)
+        attention_mask = attention_mask[:, columns]
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, columns[past_length:]]
+        cache = DynamicCache(list(zip(past[::2], past[1::2]))) if past else None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return outputs.logits, *([] if cache is None else _keys_and_values(cache))
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A name to write under, in a folder beside ``path``; what is there afterwards takes its place."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder, path.name)
+        # The file of that name last: a graph never stands without its weights.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
+
+
+@contextmanager
+def _without_hints_to_programmers() -> Iterator[None]:
+    """The exporter warns of packages we do not need, and of names that axes share on purpose."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _keys_and_values(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _sample_inputs(
+    model: PreTrainedModel, cache: bool, shape: tuple[int, int], past: int
+) -> tuple[Tensor, ...]:
+    vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = (torch.arange(shape[0] * shape[1], device=model.device) % vocab_size).view(shape)
+    if not cache:
+        return ids, torch.ones_like(ids)
+    filled = model(input_ids=ids[:, :past], use_cache=True).past_key_values
+    if not isinstance(filled, DynamicCache):
+        raise InputError(f"{type(model).__name__} has no cache of keys and values alone")
+    mask = torch.ones(shape[0], past + shape[1], dtype=torch.int64, device=model.device)
+    return ids, mask, *_keys_and_values(filled)
+
+
+def _axis_names(inputs: tuple[Tensor, ...]) -> list[dict[int, str]]:
+    """The axes of each input that may have any length."""
+    past = [{0: "batch", 2: "past_length"} for _ in inputs[2:]]
+    return [{0: "batch", 1: "length"}, {0: "batch", 1: "total_length"}, *past]
+
+
+def _arguments(by_input: list) -> tuple:
+    """One value an input, in the shape of the arguments of ``_Decoder.forward``."""
+    ids, mask, *past = by_input
+    return (ids, mask, tuple(past)) if past else (ids, mask)
+
+
+def _names(kind: str, num_layers: int) -> list[str]:
+    return [f"{kind}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]

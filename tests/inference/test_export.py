@@ -1,0 +1,170 @@
+"""Exported graphs: the model's logits at every batch and length, in PyTorch, in a fresh process, in ONNX Runtime."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from stablemask.errors import InputError
+from stablemask.hf import apply_stablemask
+from stablemask.inference import export
+from stablemask.inference.export import export_onnx, export_program, export_pt2, load_onnx
+
+from ..models.tiny import random_ids, tiny_config, tiny_model
+
+# (batch, past, length); traced with others.
+SHAPES = [(1, 0, 1), (2, 0, 9), (3, 5, 1), (1, 1, 6), (2, 4, 4)]
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    sizes = tiny_config().to_dict()
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "initializer_range",
+    )  # fmt: skip
+    config = LlamaConfig(**{name: sizes[name] for name in names})
+    model = LlamaForCausalLM(config).eval()
+    return apply_stablemask(model, gamma=[0.3, 0.1, 0.03, 0.01], start=1)
+
+
+def padded(batch, length):
+    """Ids and mask, every row but the last left-padded by its number."""
+    ids = random_ids(batch, length)
+    start = torch.arange(batch - 1, -1, -1)[:, None].clamp(max=length - 1)
+    return ids, (torch.arange(length) >= start).long()
+
+
+def logits_alone(model, ids, mask):
+    """Each text by itself, without its padding."""
+    with torch.no_grad():
+        return [model(row[m.bool()][None]).logits[0] for row, m in zip(ids, mask, strict=True)]
+
+
+def assert_equals_each_alone(logits, model, ids, mask):
+    """In a batch, up to the rounding of sums over another number of keys."""
+    for row, alone in zip(logits, logits_alone(model, ids, mask), strict=True):
+        torch.testing.assert_close(row[-len(alone) :], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_llama])
+def test_a_program_gives_the_logits_of_each_text_alone(make):
+    model = make()
+    graph = export_program(model).module()
+    for batch, _, length in SHAPES:
+        ids, mask = padded(batch, length)
+        (logits,) = graph(ids, mask)
+        assert_equals_each_alone(logits, model, ids, mask)
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_llama])
+def test_a_program_with_a_cache_goes_on_where_it_stopped(make):
+    model = make()
+    graph = export_program(model, cache=True).module()
+    for batch, past, length in SHAPES:
+        ids, mask = padded(batch, past + length)
+        cache = [torch.zeros(batch, 2, 0, 8)] * 4
+        if past:
+            _, *cache = graph(ids[:, :past], mask[:, :past], *cache)
+        logits, *cache = graph(ids[:, past:], mask, *cache)
+        assert cache[0].shape == (batch, 2, past + length, 8)
+        for row, alone in zip(logits, logits_alone(model, ids, mask), strict=True):
+            seen = min(length, len(alone))
+            torch.testing.assert_close(row[-seen:], alone[-seen:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_is_the_flash_operator_and_survives_decomposition():
+    model = tiny_model()
+    program = export_program(model).run_decompositions()
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("stablemask.flash_forward.default") == model.config.num_hidden_layers
+    ids, mask = padded(3, 7)
+    assert_equals_each_alone(program.module()(ids, mask)[0], model, ids, mask)
+
+
+def test_files_are_read_in_a_fresh_process(tmp_path):
+    model = tiny_llama()
+    export_pt2(model, tmp_path / "any.pt2")
+    export_pt2(model, tmp_path / "fixed.pt2", shape=(2, 9))
+    ids, mask = padded(2, 9)
+    np.savez(tmp_path / "inputs.npz", ids=ids.numpy(), mask=mask.numpy())
+    code = (
+        "import sys, numpy, torch, stablemask.hf\n"
+        "given = numpy.load('inputs.npz')\n"
+        "inputs = torch.from_numpy(given['ids']), torch.from_numpy(given['mask'])\n"
+        "for name in ('any', 'fixed'):\n"
+        "    (logits,) = torch.export.load(f'{name}.pt2').module()(*inputs)\n"
+        "    numpy.save(f'{name}.npy', logits.detach().numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    for name in ("any", "fixed"):
+        torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / f"{name}.npy")), expected)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "any.pt2", "fixed.pt2", "inputs.npz", "any.npy", "fixed.npy",
+    }  # fmt: skip
+
+
+def test_onnx_runtime_gives_the_logits_of_each_text_alone(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "_WEIGHTS_IN_THE_FILE", 0)  # as for a large model
+    model = tiny_model(num_hidden_layers=1)
+    export_onnx(model, tmp_path / "model.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    graph = load_onnx(tmp_path / "model.onnx")
+    for batch, _, length in SHAPES:
+        ids, mask = padded(batch, length)
+        (logits,) = graph(ids, mask)
+        assert_equals_each_alone(logits, model, ids, mask)
+
+
+def test_onnx_runtime_decodes_as_generate(tmp_path):
+    pytest.importorskip("onnxruntime")
+    import onnx
+
+    model = tiny_llama()
+    export_onnx(model, tmp_path / "model.onnx", cache=True)
+    described = onnx.load(tmp_path / "model.onnx")
+    assert {node.domain for node in described.graph.node} == {""}
+    assert [given.name for given in described.graph.input][:4] == [
+        "input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value",
+    ]  # fmt: skip
+    axes = [
+        dim.dim_param or dim.dim_value
+        for dim in described.graph.input[2].type.tensor_type.shape.dim
+    ]
+    assert axes == ["batch", 2, "past_length", 8]
+
+    graph = load_onnx(tmp_path / "model.onnx")
+    ids, mask = padded(3, 6)
+    expected = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    cache, new = [torch.zeros(3, 2, 0, 8)] * 4, ids
+    for _ in range(12):
+        logits, *cache = graph(new, mask, *cache)
+        new = logits[:, -1:].argmax(-1)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    assert torch.equal(ids, expected)
+
+
+def test_what_cannot_be_exported(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="only be fixed without a cache"):
+        export_program(tiny_model(), cache=True, shape=(1, 4))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(InputError, match="BloomForCausalLM takes no position_ids"):
+        export_program(bloom)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r'pip install "stablemask\[export\]"'):
+        export_onnx(tiny_model(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
