@@ -134,12 +134,13 @@ def draw(result: dict[str, Any]) -> Figure:
                 _middles(saved),
                 [row["nats"] for row in saved],
                 yerr=[row["standard_error"] for row in saved],
-                markersize=4, capsize=2, **STYLES[name],
+                markersize=4, elinewidth=1.2, capsize=2, **STYLES[name],
             )  # fmt: skip
         _mark(above, result["window"], "the window is full", 0.95)
         _mark(above, measured["trained_length"], "training length", 0.89)
         above.set_xscale("log", base=2)
         above.set_yscale("log")
+        above.margins(y=0.16)
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_minor_formatter(NullFormatter())
         above.set_title(label)
