@@ -173,14 +173,17 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> list[Path]:
     ]
     with matplotlib.rc_context(drawing.STYLE):
         attention = Figure((9.6, 3.6), layout="constrained")
-        panels = attention.subplots(1, 2, sharey=True)
+        panels = attention.subplots(1, 3, sharey=True)
+        names = ("first_token", "top_token", "pseudo")
         for (label, result), style in zip(results.items(), styles):
-            for axes, name in zip(panels, ("first_token", "pseudo")):
+            for axes, name in zip(panels, names):
                 axes.plot(range(len(result[name])), result[name], label=label, **style)
-        panels[0].set(title="On the first token", ylabel="mean share of a row's attention")
-        panels[1].set(title="On the pseudo mass")
+        titles = ("On the first token", "On the token that gets most", "On the pseudo mass")
+        for axes, title in zip(panels, titles):
+            axes.set_title(title)
+        panels[0].set_ylabel("mean share of a row's attention")
         panels[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panels[0].set_ylim(0, 1)
+        panels[0].set_ylim(bottom=0)
 
         outliers = Figure((9.6, 3.6), layout="constrained")
         right_panels = outliers.subplots(1, 2)
@@ -195,18 +198,18 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> list[Path]:
             axes.set_yscale("log")
         for axes in (*panels, *right_panels):
             axes.set_xlabel("layer (number)")
-        panels[0].legend()
+        panels[2].legend()
         right_panels[0].legend()
 
         int8 = Figure((9.6, 3.4), layout="constrained")
         axes = int8.subplots()
-        names = {
+        kinds = {
             "none": "float32",
             "dynamic": "int8, dynamic scales",
             "static": "int8, static scales",
         }
-        width = 0.8 / len(names)
-        for k, (name, label) in enumerate(names.items()):
+        width = 0.8 / len(kinds)
+        for k, (name, label) in enumerate(kinds.items()):
             positions = [i + (k - 1) * width for i in range(len(results))]
             bars = axes.bar(
                 positions, [result["int8"][name] for result in results.values()], 0.92 * width,
@@ -214,9 +217,7 @@ def draw(results: dict[str, dict[str, Any]], out: Path) -> list[Path]:
             )  # fmt: skip
             axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
         axes.set_xticks(range(len(results)), list(results))
-        axes.set(
-            yscale="log", ylabel="perplexity (log scale)", title="Int8 weights and activations"
-        )
+        axes.set(ylabel="perplexity", title="Int8 weights and activations")
         axes.legend()
 
         paths = []
