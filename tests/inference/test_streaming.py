@@ -13,7 +13,7 @@ from stablemask.data import train_tokenizer
 from stablemask.errors import InputError
 from stablemask.hf import apply_stablemask
 from stablemask.inference import generate
-from stablemask.inference.streaming import cached_logits, window_cache
+from stablemask.inference.streaming import cached_logits, mass_held, window_cache
 from stablemask.models import modeling
 
 from ..models.tiny import random_ids, tiny_model
@@ -106,6 +106,26 @@ def test_our_decoder_is_the_dense_definition_in_a_band(monkeypatch, position, ki
         torch.testing.assert_close(by_chunks(model, ids, chunk), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_a_held_mass_is_that_of_the_last_position_that_sees_its_whole_past(monkeypatch, position):
+    model = tiny_model(torch.float64, position_encoding=position, stablemask={"gamma": 0.2})
+    ids = random_ids(2, LENGTH)
+    mass = modeling.position_sink_logits
+
+    def held(config, positions):
+        return mass(config, positions.clamp(max=WINDOW - 1))
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(modeling, "sink_attention", dense)
+        patch.setattr(modeling, "position_sink_logits", held)
+        expected = model(ids, attention_mask=band(), use_cache=False).logits
+    for chunk in CHUNKS:
+        with mass_held(model, WINDOW):
+            actual = by_chunks(model, ids, chunk)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        assert (by_chunks(model, ids, chunk) - expected).abs().max() > 0.1
+
+
 def test_stablemask_in_llama_is_the_dense_definition_in_a_band(monkeypatch):
     model = apply_stablemask(family("Llama"), gamma=0.05)
     ids = random_ids(2, LENGTH)
@@ -178,7 +198,7 @@ def greedy_in_a_band(model, tokenizer, prompt, count):
     ids, new = tokenizer(prompt)["input_ids"], []
     for _ in range(count):
         text = torch.tensor([ids + new])
-        with torch.no_grad():
+        with torch.no_grad(), mass_held(model, WINDOW):
             logits = model(text, attention_mask=band(text.shape[1]), use_cache=False).logits
         token = int(logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:

@@ -78,9 +78,12 @@ def test_gamma_stays_when_the_context_is_overridden_on_loading(tmp_path):
         ({"stablemask": {"horizon": 0}}, r"\['horizon'\] must be an integer .* or None, got 0"),
         (
             {"stablemask": {"decay": 1}},
-            "stablemask must be a dict of gamma, horizon, start, shift, got",
+            "stablemask must be a dict of gamma, horizon, start, shift, hold, got",
         ),
-        ({"stablemask": 0.1}, "stablemask must be a dict of gamma, horizon, start, shift, got 0.1"),
+        (
+            {"stablemask": 0.1},
+            "stablemask must be a dict of gamma, horizon, start, shift, hold, got 0.1",
+        ),
         (
             {"attention": "softmax", "stablemask": {"gamma": 0.1}},
             "stablemask must be None with attention='softmax'",

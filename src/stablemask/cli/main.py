@@ -3,6 +3,7 @@
 import ast
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -95,6 +96,9 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # PEFT and Transformers import torchao where it is installed, with what it has for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _available() -> list[str]:

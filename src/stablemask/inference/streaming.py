@@ -3,10 +3,13 @@
 A window of N is a sliding-window mask in every layer: a token sees itself and the N - 1 tokens before
 it. Nothing else is kept, no first tokens either, and nothing is approximated: the logits are those of
 one pass over the whole text with that mask. Keys stay as they were cached, rotated by their absolute
-position, which goes on growing; RoPE sees only its differences, below N.
+position, which goes on growing; RoPE sees only its differences, below N. The pseudo mass is held at
+that of position N - 1: a row never sees more keys than that position does.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,6 +106,21 @@ def _sliding_masks(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> A
     return masks["all"] if alike else masks
 
 
+@contextmanager
+def mass_held(model: PreTrainedModel, window: int) -> Iterator[None]:
+    """StableMask's mass falls no further than at the last position whose whole past is in the window."""
+    config: Any = model.config.get_text_config(decoder=True)
+    given = getattr(config, "stablemask", None)
+    if given is None:
+        yield
+        return
+    config.stablemask = {**given, "hold": min(window - 1, given.get("hold", window - 1))}
+    try:
+        yield
+    finally:
+        config.stablemask = given
+
+
 def decode_with_window(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -126,29 +144,30 @@ def decode_with_window(
     Returns:
         The ids with the new ones, (1, length + new).
     """
-    cache = window_cache(model, window)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
-    for chunk in input_ids.split(generation_config.prefill_chunk_size or window, dim=1):
-        logits = cached_logits(model, chunk, cache, **last)
-    recent = input_ids[:, -window:]
-    new: list[int] = []
-    while len(new) < generation_config.max_new_tokens:
-        scores = logits_processor(recent, logits[:, -1].float())  # type: ignore[arg-type]
-        if generation_config.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        new.append(int(token))
+    with mass_held(model, window):
+        cache = window_cache(model, window)
         if streamer is not None:
-            streamer.put(token.cpu())
-        recent = torch.cat((recent, token), dim=1)[:, -window:]
-        if stopping_criteria(recent, scores).all():
-            break
-        logits = cached_logits(model, token, cache)
-    if streamer is not None:
-        streamer.end()
+            streamer.put(input_ids.cpu())
+        last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+        for chunk in input_ids.split(generation_config.prefill_chunk_size or window, dim=1):
+            logits = cached_logits(model, chunk, cache, **last)
+        recent = input_ids[:, -window:]
+        new: list[int] = []
+        while len(new) < generation_config.max_new_tokens:
+            scores = logits_processor(recent, logits[:, -1].float())  # type: ignore[arg-type]
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            new.append(int(token))
+            if streamer is not None:
+                streamer.put(token.cpu())
+            recent = torch.cat((recent, token), dim=1)[:, -window:]
+            if stopping_criteria(recent, scores).all():
+                break
+            logits = cached_logits(model, token, cache)
+        if streamer is not None:
+            streamer.end()
     return torch.cat((input_ids, input_ids.new_tensor([new])), dim=1)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..pseudo import head_decay_rates, pseudo_logsumexp
 
-_KEYS = ("gamma", "horizon", "start", "shift")
+_KEYS = ("gamma", "horizon", "start", "shift", "hold")
 
 
 def complete_settings(
@@ -26,12 +26,14 @@ def complete_settings(
             - ``start``: the first position that has a pseudo mass; default 0. With 1 the first row,
               which sees only itself, is left alone;
             - ``shift``: added to the log of the mass; default 0. Far below 0 the model is plain softmax,
-              so a rising shift brings the mass in gradually.
+              so a rising shift brings the mass in gradually;
+            - ``hold``: the last position at which the mass falls, later ones keep it; default None,
+              it falls for ever.
         num_heads: query heads of the model.
         context: its training context, or None where it names none.
 
     Returns:
-        All of ``gamma`` and ``horizon``, and ``start`` and ``shift`` where they are not 0.
+        All of ``gamma`` and ``horizon``, and the others where they are not their defaults.
 
     Raises:
         ValueError: the message names the setting, its value and what is allowed.
@@ -61,6 +63,10 @@ def complete_settings(
     shift = given.get("shift", 0.0)
     if not is_number(shift):
         raise ValueError(f"stablemask['shift'] must be a finite number, got {shift!r}")
+    hold = given.get("hold")
+    if hold is not None:
+        require_positive_int("stablemask['hold']", hold, "or None")
+        settings["hold"] = hold
     if start:
         settings["start"] = start
     if shift:
@@ -81,7 +87,8 @@ def pseudo_sink_logits(settings: dict[str, Any], num_heads: int, positions: Tens
         gamma = head_decay_rates(num_heads)
     elif isinstance(gamma, list):
         gamma = torch.tensor(gamma, dtype=torch.float64)
-    sink_logits = pseudo_logsumexp(positions, gamma, settings["horizon"])
+    falling = positions.clamp(max=settings["hold"]) if "hold" in settings else positions
+    sink_logits = pseudo_logsumexp(falling, gamma, settings["horizon"])
     if "shift" in settings:
         sink_logits = sink_logits + settings["shift"]
     if "start" in settings:
