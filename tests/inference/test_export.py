@@ -68,8 +68,8 @@ def test_a_program_with_a_cache_goes_on_where_it_stopped(make):
         ids, mask = padded(batch, past + length)
         cache = [torch.zeros(batch, 2, 0, 8)] * 4
         if past:
-            _, *cache = graph(ids[:, :past], mask[:, :past], *cache)
-        logits, *cache = graph(ids[:, past:], mask, *cache)
+            _, *cache = graph(ids[:, :past], mask[:, :past], cache)
+        logits, *cache = graph(ids[:, past:], mask, cache)
         assert cache[0].shape == (batch, 2, past + length, 8)
         for row, alone in zip(logits, logits_alone(model, ids, mask), strict=True):
             seen = min(length, len(alone))
@@ -152,7 +152,7 @@ def test_onnx_runtime_decodes_as_generate(tmp_path):
     )
     cache, new = [torch.zeros(3, 2, 0, 8)] * 4, ids
     for _ in range(12):
-        logits, *cache = graph(new, mask, *cache)
+        logits, *cache = graph(new, mask, cache)
         new = logits[:, -1:].argmax(-1)
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
     assert torch.equal(ids, expected)

@@ -70,3 +70,9 @@ def constant_while_compiling(function: Function) -> Function:
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function
+
+
+@constant_while_compiling  # the compiler of PyTorch 2.9 says yes in its own graphs too
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing."""
+    return torch.compiler.is_exporting()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..call import Call
 from ..masks import NO_MASKS, Masks
 from . import functional
-from .calls import needs_gradient, under_torch_func
+from .calls import is_exporting, needs_gradient, under_torch_func
 from .kernels import KERNELS
 from .operators import flash_forward
 
@@ -84,7 +84,7 @@ def _attend(call: Call, kernel: str) -> Tensor:
     one_row = query.shape[2] == 1
     one_call = masks is NO_MASKS and (one_row or past == 0)
     # Not in an exported program: what decomposes the kernel there, ONNX's exporter too, gives no true lse.
-    in_sight = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    in_sight = torch.compiler.is_compiling() and not is_exporting()
     if in_sight and one_call and not needs_gradient(call):
         # In sight of the compiler, which makes the factor part of what comes next.
         query, key, value, value_dim = fit(query, key, value, kernel)

@@ -1,6 +1,6 @@
 """A model as a graph that runs without its code: a ``torch.export`` program, or an ONNX file.
 
-Both take and give, in this order and under the names that ONNX runtimes of language models look for::
+What they take and give, under the names that ONNX runtimes of language models look for::
 
     input_ids                          (batch, length)
     attention_mask                     (batch, past + length), 0 at padding
@@ -9,7 +9,8 @@ Both take and give, in this order and under the names that ONNX runtimes of lang
     present.LAYER.key, .value          (batch, kv_heads, past + length, head_dim), with a cache
 
 Positions are counted from the mask within the graph, so a left-padded batch gives the logits of its texts
-alone. With a cache, the first call has a past of length 0.
+alone. With a cache, the first call has a past of length 0. From Python, a program and an ONNX file are called
+alike: ``logits, *cache = graph(input_ids, attention_mask, cache)``.
 """
 
 import inspect
@@ -17,7 +18,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def export_program(
 ) -> ExportedProgram:
     """A causal language model as a ``torch.export`` program, whose attention is the operator that runs here.
 
-    Call ``program.module()`` with the inputs in order.
+    ``program.module()`` can be called.
 
     Args:
         model: ours, or another of Transformers'.
@@ -58,10 +59,8 @@ def export_program(
         raise InputError(f"{type(model).__name__} takes no position_ids, so it cannot be exported")
     with evaluating(model):
         inputs = _sample_inputs(model, cache, shape or (2, 4), past=3)
-        axes = [dict.fromkeys(names, Dim.DYNAMIC) for names in _axis_names(inputs)]
-        return torch.export.export(
-            _Decoder(model), inputs, dynamic_shapes=None if shape else _arguments(axes)
-        )
+        axes = None if shape else _axes(inputs, lambda name: Dim.DYNAMIC)
+        return torch.export.export(_Decoder(model), inputs, dynamic_shapes=axes)
 
 
 def export_pt2(
@@ -107,13 +106,13 @@ def export_onnx(
     program = export_program(model, cache=cache, shape=shape)
     assert program.example_inputs is not None
     inputs = program.example_inputs[0]
-    num_layers = (len(inputs) - 2) // 2
+    num_layers = len(inputs[2]) // 2 if cache else 0
     with _without_hints_to_programmers():
         onnx_program = torch.onnx.export(
             program,
             input_names=["input_ids", "attention_mask", *_names("past_key_values", num_layers)],
             output_names=["logits", *_names("present", num_layers)],
-            dynamic_shapes=None if shape else _arguments(_axis_names(inputs)),
+            dynamic_shapes=None if shape else _axes(inputs, lambda name: name),
             verbose=False,
         )
     assert onnx_program is not None
@@ -123,7 +122,7 @@ def export_onnx(
 
 
 def load_onnx(path: str | os.PathLike) -> Graph:
-    """A file of :func:`export_onnx` as a function of its inputs in order, run by ONNX Runtime on the CPU.
+    """A file of :func:`export_onnx` as a function, run by ONNX Runtime on the CPU.
 
     Raises:
         InputError: ONNX Runtime is not installed.
@@ -135,7 +134,10 @@ def load_onnx(path: str | os.PathLike) -> Graph:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
 
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        input_ids: Tensor, attention_mask: Tensor, past: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, ...]:
+        inputs = (input_ids, attention_mask, *past)
         feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
         return tuple(torch.from_numpy(output) for output in session.run(None, feed))
 
@@ -175,7 +177,7 @@ class _Decoder(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
         length, past_length = input_ids.shape[1], past[0].shape[2] if past else 0
         # Not a slice, nor the whole mask: either would make cases of short inputs, for the exporter
@@ -225,7 +227,8 @@ def _keys_and_values(cache: Any) -> list[Tensor]:
 
 def _sample_inputs(
     model: PreTrainedModel, cache: bool, shape: tuple[int, int], past: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
+    """Arguments of :class:`_Decoder`."""
     vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ids = (torch.arange(shape[0] * shape[1], device=model.device) % vocab_size).view(shape)
     if not cache:
@@ -234,19 +237,16 @@ def _sample_inputs(
     if not isinstance(filled, DynamicCache):
         raise InputError(f"{type(model).__name__} has no cache of keys and values alone")
     mask = torch.ones(shape[0], past + shape[1], dtype=torch.int64, device=model.device)
-    return ids, mask, *_keys_and_values(filled)
+    return ids, mask, _keys_and_values(filled)
 
 
-def _axis_names(inputs: tuple[Tensor, ...]) -> list[dict[int, str]]:
-    """The axes of each input that may have any length."""
-    past = [{0: "batch", 2: "past_length"} for _ in inputs[2:]]
-    return [{0: "batch", 1: "length"}, {0: "batch", 1: "total_length"}, *past]
-
-
-def _arguments(by_input: list) -> tuple:
-    """One value an input, in the shape of the arguments of ``_Decoder.forward``."""
-    ids, mask, *past = by_input
-    return (ids, mask, tuple(past)) if past else (ids, mask)
+def _axes(inputs: tuple[Any, ...], choose: Callable[[str], Any]) -> tuple[Any, ...]:
+    """What is chosen for each axis that may have any length, laid out as the inputs are."""
+    batch = choose("batch")
+    axes = {0: batch, 1: choose("length")}, {0: batch, 1: choose("total_length")}
+    if len(inputs) == 2:
+        return axes
+    return *axes, [{0: batch, 2: choose("past_length")} for _ in inputs[2]]
 
 
 def _names(kind: str, num_layers: int) -> list[str]:
