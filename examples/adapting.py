@@ -4,9 +4,8 @@
     python examples/adapting.py split valid.txt --out runs/text
     stablemask finetune --model runs/smollm2 --data runs/text/train.txt --adapt --out runs/adapted ...
     python examples/adapting.py measure runs/smollm2 --text runs/text > before.json
-    python examples/adapting.py measure runs/smollm2 --text runs/text --gamma 0.0039 > at-once.json
     python examples/adapting.py measure runs/adapted --text runs/text > adapted.json
-    python examples/adapting.py draw before=before.json "at once=at-once.json" adapted=adapted.json
+    python examples/adapting.py draw before=before.json adapted=adapted.json
 
 `measure` prints one JSON object: perplexity on text not trained on, attention on the first token and
 the pseudo share by layer, the largest activation and the kurtosis of the hidden states by layer, and
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel
 import stablemask
 from stablemask.data import load_tokenizer
 from stablemask.evaluation import layer_statistics, perplexity
-from stablemask.evaluation.activations import decoder_layers, hidden_state_outliers
+from stablemask.evaluation.activations import hidden_state_outliers
 from stablemask.evaluation.quantization import quantize_int8
 from stablemask.hf import apply_stablemask, load_model
 
@@ -46,50 +45,6 @@ def split_articles(text: str) -> tuple[str, str]:
     train = "".join(text[a:b] for a, b in spans if b <= TRAIN_END * len(text))
     test = "".join(text[a:b] for a, b in spans if a >= TEST_START * len(text))
     return train, test
-
-
-def train(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    *,
-    first_layer: int,
-    steps: int,
-    learning_rate: float,
-    length: int = 256,
-    batch_size: int = 2,
-    seed: int = 0,
-) -> None:
-    """Train the layers from ``first_layer`` on, as they run; 0 trains everything.
-
-    AdamW on blocks in random order, a learning rate that falls linearly to 0, bfloat16 autocast.
-    """
-    blocks = tokens[: len(tokens) // length * length].view(-1, length)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    if first_layer:
-        model.requires_grad_(False)
-        for module in (*decoder_layers(model)[first_layer:], model.get_decoder().norm):
-            module.requires_grad_(True)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, (0.9, 0.95), weight_decay=0)
-    warmup = 5
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warmup) * (steps - step) / steps
-    )
-    model.train()
-    with tqdm(total=steps, desc="train", disable=None) as bar:
-        for step in range(steps):
-            picked = torch.arange(step * batch_size, (step + 1) * batch_size) % len(order)
-            batch = blocks[order[picked]]
-            with torch.autocast(model.device.type, torch.bfloat16):
-                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            bar.update()
-    model.eval()
 
 
 def measure(
@@ -233,20 +188,12 @@ def main() -> None:
     split = commands.add_parser("split", help="cut a WikiText file into texts to train and test on")
     split.add_argument("file", type=Path)
     split.add_argument("--out", type=Path, required=True, help="folder for train.txt and test.txt")
-    trained = commands.add_parser("train", help="train a model further, with StableMask or without")
     measured = commands.add_parser("measure", help="print the JSON of one model")
-    for command in (trained, measured):
-        command.add_argument("model")
-        command.add_argument("--text", type=Path, required=True, help="the folder `split` wrote")
-        command.add_argument("--gamma", type=float, help="give the model StableMask first, at once")
-        command.add_argument("--start", type=int, default=0, help="first position with a mass")
-        command.add_argument(
-            "--shift", type=float, default=0.0, help="added to the log of the mass"
-        )
-    trained.add_argument("--out", type=Path, required=True)
-    trained.add_argument("--first-layer", type=int, default=0, help="leave the layers below alone")
-    trained.add_argument("--steps", type=int, default=60, help="of 2 x 256 tokens")
-    trained.add_argument("--learning-rate", type=float, default=1e-4)
+    measured.add_argument("model")
+    measured.add_argument("--text", type=Path, required=True, help="the folder `split` wrote")
+    measured.add_argument("--gamma", type=float, help="give the model StableMask first, at once")
+    measured.add_argument("--start", type=int, default=0, help="first position with a mass")
+    measured.add_argument("--shift", type=float, default=0.0, help="added to the log of the mass")
     measured.add_argument("--tokens", type=int, help="read so many tokens of the test text at most")
     measured.add_argument("--sequences", type=int, default=32, help="of 256 tokens, for all else")
     drawn = commands.add_parser("draw", help="draw the figures of several models")
@@ -275,23 +222,11 @@ def main() -> None:
         torch.tensor(tokenizer((options.text / f"{name}.txt").read_text("utf-8")).input_ids)
         for name in ("train", "test")
     )
-    if options.command == "train":
-        train(
-            model,
-            train_tokens,
-            first_layer=options.first_layer,
-            steps=options.steps,
-            learning_rate=options.learning_rate,
-        )
-        model.save_pretrained(options.out)
-        tokenizer.save_pretrained(options.out)
-        print(options.out)
-    else:
-        result = measure(
-            model, test_tokens[: options.tokens], train_tokens, sequences=options.sequences
-        )
-        versions = {m.__name__: m.__version__ for m in (stablemask, torch, transformers)}
-        print(json.dumps({"model": options.model, **result, "versions": versions}))
+    result = measure(
+        model, test_tokens[: options.tokens], train_tokens, sequences=options.sequences
+    )
+    versions = {m.__name__: m.__version__ for m in (stablemask, torch, transformers)}
+    print(json.dumps({"model": options.model, **result, "versions": versions}))
 
 
 if __name__ == "__main__":

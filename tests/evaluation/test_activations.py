@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from stablemask.errors import InputError
-from stablemask.evaluation.activations import decoder_layers, hidden_state_outliers
+from stablemask.evaluation.activations import hidden_state_outliers
+from stablemask.inference.model import decoder_layers
 
 from ..models.tiny import random_ids, tiny_model
 

@@ -1,7 +1,4 @@
-import copy
-
 import pytest
-import torch
 
 from stablemask.evaluation import attention_maps, first_token_attention, perplexity
 from stablemask.hf import apply_stablemask
@@ -24,29 +21,6 @@ def test_split_gives_whole_articles_that_do_not_meet():
     total = sum(map(len, articles))
     assert 0.65 < len(train) / total <= 0.7
     assert 0.1 < len(test) / total <= 0.15
-
-
-def test_training_lowers_the_loss_and_leaves_the_layers_below_alone():
-    from adapting import train
-
-    model = apply_stablemask(tiny_llama(), gamma=0.1)
-    tokens = (torch.arange(400) % 7 + 1).long()
-    before = copy.deepcopy(model)
-    train(model, tokens, first_layer=1, steps=20, learning_rate=1e-2, length=16)
-    assert (
-        perplexity(model, tokens, length=16).perplexity
-        < perplexity(before, tokens, length=16).perplexity / 2
-    )
-    changed = {
-        name
-        for (name, new), old in zip(model.named_parameters(), before.parameters())
-        if not torch.equal(new, old)
-    }
-    assert changed == {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith(("model.layers.1", "model.layers.2", "model.norm"))
-    }
 
 
 @marks.torchao

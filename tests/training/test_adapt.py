@@ -48,6 +48,10 @@ def test_the_shift_rises_by_the_same_amount_each_step_and_goes_at_0(to, shifts):
     assert settings == {"gamma": 0.1, "horizon": None} | ({"shift": to} if to else {})
 
 
+def test_the_mass_may_be_there_at_once():
+    assert ShiftSchedule({}, -20.0, -5.0, 0).shift_at(0) == -5.0
+
+
 def neox(scale: float):
     config = GPTNeoXConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

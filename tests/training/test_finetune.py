@@ -105,6 +105,24 @@ def test_the_pseudo_mass_comes_in_over_the_first_part(adapted, base):
     assert model.config.use_cache
 
 
+def test_lower_layers_stay_as_they_are_and_the_mass_may_come_at_once(options, base, tmp_path):
+    out = tmp_path / "run"
+    finetune(
+        replace(
+            options, out=str(out), steps=5, first_layer=1, adapt=True, shift_steps=0, shift_to=-2.0
+        )
+    )
+    assert {row["shift"] for row in metrics(out)} == {-2.0}
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    above = {name for name in before if "layers.1." in name}
+    assert changed == above | {"model.norm.weight", "lm_head.weight"}
+    with pytest.raises(InputError, match="first_layer must be below the model's 2, got 2"):
+        finetune(replace(options, out=str(tmp_path / "no"), first_layer=2))
+    with pytest.raises(InputError, match="first_layer goes without --lora"):
+        finetune(replace(options, out=str(tmp_path / "no"), first_layer=1, lora=True))
+
+
 def test_the_first_evaluation_is_of_the_pretrained_model(adapted, base, prose):
     """By Transformers' own forward on the validation blocks, and float64."""
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..inference.model import check_length, check_token_ids, evaluating
+from ..inference.model import check_length, check_token_ids, decoder_layers, evaluating
 
 
 class HiddenStateOutliers(NamedTuple):
@@ -62,19 +62,6 @@ def hidden_state_outliers(model: PreTrainedModel, input_ids: Tensor) -> HiddenSt
         largest_later=torch.stack([layer.largest_later for layer in statistics]),
         kurtosis=torch.stack([layer.kurtosis() for layer in statistics]),
     )
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers, whatever the family calls it.
-
-    Raises:
-        InputError: no list of ``num_hidden_layers`` modules.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
 class _Statistics:

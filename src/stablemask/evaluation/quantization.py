@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
-from ..inference.model import check_length, check_token_ids, evaluating
-from .activations import decoder_layers
+from ..inference.model import check_length, check_token_ids, decoder_layers, evaluating
 
 INT8_MAX = 127
 

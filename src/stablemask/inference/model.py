@@ -67,3 +67,16 @@ def check_token_ids(model: PreTrainedModel, highest: int) -> None:
             f"token id {highest} is outside the model's vocabulary of {rows}; "
             "use the tokenizer the model was trained with"
         )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of decoder layers, whatever the family calls it.
+
+    Raises:
+        InputError: no list of ``num_hidden_layers`` modules.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers")

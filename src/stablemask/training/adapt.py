@@ -39,7 +39,9 @@ class ShiftSchedule(TrainerCallback):
         self.shift_steps = shift_steps
 
     def shift_at(self, step: int) -> float:
-        left = max(0.0, 1 - step / self.shift_steps)
+        if step >= self.shift_steps:
+            return self.shift_to
+        left = 1 - step / self.shift_steps
         return self.shift_to + left * (self.shift_from - self.shift_to)
 
     def _set(self, step: int) -> None:

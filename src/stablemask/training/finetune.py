@@ -18,7 +18,7 @@ from ..data.chat import ChatCorpus, is_chat, pad_conversations, prepare_chat
 from ..errors import InputError
 from ..hf import load_model
 from ..hf.loading import is_adapter
-from ..inference.model import check_length, check_token_ids
+from ..inference.model import check_length, check_token_ids, decoder_layers
 from .adapt import ShiftSchedule, adapt
 from .card import write_finetune_card
 from .options import FinetuneOptions
@@ -98,7 +98,7 @@ def describe_finetuning(options: FinetuneOptions) -> str:
         schedule = prepared.schedule
         settings = {k: v for k, v in schedule.settings.items() if k != "shift"}
         lines.append(
-            f"adaptation  {settings}, log M shifted by {schedule.shift_from:g} at first and by "
+            f"adaptation  {settings}, log M shifted by {schedule.shift_at(0):g} at first and by "
             f"{schedule.shift_to:g} in the end"
         )
     if options.steps is not None:
@@ -146,6 +146,7 @@ def _prepare(options: FinetuneOptions) -> _Prepared:
     model = load_model(options.model, dtype=dtype)
     check_token_ids(model, highest)
     check_length(model, context, "the context")
+    _freeze_below(model, options.first_layer)
     schedule = adapt(model, options, _first_batch(data, options)) if options.adapt else None
     return _Prepared(model, data, schedule, record)
 
@@ -171,6 +172,16 @@ def _build_trainer(
     return build_trainer(
         options, folder, model, prepared.data, checkpoint, callbacks=callbacks, **arguments
     )
+
+
+def _freeze_below(model: PreTrainedModel, first_layer: int) -> None:
+    if first_layer == 0:
+        return
+    layers = decoder_layers(model)
+    if first_layer >= len(layers):
+        raise InputError(f"first_layer must be below the model's {len(layers)}, got {first_layer}")
+    for module in (model.get_input_embeddings(), *layers[:first_layer]):
+        module.requires_grad_(False)
 
 
 def _with_adapter(model: PreTrainedModel, options: FinetuneOptions) -> Any:

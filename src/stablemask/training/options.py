@@ -194,7 +194,11 @@ class FinetuneOptions(TrainingOptions):
         0.0, "with --adapt, what it stays shifted by; below 0 the mass stays smaller"
     )
     shift_steps: int | None = option(
-        None, "with --adapt, steps from the one to the other; by default three fifths of the steps"
+        None, "with --adapt, steps from the one to the other, 0 for the last at once; by default "
+        "three fifths of the steps"
+    )  # fmt: skip
+    first_layer: int = option(
+        0, "train from this layer on; the embeddings and the layers below stay as they are"
     )
     lora: bool = option(False, "train a low-rank adapter (LoRA) and leave the weights as they are")
     lora_rank: int = option(16, "with --lora, rank of the adapter")
@@ -220,7 +224,7 @@ class FinetuneOptions(TrainingOptions):
             "adapt", ("gamma", "horizon", "start", "shift_from", "shift_to", "shift_steps")
         )
         self._check_group("lora", ("lora_rank", "lora_alpha", "merge"))
-        _check_least(self, lora_rank=1, lora_alpha=1, start=0, shift_steps=1)
+        _check_least(self, lora_rank=1, lora_alpha=1, start=0, shift_steps=0, first_layer=0)
         if self.adapt and self.compile:
             raise InputError(
                 "compile does not go with adapt: every step has a shift of its own, and would be "
@@ -237,6 +241,8 @@ class FinetuneOptions(TrainingOptions):
             raise InputError(
                 f"shift_steps must be at most the {self.steps} steps of the run, got {self.shift_steps}"
             )
+        if self.lora and self.first_layer:
+            raise InputError("first_layer goes without --lora, whose adapter is in every layer")
         if self.lora and not _installed("peft"):
             raise InputError(
                 "lora needs PEFT, which is not installed: pip install 'stablemask[train]'"
