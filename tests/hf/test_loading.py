@@ -58,6 +58,12 @@ def test_no_folder_or_no_model_in_it(tmp_path, folder, monkeypatch):
     refused("somebody/no-such-model", "no model folder at .* the hub could not be asked")
 
 
+@pytest.mark.parametrize("dtype", ["float17", "int8", "nn", torch.int64])
+def test_no_such_dtype(folder, dtype):
+    with pytest.raises(InputError, match=r"dtype must be float32, bfloat16, .* got"):
+        load_model(str(folder), dtype=dtype)
+
+
 def test_damaged_config(folder):
     config = folder / "config.json"
     text = config.read_text()

@@ -42,8 +42,10 @@ def load_model(
         device: where to put it; default: the CPU.
 
     Raises:
-        InputError: there is no such model, it cannot be reached, or its files are damaged.
+        InputError: there is no such model, it cannot be reached, its files are damaged, or there is no
+            such dtype.
     """
+    _check_dtype(dtype)
     name = _find(name_or_path)
     adapter = _adapter_of(name)
     base = name if adapter is None else _base_of(name, adapter)
@@ -73,6 +75,13 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 def is_adapter(name_or_path: str) -> bool:
     """Whether this is a PEFT adapter in place of a whole model; InputError where it is neither."""
     return _adapter_of(_find(name_or_path)) is not None
+
+
+def _check_dtype(dtype: torch.dtype | str | None) -> None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 def _find(name_or_path: str) -> str:
