@@ -6,15 +6,12 @@ A record holds ``messages``, each with a ``role`` and a ``content`` (the format 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +20,8 @@ from torch.utils.data import Dataset
 
 from stablemask.errors import InputError
 
-from .sources import BUILTIN, HUB_PREFIX, first_line, load_dataset_splits, uniform_hash, walk
+from .records import Record, read_records, record_files
+from .sources import BUILTIN, HUB_PREFIX, first_line, uniform_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,12 +29,6 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 IGNORED = -100  # the label of a token that is not scored
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class Record(NamedTuple):
-    fields: dict[str, Any]
-    where: str
-    split: str | None = None  # where the source decides it itself
 
 
 class ChatDataset(Dataset[dict[str, Tensor]]):
@@ -79,9 +71,9 @@ class ChatCorpus:
 
 def is_chat(source: str, text_column: str = "text") -> bool:
     """Whether the first record of ``source`` is a conversation and has no ``text_column``."""
-    if source == BUILTIN or (not source.startswith(HUB_PREFIX) and not _record_files(source)):
+    if source == BUILTIN or (not source.startswith(HUB_PREFIX) and not record_files(source)):
         return False
-    for record in _records(source):
+    for record in read_records(source):
         names = record.fields.keys()
         return text_column not in names and (
             "messages" in names or {"prompt", "completion"} <= names
@@ -125,7 +117,9 @@ def prepare_chat(
     given = False
     digest = hashlib.blake2b(digest_size=16)
     cut = left_out = 0
-    for record in tqdm(_records(source), desc="rendering", unit=" chats", delay=1, disable=None):
+    for record in tqdm(
+        read_records(source), desc="rendering", unit=" chats", delay=1, disable=None
+    ):
         messages = _messages(record)
         try:
             ids, scored = render(messages, tokenizer)
@@ -171,74 +165,6 @@ def pad_conversations(examples: list[dict[str, Tensor]], pad_token_id: int) -> d
         "attention_mask": pad((torch.ones_like(example["input_ids"]) for example in examples), 0),
         "labels": pad((example["labels"] for example in examples), IGNORED),
     }
-
-
-# Records
-
-
-def _record_files(source: str) -> list[Path]:
-    """The files of records at a path; none where there is plain text too, or nothing."""
-    path = Path(source).expanduser()
-    files = walk(path) if source and path.is_dir() else [path]
-    if any(file.name.lower().endswith(".txt") for file in files):
-        return []
-    return [file for file in files if file.is_file() and _RECORDS.search(file.name.lower())]
-
-
-def _records(source: str) -> Iterator[Record]:
-    if source.startswith(HUB_PREFIX):
-        yield from _dataset_records(source)
-        return
-    for file in _record_files(source):
-        try:
-            yield from _parquet(file) if file.suffix.lower() == ".parquet" else _json_lines(file)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"cannot read '{file}': {first_line(error)}") from error
-
-
-_RECORDS = re.compile(r"\.(jsonl|jsonl\.gz|parquet)$")
-
-
-def _json_lines(path: Path) -> Iterator[Record]:
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"'{path}', line {number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:  # also what is not UTF-8
-                raise InputError(f"{where}: not a JSON record: {error}") from error
-            if not isinstance(fields, dict):
-                raise InputError(f"{where}: a JSON object is wanted, not {type(fields).__name__}")
-            yield Record(fields, where)
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield Record(row, f"'{path}', row {number}")
-    except pa.ArrowException as error:
-        raise InputError(f"'{path}' is not a readable Parquet file: {first_line(error)}") from error
-
-
-def _dataset_records(source: str) -> Iterator[Record]:
-    name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
-    splits = load_dataset_splits(source, name, config or None)
-    if "train" not in splits:
-        raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
-    given = "validation" in splits
-    for split in ("train", "validation") if given else ("train",):
-        for number, row in enumerate(splits[split], start=1):
-            yield Record(row, f"{source!r}, {split} row {number}", split if given else None)
-
-
-# Messages
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:
