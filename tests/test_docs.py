@@ -7,7 +7,13 @@ import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/attention.md", "docs/guide.md", "docs/method.md", "docs/transformers.md"]
+PAGES = [
+    "README.md",
+    "docs/attention.md",
+    "docs/guide.md",
+    "docs/method.md",
+    "docs/transformers.md",
+]
 # Blocks that read a run folder belong to the commands around them.
 NEEDS_A_RUN = re.compile(r"runs/|from_pretrained")
 

@@ -22,9 +22,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, smollm2_folder):
     environment = os.environ | {"STEPS": "3", "PATH": f"{programs}:{os.environ['PATH']}"}
     for language, text in blocks:
         command = ["bash", "-e", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-        run = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         if run.returncode:
             pytest.fail(f"{text}\n{run.stdout}\n{run.stderr}")
     assert (tmp_path / "runs" / "inspect.html").stat().st_size > 10_000
