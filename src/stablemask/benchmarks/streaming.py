@@ -144,7 +144,7 @@ def draw(result: dict[str, Any]) -> Figure:
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_minor_formatter(NullFormatter())
         above.set_title(label)
-        above.legend(loc="upper left", frameon=False)
+        above.legend(loc="best", framealpha=0.8, edgecolor="none")
         below.set_xlabel("position of the token in the text (log scale)")
         for axis in (below.xaxis, above.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
