@@ -39,7 +39,7 @@ def measure_generation(model: PreTrainedModel, *, quick: bool = False) -> list[d
         with evaluating(model):
             for function in functions.values():
                 function()
-            samples = interleave(functions, Budget(60.0, 5), model.device.type, always=ROWS)
+            samples = interleave(functions, Budget(30.0, 5), model.device.type, always=ROWS)
         for row in ROWS:
             summary = summarise(samples[row], samples["sdpa"])
             records.append(

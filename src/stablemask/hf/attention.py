@@ -18,6 +18,11 @@ from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import pseudo_sink_logits
 from .settings import model_settings
 
+_UNKNOWN_TERMS = {
+    "softcap": "soft-capping of the scores, which no flash kernel gives a logsumexp for",
+    "position_bias": "a bias of its own",
+}
+
 
 def stablemask_attention_forward(
     module: nn.Module,
@@ -58,22 +63,27 @@ def stablemask_attention_forward(
         )
     kwargs["sliding_window"] = window = _sliding_window(module, kwargs)
     q_len, kv_len = query.shape[2], key.shape[2]
-    name = module.config._attn_implementation  # type: ignore[union-attr]
-    if attention_mask is None and name != ATTN_IMPLEMENTATION and 1 < q_len < kv_len:
-        # The mask function of "sdpa" gives None there only for the prefill of a static cache.
-        key, value = key[:, :, :q_len], value[:, :, :q_len]
-    # Not at every decode step, which would wait for the device; and the masks of continuous batching
-    # are its own, and part of CUDA graphs.
-    unread = q_len == 1 or kwargs.get("cache") is not None or torch.compiler.is_compiling()
-    if attention_mask is not None and not unread:
-        _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
+    if attention_mask is not None:
+        window_left = None
+        # Not at every decode step, which would wait for the device; and the masks of continuous
+        # batching are its own, and part of CUDA graphs.
+        unread = q_len == 1 or kwargs.get("cache") is not None or torch.compiler.is_compiling()
+        if not unread:
+            _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
+    else:
+        # A window that holds every key is none; a compiled graph is not to depend on which.
+        holds_all = not torch.compiler.is_compiling() and window is not None and kv_len <= window
+        window_left = None if holds_all else window
+        if 1 < q_len < kv_len and module.config._attn_implementation != ATTN_IMPLEMENTATION:  # type: ignore[union-attr]
+            # The mask function of "sdpa" gives None there only for the prefill of a static cache.
+            key, value = key[:, :, :q_len], value[:, :, :q_len]
     out = sink_attention(
         query,
         key,
         value,
         layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs),
         attn_mask=attention_mask,
-        window=window if attention_mask is None else None,
+        window=window_left,
         dropout_p=dropout,
         scale=scaling,
     )
@@ -170,10 +180,7 @@ def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
 
 
 def _refuse_unknown_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name, meaning in (
-        ("softcap", "soft-capping of the scores, which no flash kernel gives a logsumexp for"),
-        ("position_bias", "a bias of its own"),
-    ):
+    for name, meaning in _UNKNOWN_TERMS.items():
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"StableMask cannot run in {type(module).__name__}: its attention has {meaning} "
