@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
+from ..decode import decode_step
 from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import pseudo_sink_logits
 from .settings import model_settings
@@ -77,11 +78,16 @@ def stablemask_attention_forward(
         if 1 < q_len < kv_len and module.config._attn_implementation != ATTN_IMPLEMENTATION:  # type: ignore[union-attr]
             # The mask function of "sdpa" gives None there only for the prefill of a static cache.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
+    sink_logits = layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs)
+    if q_len == 1 and attention_mask is None and window_left is None and not dropout:
+        row = decode_step(query, key, value, sink_logits=sink_logits, scale=scaling)
+        if row is not None:
+            return row.reshape(row.shape[0], 1, row.shape[1], row.shape[3]), None
     out = sink_attention(
         query,
         key,
         value,
-        layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs),
+        sink_logits,
         attn_mask=attention_mask,
         window=window_left,
         dropout_p=dropout,
@@ -124,7 +130,7 @@ def layer_sink_logits(
     positions = _token_positions(query.shape[2], position_ids)
     if positions is None:
         positions = _rows_of_the_mask(module, query, kv_len, attention_mask, sliding_window)
-    pseudo = _local_heads(module, _pseudo(config, positions, query.device), query)
+    pseudo = _pseudo(module, config, positions, query)
     return pseudo if own is None else torch.logaddexp(pseudo, own.float())
 
 
@@ -141,28 +147,33 @@ class _Memo(NamedTuple):
     config: Any
     given: Any
     version: int
+    heads: int
     sink_logits: Tensor
 
-    def holds(self, config: Any, positions: Tensor, device: torch.device) -> bool:
+    def holds(self, config: Any, positions: Tensor, query: Tensor) -> bool:
         return (
             self.config is config
-            and self.given == getattr(config, "stablemask", None)
             and self.version == positions._version
-            and self.sink_logits.device == device
+            and self.heads == query.shape[1]
+            and self.given == getattr(config, "stablemask", None)
+            and self.sink_logits.device == query.device
         )
 
 
-def _pseudo(config: Any, positions: Tensor, device: torch.device) -> Tensor:
+def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) -> Tensor:
     """Log of the mass; the first layer of a forward pass works it out for all."""
     kept = not (torch.compiler.is_compiling() or positions.is_inference())
     memo: _Memo | None = positions.__dict__.get("_stablemask") if kept else None
-    if memo is not None and memo.holds(config, positions, device):
+    if memo is not None and memo.holds(config, positions, query):
         return memo.sink_logits
     settings = model_settings(config)
-    sink_logits = pseudo_sink_logits(settings, config.num_attention_heads, positions.to(device))
+    sink_logits = pseudo_sink_logits(
+        settings, config.num_attention_heads, positions.to(query.device)
+    )
+    sink_logits = _local_heads(module, sink_logits, query)
     if kept:
         given = copy.deepcopy(getattr(config, "stablemask", None))
-        memo = _Memo(config, given, positions._version, sink_logits)
+        memo = _Memo(config, given, positions._version, query.shape[1], sink_logits)
         positions.__dict__["_stablemask"] = memo
     return sink_logits
 
@@ -173,10 +184,10 @@ def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
         return kwargs["sliding_window"] or None
     # A few (PhiMoE, Qwen2-MoE, Doge) do not name it: the rule of Transformers' caches.
     window = getattr(module.config, "sliding_window", None)
-    types = getattr(module.config, "layer_types", None)
-    if window and types is not None and types[module.layer_idx] != "sliding_attention":
+    if not window:
         return None
-    return window or None
+    types = getattr(module.config, "layer_types", None)
+    return window if types is None or types[module.layer_idx] == "sliding_attention" else None
 
 
 def _refuse_unknown_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
