@@ -31,6 +31,16 @@ class AnswerThread(GenerateManager):
     def __init__(self, max_model_len: int):
         super().__init__()
         self.max_model_len = max_model_len
+        self._running: set[AnswerStreamer] = set()
+
+    def close(self) -> None:
+        """End every answer, and wait until the model has stopped.
+
+        An interpreter that exits while a thread is inside PyTorch is aborted.
+        """
+        for streamer in list(self._running):
+            streamer.cancel()
+        self.submit(lambda: None).result()
 
     def generate_streaming(
         self,
@@ -67,7 +77,8 @@ class AnswerThread(GenerateManager):
                 message = json.dumps(f"the model could not answer: {reason}")[1:-1]
                 loop.call_soon_threadsafe(queue.put_nowait, _StreamError(message))
 
-        self.submit(run)
+        self._running.add(streamer)
+        self.submit(run).add_done_callback(lambda _: self._running.discard(streamer))
         # This task ends when the answer has been sent, or its client has gone.
         task: Any = asyncio.current_task()
         task.add_done_callback(lambda _: streamer.cancel())

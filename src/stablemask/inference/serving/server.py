@@ -123,8 +123,9 @@ def build_app(
         )
     check_length(model, max_model_len, f"max_model_len {max_model_len}")
 
-    manager = _OneModel(model, tokenizer, name)
-    state = _OneThread(max_model_len)
+    answers = AnswerThread(max_model_len)
+    manager = _OneModel(model, tokenizer, name, answers)
+    state = _OneThread(answers)
     served: dict[str, Any] = {"model_manager": manager, "generation_state": state}
     none: Any = None  # the handlers of the routes that are dropped
     app = build_server(
@@ -145,8 +146,14 @@ def build_app(
 class _OneModel(ModelManager):
     """The model that was loaded, under the name it was given, for as long as the server lives."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        answers: AnswerThread,
+    ):
+        self.model, self.tokenizer, self.answers = model, tokenizer, answers
         self.created = int(time.time())
         super().__init__(force_model=name)
 
@@ -161,7 +168,8 @@ class _OneModel(ModelManager):
         return self.model
 
     def shutdown(self) -> None:
-        """The model is its caller's, to keep or to drop."""
+        """The model is its caller's, to keep or to drop; no answer runs in it any more."""
+        self.answers.close()
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
         model = {"id": self.force_model, "object": "model", "created": self.created}
@@ -169,9 +177,9 @@ class _OneModel(ModelManager):
 
 
 class _OneThread(GenerationState):
-    def __init__(self, max_model_len: int):
+    def __init__(self, answers: AnswerThread):
         super().__init__()
-        self._thread = AnswerThread(max_model_len)
+        self._thread = answers
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
         return self._thread
