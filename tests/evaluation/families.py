@@ -6,19 +6,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from ..hf import families as hf_families
+
+SIZES: dict[str, Any] = {**hf_families.SIZES, "num_hidden_layers": 3}
 MORE: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen3": {"head_dim": 8},

@@ -1,7 +1,5 @@
 """Whole records, for data that is more than text: of JSON lines, Parquet, and datasets of the hub."""
 
-import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -10,7 +8,7 @@ from typing import Any, NamedTuple
 
 from stablemask.errors import InputError
 
-from .sources import HUB_PREFIX, first_line, load_dataset_splits, walk
+from .sources import HUB_PREFIX, first_line, json_lines, load_dataset_splits, walk
 
 _RECORDS = re.compile(r"\.(jsonl|jsonl\.gz|parquet)$")
 
@@ -41,24 +39,12 @@ def read_records(source: str) -> Iterator[Record]:
         return
     for file in record_files(source):
         try:
-            yield from _parquet(file) if file.suffix.lower() == ".parquet" else _json_lines(file)
+            if file.suffix.lower() == ".parquet":
+                yield from _parquet(file)
+            else:
+                yield from (Record(fields, where) for fields, where in json_lines(file))
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"cannot read '{file}': {first_line(error)}") from error
-
-
-def _json_lines(path: Path) -> Iterator[Record]:
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"'{path}', line {number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:  # also what is not UTF-8
-                raise InputError(f"{where}: not a JSON record: {error}") from error
-            if not isinstance(fields, dict):
-                raise InputError(f"{where}: a JSON object is wanted, not {type(fields).__name__}")
-            yield Record(fields, where)
 
 
 def _parquet(path: Path) -> Iterator[Record]:

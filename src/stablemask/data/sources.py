@@ -194,19 +194,25 @@ def _read_text(path: Path, name: str, text_column: str) -> Iterator[Document]:
 
 
 def _read_json_lines(path: Path, name: str, text_column: str) -> Iterator[Document]:
+    for record, where in json_lines(path):
+        _check_column(text_column, record, where)
+        yield _record(record[text_column], text_column, where)
+
+
+def json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The records of a ``.jsonl`` or ``.jsonl.gz`` file, each with the name of its place."""
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            where = f"'{path}', line {number}"
             if not line.strip():
                 continue
+            where = f"'{path}', line {number}"
             try:
                 record = json.loads(line)
             except ValueError as error:  # also what is not UTF-8
                 raise InputError(f"{where}: not a JSON record: {error}") from error
             if not isinstance(record, dict):
                 raise InputError(f"{where}: a JSON object is wanted, not {type(record).__name__}")
-            _check_column(text_column, record, where)
-            yield _record(record[text_column], text_column, where)
+            yield record, where
 
 
 def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Document]:

@@ -79,7 +79,8 @@ def stablemask_attention_forward(
             # The mask function of "sdpa" gives None there only for the prefill of a static cache.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
     sink_logits = layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs)
-    if q_len == 1 and attention_mask is None and window_left is None and not dropout:
+    unmasked = attention_mask is None and window_left is None
+    if q_len == 1 and query.is_cpu and unmasked and not dropout:
         row = decode_step(query, key, value, sink_logits=sink_logits, scale=scaling)
         if row is not None:
             return row.reshape(row.shape[0], 1, row.shape[1], row.shape[3]), None
