@@ -44,7 +44,8 @@ def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str
     assert options.context is not None
     assert options.steps is not None
     eval_loss = record["result"]["eval_loss"]
-    tokens_per_step = options.batch_size * options.gradient_accumulation * options.context
+    assert options.global_batch_size is not None
+    tokens_per_step = options.global_batch_size * options.context
     card = _PRETRAIN_CARD.format(
         name=folder.name,
         folder=options.out,
@@ -126,7 +127,7 @@ def write_finetune_card(
         data=options.data,
         train_tokens=record["train_tokens"],
         steps=options.steps,
-        batch=options.batch_size * options.gradient_accumulation,
+        batch=options.global_batch_size,
         unit="conversations" if record["conversations"] else "blocks",
         context=options.context,
         dtype=options.dtype,

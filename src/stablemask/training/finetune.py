@@ -102,7 +102,7 @@ def describe_finetuning(options: FinetuneOptions) -> str:
             f"{schedule.shift_to:g} in the end"
         )
     if options.steps is not None:
-        batch = options.batch_size * options.gradient_accumulation
+        batch = given(options.global_batch_size)
         passes = options.steps * batch / len(data.train)
         ramp = f", the first {options.shift_steps:,} with a rising shift" if options.adapt else ""
         lines.append(f"training    {options.steps:,} steps of {batch}, {passes:.2f} passes{ramp}")

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,10 @@ from ..options import option
 
 # Options that may differ between the parts of a run that was interrupted: they change nothing that
 # is computed.
-FREE_ON_RESUME = {"out", "resume", "dry_run", "tensorboard", "wandb", "keep_checkpoints"}
+FREE_ON_RESUME = {
+    "out", "resume", "dry_run", "tensorboard", "wandb", "keep_checkpoints", "async_save", "workers",
+    "batch_size", "gradient_accumulation", "peak_flops", "utilization", "devices",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -31,7 +35,14 @@ class TrainingOptions:
     text_column: str = option("text", "column that holds the text, in jsonl and parquet")
     context: int | None = option(None, "tokens in a training block; by default the model's")
     batch_size: int = option(16, "blocks in a batch, on each device")
-    gradient_accumulation: int = option(1, "batches in a step")
+    gradient_accumulation: int | None = option(
+        None,
+        "batches in a step, on each device; by default 1, or as many as fill global_batch_size",
+    )
+    global_batch_size: int | None = option(
+        None,
+        "blocks in a step, over all devices; a run that is resumed keeps it on any number of them",
+    )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     min_learning_rate: float = option(0.1, "where the cosine ends, as a share of the peak")
     warmup: int | None = option(None, "steps of linear warm-up; by default a tenth of the steps")
@@ -46,16 +57,41 @@ class TrainingOptions:
     )
     compile: bool = option(False, "run the model through torch.compile")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    chunked_loss: bool = option(
+        False, "compute the loss a chunk of tokens at a time and never store all logits"
+    )
+    fsdp: bool = option(
+        False, "shard weights, gradients and optimizer over the devices (FSDP2); by default DDP"
+    )
+    context_parallel: int = option(1, "devices that share a sequence, each with a part of it")
+    workers: int | None = option(
+        None, "processes that load data, for each device; by default none, or one for streams"
+    )
+    skip_spikes: float = option(
+        0.0,
+        "skip a step whose loss lies this many standard deviations above the last ones', 0: none",
+    )
+    skip_limit: int = option(10, "skipped steps in a row, for spikes or gradients that are not finite, "
+        "that end the run")  # fmt: skip
+    probe_tokens: int = option(
+        512, "validation tokens whose attention is looked at with each evaluation, 0: none"
+    )
     log_every: int = option(10, "steps between log lines")
     eval_every: int | None = option(None, "steps between evaluations; by default a tenth of all")
     eval_tokens: int = option(65536, "validation tokens of an evaluation during training")
     save_every: int | None = option(None, "steps between checkpoints; by default a tenth of all")
     keep_checkpoints: int = option(2, "how many of the latest checkpoints stay")
+    async_save: bool = option(False, "write checkpoints in the background, while training goes on")
     seed: int = option(0, "of the weights and the order of the data")
     tensorboard: bool = option(True, "write event files for TensorBoard")
     wandb: bool = option(False, "log to Weights & Biases")
     resume: bool = option(False, "go on with the run in --out")
     dry_run: bool = option(False, "print what the run would cost, and stop")
+    peak_flops: float | None = option(
+        None, "FLOP/s of one device in this dtype, for utilization; by default known from its name"
+    )
+    utilization: float = option(0.4, "with --dry-run, the share of them that the model reaches")
+    devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
     def _filled(self, **defaults: Any) -> Self:
         """A copy with every default that depends on another option, checked."""
@@ -74,18 +110,47 @@ class TrainingOptions:
         }
         options = dataclasses.replace(self, **unset)
         options._check()
-        return options
+        return dataclasses.replace(options, **options._batches())
+
+    def _batches(self) -> dict[str, Any]:
+        """How a step is cut into batches, consistent with each other and the number of devices."""
+        devices = (self.devices if self.dry_run else None) or world_size()
+        if devices % self.context_parallel:
+            raise InputError(
+                f"context_parallel must divide the {devices} devices, got {self.context_parallel}"
+            )
+        together = self.batch_size * (devices // self.context_parallel)
+        if self.global_batch_size is None:
+            accumulation = self.gradient_accumulation or 1
+        elif self.global_batch_size % together:
+            raise InputError(
+                f"global_batch_size must be a multiple of the {together} blocks that the devices take "
+                f"at a time, got {self.global_batch_size}; another --batch-size may fit"
+            )
+        else:
+            accumulation = self.global_batch_size // together
+            if self.gradient_accumulation not in (None, accumulation):
+                raise InputError(
+                    f"a global_batch_size of {self.global_batch_size} needs a gradient_accumulation of "
+                    f"{accumulation} here, got {self.gradient_accumulation}; leave it out"
+                )
+        return {
+            "gradient_accumulation": accumulation,
+            "global_batch_size": accumulation * together,
+        }
 
     def _check(self) -> None:
         _check_least(
             self, steps=1, batch_size=1, gradient_accumulation=1, log_every=1, eval_every=1,
             save_every=1, eval_tokens=1, keep_checkpoints=1, context=2, warmup=0, seed=0,
+            global_batch_size=1, context_parallel=1, workers=0, skip_limit=1, skip_spikes=0,
+            probe_tokens=0, devices=1,
         )  # fmt: skip
-        for name in ("min_learning_rate", "beta1", "beta2"):
+        for name in ("min_learning_rate", "beta1", "beta2", "utilization"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "clip", "peak_flops"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} must be greater than 0, got {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
@@ -101,6 +166,9 @@ class PretrainOptions(TrainingOptions):
 
     data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
+    mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
+    streaming: bool = option(False, "read and tokenize while training, and store no tokens")
+    shuffle_buffer: int = option(10_000, "with --streaming, documents shuffled at a time")
     tokenizer: str | None = option(None, "existing tokenizer; by default one is trained")
     vocab_size: int | None = option(None, "vocabulary; by default the preset's")
     attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)
@@ -253,6 +321,11 @@ class FinetuneOptions(TrainingOptions):
         for name in names:
             if not getattr(self, switch) and getattr(self, name) != defaults[name]:
                 raise InputError(f"{name} goes with --{switch}")
+
+
+def world_size() -> int:
+    """How many processes a launcher such as torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def default_dtype() -> str:

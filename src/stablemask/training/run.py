@@ -76,8 +76,8 @@ def options_file(options: TrainingOptions) -> str:
 
 
 def tokens_per_step(options: TrainingOptions) -> int:
-    """Of one process."""
-    return options.batch_size * options.gradient_accumulation * given(options.context)
+    """Of all processes."""
+    return given(options.global_batch_size) * given(options.context)
 
 
 def open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
@@ -102,9 +102,10 @@ def open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
     before, now = load_yaml(written), dataclasses.asdict(options)
     for field in option_fields(type(options)):
         name = field.name
-        if name not in FREE_ON_RESUME and before.get(name) != now[name]:
+        started = before.get(name, field.default)
+        if name not in FREE_ON_RESUME and started != now[name]:
             raise InputError(
-                f"{folder} was started with {name} {before.get(name)!r}, not {now[name]!r}; "
+                f"{folder} was started with {name} {started!r}, not {now[name]!r}; "
                 "resume with the same settings, or name another --out"
             )
     found = checkpoints.list_checkpoints(folder / "checkpoints")
