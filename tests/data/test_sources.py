@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablemask.data import load_documents
-from stablemask.data.sources import _cut, split_documents
+from stablemask.data.sources import (
+    cut_documents,
+    is_held_out,
+    read_documents,
+    split_documents,
+)
 from stablemask.errors import InputError
 
 from .conftest import write_json_lines
@@ -50,6 +55,22 @@ def test_text_is_kept_as_it_is(tmp_path):
     path = tmp_path / "a.TXT"
     path.write_bytes(b"\xef\xbb\xbfline\r\n\ttab \xc3\xa9\n")  # a byte order mark is not text
     assert load_documents(str(path)) == ["line\r\n\ttab é\n"]
+
+
+def test_documents_are_read_one_at_a_time(tmp_path, records):
+    """What is damaged behind them does not keep the first ones from being read."""
+    path = write_json_lines(tmp_path / "a.jsonl", records)
+    path.write_text(path.read_text() + '{"text": "cut')
+    documents = read_documents(str(path))
+    assert [next(documents).text for _ in records] == records
+    with pytest.raises(InputError, match="line 201: not a JSON record"):
+        next(documents)
+
+
+def test_a_document_tells_its_side(text_folder):
+    documents = list(read_documents(str(text_folder)))
+    sides = [[d.text for d in documents if is_held_out(d, 0.2) is side] for side in (False, True)]
+    assert tuple(sides) == split_documents(str(text_folder), validation_fraction=0.2)
 
 
 def test_record_files_agree(tmp_path, records):
@@ -155,7 +176,7 @@ def test_one_text_file_is_cut_at_a_line(tmp_path):
     fraction=st.floats(0.01, 0.99),
 )
 def test_cut_loses_nothing_and_fills_both_sides(documents, fraction):
-    train, validation = _cut(documents, fraction)
+    train, validation = cut_documents(documents, fraction)
     assert "".join(train + validation) == "".join(documents)
     assert all(train + validation)
     if sum(map(len, documents)) > 1:

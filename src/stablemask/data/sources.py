@@ -37,8 +37,8 @@ Split = Literal["train", "validation"]
 
 class Document(NamedTuple):
     text: str
-    key: str  # what the split is decided by
-    split: Split | None = None  # where the source decides it itself
+    key: str  # what the split is decided by, where the source does not decide it itself
+    split: Split | None = None
 
 
 def load_documents(
@@ -64,7 +64,7 @@ def load_documents(
         InputError: the source is missing, empty, damaged, not text, or lacks the column.
     """
     if split == "all":
-        return [document.text for document in _read(source, text_column)]
+        return [document.text for document in read_documents(source, text_column)]
     if split not in ("train", "validation"):
         raise InputError(f"split {split!r} is not one of 'train', 'validation', 'all'")
     train, validation = split_documents(
@@ -77,16 +77,52 @@ def split_documents(
     source: str, *, text_column: str = "text", validation_fraction: float = 0.05
 ) -> tuple[list[str], list[str]]:
     """The training and the validation documents of ``source``; see :func:`load_documents`."""
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation fraction {validation_fraction} is not between 0 and 1")
+    check_validation_fraction(validation_fraction)
     train: list[str] = []
     validation: list[str] = []
-    for text, key, given in _read(source, text_column):
-        held_out = given == "validation" if given else uniform_hash(key) < validation_fraction
-        (validation if held_out else train).append(text)
+    for document in read_documents(source, text_column):
+        held_out = is_held_out(document, validation_fraction)
+        (validation if held_out else train).append(document.text)
     if not train or not validation:
-        return _cut(train or validation, validation_fraction)
+        return cut_documents(train or validation, validation_fraction)
     return train, validation
+
+
+def read_documents(source: str, text_column: str = "text") -> Iterator[Document]:
+    """The documents of ``source`` one after another, in an order that is the same on every run.
+
+    Args:
+        source: see :func:`load_documents`, also for ``text_column``.
+
+    Raises:
+        InputError: as :func:`load_documents`, where the trouble is met; a source without any text
+            says so at its end.
+    """
+    if source == BUILTIN:
+        documents = _read_standard_library()
+    elif source.startswith(HUB_PREFIX):
+        documents = _read_dataset(source, text_column)
+    else:
+        documents = _read_path(source, text_column)
+    empty = True
+    for document in documents:
+        if document.text and not document.text.isspace():
+            empty = False
+            yield document
+    if empty:
+        raise InputError(f"{source!r} holds no text")
+
+
+def is_held_out(document: Document, validation_fraction: float) -> bool:
+    """Whether ``document`` belongs to validation, by the rule of the module."""
+    if document.split is not None:
+        return document.split == "validation"
+    return uniform_hash(document.key) < validation_fraction
+
+
+def check_validation_fraction(validation_fraction: float) -> None:
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"validation fraction {validation_fraction} is not between 0 and 1")
 
 
 def uniform_hash(key: str) -> float:
@@ -94,7 +130,7 @@ def uniform_hash(key: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _cut(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
+def cut_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
     """Cut off the end of ``documents``, at the first line that starts inside it."""
     total = sum(map(len, documents))
     remaining = max(1, min(round(total * validation_fraction), total - 1))
@@ -113,19 +149,6 @@ def _cut(documents: list[str], validation_fraction: float) -> tuple[list[str], l
     head, tail = text[:cut], text[cut:]
     train = documents[:last] + [head] * bool(head)
     return train, [tail] * bool(tail) + documents[last + 1 :]
-
-
-def _read(source: str, text_column: str) -> list[Document]:
-    if source == BUILTIN:
-        documents = _read_standard_library()
-    elif source.startswith(HUB_PREFIX):
-        documents = _read_dataset(source, text_column)
-    else:
-        documents = _read_path(source, text_column)
-    found = [document for document in documents if document.text and not document.text.isspace()]
-    if not found:
-        raise InputError(f"{source!r} holds no text")
-    return found
 
 
 # The standard library
