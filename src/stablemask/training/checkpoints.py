@@ -2,7 +2,8 @@
 
 A checkpoint is written into ``incomplete``, gets a manifest of its files' hashes, and is renamed to
 ``checkpoint-STEP``; it is removed the other way round. So whatever kills the process, a folder by
-that name is complete, and a file that was damaged later is found by its hash.
+that name is complete, and a file that was damaged later is found by its hash; the run then goes on from
+the checkpoint before it.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from ..errors import InputError
@@ -35,9 +37,10 @@ def step_of(checkpoint: Path) -> int:
 
 def commit(partial: Path, final: Path) -> None:
     """Give a written folder its manifest and its name."""
-    hashes = {path.name: _hash(path) for path in sorted(partial.iterdir()) if path.is_file()}
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}
     (partial / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
-    for path in partial.iterdir():
+    for path in (partial, *partial.rglob("*")):
         _sync(path)
     os.replace(partial, final)
     _sync(final.parent)
@@ -51,6 +54,37 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def last_whole(folder: Path) -> Path | None:
+    """The latest checkpoint that is what was written; damaged ones after it are named and set aside.
+
+    Raises:
+        InputError: there are checkpoints, and none is whole.
+    """
+    damaged: dict[Path, InputError] = {}
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            verify(checkpoint)
+            break
+        except InputError as error:
+            damaged[checkpoint] = error
+    else:
+        if damaged:
+            raise InputError(
+                f"{'; '.join(map(str, damaged.values()))}; no checkpoint is whole, so remove "
+                f"{folder.parent} to start the run again"
+            )
+        return None
+    for bad, reason in damaged.items():
+        aside = bad.with_name(f"damaged-{bad.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(bad, aside)
+        print(
+            f"stablemask: {reason}, and kept as {aside.name}; going on from {checkpoint.name}",
+            file=sys.stderr,
+        )
+    return checkpoint
+
+
 def verify(checkpoint: Path) -> None:
     """Raise InputError where a file is missing or is not what was written."""
     try:
@@ -60,8 +94,7 @@ def verify(checkpoint: Path) -> None:
         damaged = [str(getattr(error, "filename", None) or MANIFEST)]
     if damaged:
         raise InputError(
-            f"{checkpoint} is damaged ({Path(damaged[0]).name} is missing or not what was written); "
-            "remove that folder to resume from the checkpoint before it"
+            f"{checkpoint} is damaged ({Path(damaged[0]).name} is missing or not what was written)"
         )
 
 

@@ -1,0 +1,120 @@
+"""The processes of one run, started by torchrun or its like: what the main one does first, and alone."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError
+from .options import TrainingOptions, world_size
+
+Value = TypeVar("Value")
+
+# What the main process does alone, such as tokenizing, may take hours, in which nothing is wrong. A
+# process that dies is noticed at once, by its closed connection.
+_PATIENCE = timedelta(days=2)
+_control: Any = None
+
+
+def join_processes(options: TrainingOptions) -> None:
+    """Join the other processes of the run, if a launcher has started more than one.
+
+    Raises:
+        InputError: the launcher asks for what the options do not; Accelerate would follow it silently.
+    """
+    _check_launcher(options)
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+def control_group() -> Any:
+    """A gloo group of all processes, with patience, which they make together at the first call.
+
+    None where there is one process.
+    """
+    global _control
+    if not dist.is_initialized():
+        return None
+    if _control is None:
+        _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _control
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def on_main(work: Callable[[], Value]) -> Value:
+    """Run ``work`` on the main process alone; every process gets its result, or raises its error."""
+    group = control_group()
+    if group is None:
+        return work()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            dist.broadcast_object_list([None, error], src=0, group=group)
+            raise
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        outcome[1].told_by_main = True  # so that the command line says it once
+        raise outcome[1]
+    return outcome[0]
+
+
+def main_first(work: Callable[[], Value]) -> Value:
+    """Run ``work`` on the main process, and then on the others, who find what it has stored."""
+    done: list[Value] = []
+    on_main(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
+def gather(value: Value) -> list[Value]:
+    """A small value of every process, on every process."""
+    group = control_group()
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def all_agree(answer: bool) -> bool:
+    """Whether it is true on every process."""
+    return all(gather(answer))
+
+
+def _check_launcher(options: TrainingOptions) -> None:
+    asked = {name: os.environ.get(f"ACCELERATE_{name}", "").lower() for name in _LAUNCHER}
+    for name, (wanted, instead) in _LAUNCHER.items():
+        if asked[name] not in ("", "no", "false", *wanted(options)):
+            raise InputError(
+                f"the launcher asks for {name.lower()} {asked[name]!r} (ACCELERATE_{name}), which would "
+                f"change the run behind its options; leave it out there and {instead}"
+            )
+
+
+_LAUNCHER: dict[str, tuple[Callable[[TrainingOptions], tuple[str, ...]], str]] = {
+    "MIXED_PRECISION": (
+        lambda options: ("bf16",) if options.dtype == "bfloat16" else (),
+        "give --dtype",
+    ),
+    "DYNAMO_BACKEND": (lambda options: (), "give --compile"),
+    "USE_FSDP": (lambda options: (), "give --fsdp"),
+    "USE_DEEPSPEED": (lambda options: (), "give --fsdp"),
+    "USE_MEGATRON_LM": (lambda options: (), "give --fsdp"),
+    "USE_PARALLELISM_CONFIG": (lambda options: (), "give --fsdp or --context-parallel"),
+}
