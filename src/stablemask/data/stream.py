@@ -1,0 +1,482 @@
+"""Documents that are read and tokenised while a model trains on them, and stored nowhere.
+
+The documents of a source are dealt to *lanes*, and each lane packs its own into blocks: sample ``k`` of a
+run is the next block of lane ``k mod lanes``. So a process tokenises nothing but the lanes that its
+samples come from, and where each of these stands says all about the run: a block carries a *cursor*, with
+which any process continues its lane behind it.
+
+Documents are read ``shuffle_buffer`` at a time. Those of such a *window* are put in random order and dealt
+one by one to the lane with the fewest characters of them, which keeps the lanes abreast: a process reads a
+window once, and holds the documents that its slowest lane has yet to come to. A source that ends starts
+over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .hub import is_hub_name, require_hub
+from .packing import PackedDataset, _encoder
+from .sources import (
+    HUB_PREFIX,
+    Document,
+    Split,
+    check_validation_fraction,
+    first_line,
+    is_held_out,
+    load_dataset_splits,
+    read_documents,
+)
+from .tokenizer import load_tokenizer, split_long
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+CURSOR = "cursor"  # the entry of an example
+STREAM_FORMAT = 1
+READ_ROWS = 256  # of a dataset, at a time
+
+
+class Cursor(NamedTuple):
+    """Where a lane goes on; of two cursors of a lane the newer one is the greater."""
+
+    source: int
+    lane: int
+    window: int = 0  # counted over all epochs
+    epoch: int = 0
+    shard: int = 0  # where the window begins in the source
+    row: int = 0
+    document: int = 0  # among those that the window has for the lane
+    piece: int = 0  # of the document, see split_long
+    token: int = 0
+
+
+@dataclass
+class StreamedCorpus:
+    """A tokenizer, a stream to train on, and blocks that are held out of it.
+
+    ``key`` is a hash of all settings and of the held-out tokens, not of the whole text, which is not read.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: TextStream
+    validation: PackedDataset
+    key: str
+    num_train_tokens: None = None
+
+
+def prepare_stream(
+    sources: str | Sequence[tuple[str, float]],
+    *,
+    block_size: int,
+    tokenizer: str | None,
+    text_column: str = "text",
+    validation_fraction: float = 0.05,
+    shuffle_buffer: int = 10_000,
+    seed: int = 0,
+    eval_tokens: int = 65536,
+    lanes: int = 64,
+) -> StreamedCorpus:
+    """Open sources for training and read what validation takes.
+
+    Validation is the first held-out documents of a source, read from its start, that give ``eval_tokens``
+    tokens, or a block if that is more; several sources give their weight's share each. A dataset with a
+    validation split of its own keeps it.
+
+    Args:
+        sources: a source, see :func:`~stablemask.data.sources.load_documents`, or several, each with the
+            weight of its blocks among all.
+        tokenizer: folder or Hub name.
+        shuffle_buffer: documents of a window, at least one for each lane.
+        lanes: best a multiple of the samples of a step. Then no two ranks tokenise the same lane, and
+            neither do as many workers of a rank, if that divides the multiple.
+
+    Raises:
+        InputError: no tokenizer, a source that cannot be read, or one too short to stream.
+    """
+    if tokenizer is None:
+        raise InputError(
+            "a stream is not read before it is trained on, so no tokenizer can be trained for it; "
+            "name one: --tokenizer"
+        )
+    check_validation_fraction(validation_fraction)
+    weighted = [(sources, 1.0)] if isinstance(sources, str) else list(sources)
+    total = sum(weight for _, weight in weighted)
+    loaded = load_tokenizer(tokenizer)
+    stream = TextStream(
+        [_open_source(source, text_column) for source, _ in weighted],
+        [weight / total for _, weight in weighted],
+        loaded,
+        block_size=block_size,
+        validation_fraction=validation_fraction,
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+        lanes=lanes,
+    )
+    held_out: list[int] = []
+    for source, (_, weight) in zip(stream.sources, weighted):
+        stream.check_length(source)
+        wanted = math.ceil(max(eval_tokens, block_size) * weight / total)
+        held_out += stream.held_out_tokens(source, wanted)
+    if len(held_out) < block_size:
+        raise InputError(
+            f"the held-out documents have {len(held_out)} tokens, less than a block of {block_size}; "
+            "give more text, or leave out --streaming"
+        )
+    tokens = np.array(held_out, np.uint16 if len(loaded) <= 1 << 16 else np.uint32)
+    settings = [
+        STREAM_FORMAT, weighted, text_column, block_size, validation_fraction, shuffle_buffer, seed,
+        lanes, sorted(loaded.get_vocab().items()),
+    ]  # fmt: skip
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+    digest.update(tokens.tobytes())
+    return StreamedCorpus(loaded, stream, PackedDataset(tokens, block_size), digest.hexdigest())
+
+
+class TextStream:
+    """Numbered blocks of tokens, without end; see the module.
+
+    Which source sample ``k`` comes from depends on ``k`` and the seed alone. In any stretch of samples
+    the sources have the shares of their weights, but for a few samples.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        block_size: int,
+        validation_fraction: float,
+        shuffle_buffer: int,
+        seed: int,
+        lanes: int,
+    ) -> None:
+        self.sources = sources
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.validation_fraction = validation_fraction
+        self.window = max(shuffle_buffer, lanes)
+        self.seed = seed
+        self.lanes = lanes
+        self._bounds = list(accumulate(weights))[:-1]
+
+    def open(
+        self, lanes: Collection[int], start: int = 0, cursors: Iterable[Sequence[int]] = ()
+    ) -> OpenStream:
+        """Read the stream from sample ``start`` on, for one who draws only from ``lanes``.
+
+        Args:
+            cursors: that of the last block before ``start`` of every source and lane that had one.
+        """
+        return OpenStream(self, lanes, start, [Cursor(*cursor) for cursor in cursors])
+
+    def source_of(self, k: int) -> int:
+        # The multiples of the golden ratio, modulo 1, are spread evenly in any stretch of them.
+        fraction = (k * 0x9E3779B97F4A7C15 + derived_seed(self.seed)) % 2**64 / 2**64
+        return bisect_right(self._bounds, fraction)
+
+    def training(self, source: Source, shard: int = 0, row: int = 0) -> Iterator[Row]:
+        """The rows of a source to train on, from a place in it."""
+        for found in source.read(shard, row):
+            if not is_held_out(found.document, self.validation_fraction):
+                yield found
+
+    def check_length(self, source: Source) -> None:
+        """Raise an error unless there is a document for each lane, and a block in all."""
+        encode = self.encoder()
+        documents = tokens = 0
+        for row in self.training(source):
+            documents += 1
+            if tokens < self.block_size:
+                tokens += sum(len(encode(piece)) for piece in split_long(row.document.text)) + 1
+            if documents >= self.lanes and tokens >= self.block_size:
+                return
+        raise InputError(
+            f"{source.name!r} is too short to stream: it has {documents} documents to train on, where at "
+            f"least {self.lanes} with a block of {self.block_size} tokens are wanted; "
+            "leave out --streaming"
+        )
+
+    def held_out_tokens(self, source: Source, wanted: int) -> list[int]:
+        """The first ``wanted`` tokens of the documents held out, or as many as there are."""
+        from tqdm import tqdm
+
+        encode, end = self.encoder(), self.tokenizer.eos_token_id
+        ids: list[int] = []
+        with tqdm(
+            total=wanted, desc="held out", unit="token", unit_scale=True, delay=1, disable=None
+        ) as bar:
+            for document in source.held_out(self.validation_fraction):
+                for piece in split_long(document.text):
+                    ids += encode(piece)
+                ids.append(end)
+                bar.update(min(len(ids), wanted) - bar.n)
+                if len(ids) >= wanted:
+                    break
+        return ids[:wanted]
+
+    def encoder(self) -> Callable[[str], list[int]]:
+        encode = _encoder(self.tokenizer)
+        return lambda text: encode([text])[0]
+
+
+class OpenStream:
+    """A stream that is being read for some of its lanes."""
+
+    def __init__(
+        self, stream: TextStream, lanes: Collection[int], start: int, cursors: list[Cursor]
+    ) -> None:
+        self._stream = stream
+        self._next = {lane: start + (lane - start) % stream.lanes for lane in lanes}
+        cursor_of = {(cursor.source, cursor.lane): cursor for cursor in cursors}
+        encode = stream.encoder()
+        self._blocks: dict[tuple[int, int], Iterator[dict[str, Tensor]]] = {}
+        for source in range(len(stream.sources)):
+            starts = {lane: cursor_of.get((source, lane), Cursor(source, lane)) for lane in lanes}
+            dealer = _Dealer(stream, starts)
+            for lane, cursor in starts.items():
+                self._blocks[source, lane] = _pack(dealer, cursor, encode)
+
+    def draw(self, k: int) -> dict[str, Tensor]:
+        """Sample ``k`` as ``input_ids`` and ``labels``, one int64 tensor ``(block_size,)``, and its cursor.
+
+        The samples of a lane are drawn in order; those that others draw are passed over.
+        """
+        lane = k % self._stream.lanes
+        while True:
+            n = self._next[lane]
+            self._next[lane] += self._stream.lanes
+            block = next(self._blocks[self._stream.source_of(n), lane])
+            if n == k:
+                return block
+
+
+def _pack(
+    dealer: _Dealer, start: Cursor, encode: Callable[[str], list[int]]
+) -> Iterator[dict[str, Tensor]]:
+    """The blocks of a lane."""
+    size, end_token = dealer.stream.block_size, dealer.stream.tokenizer.eos_token_id
+    first, token = start.piece, start.token
+    block: list[int] = []
+    for cursor, text in dealer.documents(start):
+        pieces = list(split_long(text))
+        for piece in range(first, len(pieces)):
+            ids = encode(pieces[piece])
+            if piece == len(pieces) - 1:
+                ids.append(end_token)
+            while len(ids) - token >= size - len(block):
+                begin, token = token, token + size - len(block)
+                tokens = torch.tensor(block + ids[begin:token])
+                behind = torch.tensor(cursor._replace(piece=piece, token=token))
+                yield {"input_ids": tokens, "labels": tokens, CURSOR: behind}
+                block = []
+            block += ids[token:]
+            token = 0
+        first = 0
+
+
+class _Dealer:
+    """Reads the documents of a source and deals them to its lanes, some of which are kept."""
+
+    def __init__(self, stream: TextStream, starts: dict[int, Cursor]) -> None:
+        first = min(starts.values(), key=lambda cursor: cursor.window)
+        self.stream = stream
+        self._source = stream.sources[first.source]
+        self._starts = starts
+        # The window that is being read, and the cursor of its beginning.
+        self._read_texts: list[str] = []
+        self._window = first._replace(document=0, piece=0, token=0)
+        self._rows = stream.training(self._source, first.shard, first.row)
+        self._dealt: dict[int, deque[tuple[Cursor, list[str]]]] = {lane: deque() for lane in starts}
+        self._share = math.ceil(stream.lanes / len(starts))
+
+    def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
+        """The documents of a lane, each with the cursor of its beginning, from that of ``start`` on."""
+        skipped = start.document
+        dealt = self._dealt[start.lane]
+        while True:
+            while not dealt:
+                self._read(self.stream.window)
+            window, texts = dealt.popleft()
+            for document in range(skipped, len(texts)):
+                # The next window is read bit by bit, or training would wait for all of it at once.
+                if self._window.window == window.window + 1:
+                    self._read(self._share)
+                yield window._replace(document=document), texts[document]
+            skipped = 0
+
+    def _read(self, count: int) -> None:
+        """Read ``count`` documents, but no further than the window or the source goes."""
+        count = min(count, self.stream.window - len(self._read_texts))
+        rows = list(islice(self._rows, count))
+        self._read_texts += [row.document.text for row in rows]
+        if len(rows) < count:
+            if not self._read_texts and (self._window.shard, self._window.row) == (0, 0):
+                raise InputError(f"{self._source.name!r} holds no document to train on")
+            self._deal()
+            self._window = self._window._replace(epoch=self._window.epoch + 1, shard=0, row=0)
+            self._rows = self.stream.training(self._source)
+        elif len(self._read_texts) == self.stream.window:
+            self._deal()
+            self._window = self._window._replace(shard=rows[-1].shard, row=rows[-1].next_row)
+
+    def _deal(self) -> None:
+        """Deal the documents of the window, if there are any, and number the next one."""
+        if not self._read_texts:
+            return
+        lanes, number = self.stream.lanes, self._window.window
+        seed = derived_seed(self.stream.seed, self._window.source, number)
+        generator = torch.Generator().manual_seed(seed)
+        hands: list[list[str]] = [[] for _ in range(lanes)]
+        # Of each lane its characters, and a random number, so that none comes first in every window.
+        order = torch.randperm(lanes, generator=generator).tolist()
+        heap = sorted((0, order[lane], lane) for lane in range(lanes))
+        for index in torch.randperm(len(self._read_texts), generator=generator).tolist():
+            text = self._read_texts[index]
+            characters, place, lane = heap[0]
+            heapq.heapreplace(heap, (characters + len(text), place, lane))
+            hands[lane].append(text)
+        for lane, dealt in self._dealt.items():
+            if hands[lane] and number >= self._starts[lane].window:
+                dealt.append((self._window._replace(lane=lane), hands[lane]))
+        self._read_texts = []
+        self._window = self._window._replace(window=number + 1)
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed for torch that no other parts give."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # an int64
+
+
+class Row(NamedTuple):
+    """A document, and the place behind it in its source."""
+
+    document: Document
+    shard: int
+    next_row: int
+
+
+@dataclass
+class Files:
+    """``builtin``, a file or a folder: one shard, whose rows are its documents."""
+
+    name: str
+    text_column: str
+
+    def read(self, shard: int, row: int) -> Iterator[Row]:
+        documents = islice(read_documents(self.name, self.text_column), row, None)
+        for next_row, document in enumerate(documents, start=row + 1):
+            yield Row(document, shard, next_row)
+
+    def held_out(self, validation_fraction: float) -> Iterator[Document]:
+        for document in read_documents(self.name, self.text_column):
+            if is_held_out(document, validation_fraction):
+                yield document
+
+
+@dataclass
+class StreamedDataset:
+    """A dataset of the library of that name, whose shards can be skipped unread."""
+
+    name: str
+    text_column: str
+    train: IterableDataset
+    validation: IterableDataset | None
+
+    def read(self, shard: int, row: int) -> Iterator[Row]:
+        return self._read("train", shard, row)
+
+    def held_out(self, validation_fraction: float) -> Iterator[Document]:
+        split: Split = "train" if self.validation is None else "validation"
+        for row in self._read(split, 0, 0):
+            if is_held_out(row.document, validation_fraction):
+                yield row.document
+
+    def _read(self, split: Split, shard: int, row: int) -> Iterator[Row]:
+        dataset = self.train if split == "train" else self.validation
+        assert dataset is not None
+        given = None if self.validation is None else split
+        shards = dataset.num_shards
+        for number in range(shard, shards):
+            texts = self._texts(dataset.shard(shards, number) if shards > 1 else dataset, row)
+            for next_row, text in enumerate(texts, start=row + 1):
+                if text and not text.isspace():
+                    yield Row(Document(text, text, given), number, next_row)
+            row = 0
+
+    def _texts(self, dataset: IterableDataset, skipped: int) -> Iterator[str | None]:
+        try:
+            # By the batch: by the row, the library would divide the shards among DataLoader workers.
+            for batch in dataset.skip(skipped).iter(READ_ROWS):
+                if self.text_column not in batch:
+                    raise InputError(
+                        f"{self.name!r}: no column {self.text_column!r}; the columns are: "
+                        + ", ".join(sorted(batch))
+                    )
+                for text in batch[self.text_column]:
+                    if not isinstance(text, str | None):
+                        raise InputError(
+                            f"{self.name!r}: column {self.text_column!r} holds "
+                            f"{type(text).__name__}, text is wanted"
+                        )
+                    yield text
+        except InputError:
+            raise
+        except Exception as error:  # it lets through whatever its readers and HTTP client raise
+            raise InputError(f"cannot read {self.name!r}: {first_line(error)}") from error
+
+
+Source = Files | StreamedDataset
+
+
+def _open_source(source: str, text_column: str) -> Source:
+    if not source.startswith(HUB_PREFIX):
+        return Files(source, text_column)
+    splits = _stream_splits(source)
+    if "train" not in splits:
+        raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
+    return StreamedDataset(source, text_column, splits["train"], splits.get("validation"))
+
+
+def _stream_splits(source: str) -> dict[str, IterableDataset]:
+    """The splits of a dataset, of which nothing is downloaded before it is read."""
+    name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
+    folder = Path(name).expanduser()
+    is_local = bool(name) and folder.is_dir()
+    if is_local and any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        saved = load_dataset_splits(source, name, config or None)  # memory-mapped
+        return {split: dataset.to_iterable_dataset() for split, dataset in saved.items()}
+    if not is_local:
+        if not is_hub_name(name):
+            raise InputError(
+                f"{source!r}: {name!r} is neither a folder nor a name on the Hub; "
+                f"'{HUB_PREFIX}OWNER/NAME[:CONFIG]' is wanted"
+            )
+        require_hub(repr(source))
+
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            str(folder) if is_local else name, config or None, streaming=True
+        )
+    except Exception as error:  # as above
+        raise InputError(f"cannot load {source!r}: {first_line(error)}") from error
