@@ -1,0 +1,252 @@
+"""How far a run is, how fast, and at what loss: in ``metrics.jsonl``, on a bar, and in what is logged."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...models.configuration import StableMaskConfig
+from ...models.cost import flops_per_token
+
+_LOSS = ("loss", "grad_norm", "learning_rate")
+
+
+class Record(TrainerCallback):
+    """One line of JSON a log or evaluation, in ``metrics.jsonl``, and a progress bar on stderr.
+
+    What it works out it also adds to the log itself, for the callbacks after it, on the main process:
+
+        tokens, tokens_per_second   over all processes; evaluating and saving do not count as time
+        mfu                         model FLOPs utilisation, a share of what the devices can do
+        memory                      peak bytes of this process, on the GPU where there is one
+        data_wait                   share of the time that was spent waiting for data
+        seconds_left                until the last step, evaluations and checkpoints included
+
+    A resumed run drops the lines past its checkpoint first, so that no step stands twice.
+
+    Args:
+        path: the file.
+        flops_per_token: of one training step, see :func:`training_flops`; None leaves ``mfu`` out.
+        peak_flops: FLOP/s of one device; None leaves ``mfu`` out.
+        data_seconds: how long training has waited for data up to now; None leaves ``data_wait`` out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        data_seconds: Callable[[], float] | None = None,
+    ) -> None:
+        self.path = path
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._data_seconds = data_seconds
+        self._bar: tqdm | None = None
+        self._evaluation: tqdm | None = None
+        self._first_step, self._first_time = 0, 0.0
+        self._timed_to = 0.0
+        # Since the last log, evaluating and saving left out; at the last log.
+        self._seconds, self._tokens, self._waited = 0.0, 0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        # A run that begins again evaluates step 0 again.
+        _keep_lines_up_to(self.path, state.global_step or -1)
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._first_step, self._first_time = state.global_step, time.perf_counter()
+        self._timed_to = self._first_time
+        self._tokens = state.num_input_tokens_seen
+        self._waited = self._data_seconds() if self._data_seconds else 0.0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._count_time()
+        if self._bar is not None:
+            self._bar.update()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._timed_to
+        self._timed_to = now
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._timed_to = time.perf_counter()
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        if self._evaluation is None:
+            self._evaluation = tqdm(
+                total=len(eval_dataloader),
+                desc="evaluating",
+                unit="batch",
+                dynamic_ncols=True,
+                leave=False,
+                delay=1,
+                disable=not (state.is_world_process_zero and sys.stderr.isatty()),
+            )
+        self._evaluation.update()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+        self._timed_to = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._bar is None or not logs or "train_loss" in logs:
+            return
+        names = ["shift"] if "shift" in logs else []
+        if "loss" in logs:
+            added = self._work_out(args, state)
+            logs |= added
+            self._show(state, logs)
+            names += [*_LOSS, *added, "skipped"]
+        elif "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+            self._bar.write(_evaluation_line(state.global_step, logs), file=sys.stderr)
+            names += ["eval_loss", "eval_perplexity", *(n for n in logs if n in _PROBED)]
+        self.add({"step": state.global_step} | {n: logs[n] for n in names if n in logs})
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a line to the file, on the main process; JSON knows no number that is not finite."""
+        if self._bar is None:
+            return
+        numbers = {name: value for name, value in row.items() if _is_json(value)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(numbers) + "\n")
+
+    def _work_out(self, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
+        """What a log of training adds to the Trainer's, since the last one."""
+        self._count_time()
+        tokens = state.num_input_tokens_seen
+        speed = (tokens - self._tokens) / self._seconds
+        added: dict[str, float] = {"tokens": tokens, "tokens_per_second": round(speed, 1)}
+        if self._flops_per_token and self._peak_flops:
+            peak = self._peak_flops * args.world_size
+            added["mfu"] = round(speed * self._flops_per_token / peak, 4)
+        added["memory"] = _peak_memory(args.device)
+        if self._data_seconds is not None:
+            waited = self._data_seconds()
+            added["data_wait"] = round((waited - self._waited) / self._seconds, 4)
+            self._waited = waited
+        elapsed = time.perf_counter() - self._first_time
+        left = elapsed / (state.global_step - self._first_step)
+        added["seconds_left"] = round(left * (state.max_steps - state.global_step), 1)
+        self._tokens, self._seconds = tokens, 0.0
+        return added
+
+    def _show(self, state: TrainerState, logs: dict[str, float]) -> None:
+        """On the bar, or where there is no terminal as a line of its own."""
+        assert self._bar is not None
+        text = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in logs:
+            text += f", {logs['mfu']:.0%} of peak".replace("%", " %")
+        if logs.get("skipped"):
+            text += f", {logs['skipped']} skipped"
+        if not self._bar.disable:  # the bar itself shows the time left
+            self._bar.set_postfix_str(text)
+            return
+        left = tqdm.format_interval(logs["seconds_left"])
+        count = f"step {state.global_step}/{state.max_steps}"
+        print(f"{count}: {text}, {left} left", file=sys.stderr, flush=True)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def training_flops(model: Any, context: int) -> float:
+    """Floating-point operations per token of a training step of a causal LM, by the usual count.
+
+        6 N + 12 L d T
+
+    for N weights that multiply, so without embedding tables, L layers, d hidden_size and T ``context``;
+    for our own models as :func:`stablemask.models.cost.flops_per_token` has it, which is the same. Frozen
+    weights have no gradient of their own and count 4. Every expert of a mixture counts, used or not.
+    """
+    config = model.config.get_text_config(decoder=True)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        tables.discard(id(head.weight))  # where it is tied to a table
+    weights = {id(p): p for p in model.parameters() if id(p) not in tables}.values()
+    if isinstance(config, StableMaskConfig):
+        training: float = flops_per_token(config, context).training
+    else:
+        attention = 12 * config.num_hidden_layers * config.hidden_size * context
+        training = 6 * sum(p.numel() for p in weights) + attention
+    return training - 2 * sum(p.numel() for p in weights if not p.requires_grad)
+
+
+_PROBED = ("eval_first_token_attention", "eval_first_token_attention_max", "eval_mask_ratio")
+
+
+def _evaluation_line(step: int, logs: dict[str, float]) -> str:
+    shift = f" with log M shifted by {logs['shift']:g}" if logs.get("shift") else ""
+    line = f"step {step}: validation perplexity {logs['eval_perplexity']:.2f}{shift}"
+    if "eval_first_token_attention" in logs:
+        first, mask = logs["eval_first_token_attention"], logs["eval_mask_ratio"]
+        line += f", attention on the first token {first:.1%}, mask ratio {mask:.1%}"
+    return line.replace("%", " %")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut short
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
