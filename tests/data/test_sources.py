@@ -1,19 +1,22 @@
+import collections
 import gzip
 import json
 import os
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablemask.data import load_documents
+from stablemask.data.records import read_records
 from stablemask.data.sources import (
     cut_documents,
     is_held_out,
+    open_source,
     read_documents,
     split_documents,
 )
@@ -73,14 +76,44 @@ def test_a_document_tells_its_side(text_folder):
     assert tuple(sides) == split_documents(str(text_folder), validation_fraction=0.2)
 
 
+def compress(path: Path) -> list[Path]:
+    """The file at ``path`` beside itself, by gzip and by zstandard, in two members or frames each."""
+    half = path.stat().st_size // 2
+    parts = path.read_bytes()[:half], path.read_bytes()[half:]
+    packed = [path.with_name(f"gz-{path.name}.gz"), path.with_name(f"zst-{path.name}.zst")]
+    packed[0].write_bytes(b"".join(map(gzip.compress, parts)))
+    packed[1].write_bytes(b"".join(map(zstandard.compress, parts)))
+    return packed
+
+
 def test_record_files_agree(tmp_path, records):
     plain = write_json_lines(tmp_path / "a.jsonl", records)
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
     parquet = write_parquet(tmp_path / "c.parquet", {"text": records, "id": range(200)})
-    for path in (plain, packed, parquet):
+    for path in (plain, *compress(plain), parquet):
         assert load_documents(str(path)) == records
         assert split_documents(str(path)) == split_documents(str(plain))
+        assert [record.fields["id"] for record in read_records(str(path))] == list(range(200))
+
+
+def test_compressed_text(tmp_path):
+    plain = tmp_path / "a.txt"
+    plain.write_text("line\n" * 99 + "你好")
+    for path in compress(plain):
+        assert load_documents(str(path)) == [plain.read_text()]
+    assert load_documents(str(tmp_path)) == [plain.read_text()] * 3
+
+
+def test_position_goes_to_the_end(tmp_path, records):
+    """What the time left is told by."""
+    path = write_json_lines(tmp_path / "mix/a.jsonl", records)
+    compress(path)
+    write_parquet(tmp_path / "mix/c.parquet", {"text": records})
+    (tmp_path / "mix/d.txt").write_text("the end")
+    source = open_source(str(tmp_path / "mix"))
+    assert source.num_bytes == sum(file.stat().st_size for file in (tmp_path / "mix").iterdir())
+    positions = [source.position for _ in source.documents("text")]
+    assert positions == sorted(positions)
+    assert 0 < positions[0] < positions[-1] == source.num_bytes
 
 
 def test_text_column_and_missing_text(tmp_path):
@@ -139,7 +172,9 @@ def test_dataset_configuration(tmp_path):
 def test_split_is_disjoint_and_complete(text_folder):
     train, validation = split_documents(str(text_folder), validation_fraction=0.2)
     assert 0 < len(validation) < 30
-    assert Counter(train + validation) == Counter(load_documents(str(text_folder)))
+    assert collections.Counter(train + validation) == collections.Counter(
+        load_documents(str(text_folder))
+    )
     assert load_documents(str(text_folder), split="train", validation_fraction=0.2) == train
 
 
@@ -192,7 +227,7 @@ def test_any_records_are_split_without_loss(texts):
         train, validation = split_documents(str(path), validation_fraction=0.5)
         assert load_documents(str(path)) == texts
     was_cut = "".join(train + validation) == "".join(texts)  # all had fallen on one side
-    assert was_cut or Counter(train + validation) == Counter(texts)
+    assert was_cut or collections.Counter(train + validation) == collections.Counter(texts)
 
 
 # What is refused
@@ -216,12 +251,14 @@ def test_empty_file_and_folder(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     refused(tmp_path / "a.txt", "a.txt", "holds no text")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no .txt, .jsonl, .jsonl.gz, .parquet file", "empty")
+    refused(tmp_path / "empty", "empty", "no file that can be read", ".txt and .jsonl")
 
 
 def test_unknown_extension(tmp_path):
     (tmp_path / "a.docx").write_text("text")
-    refused(tmp_path / "a.docx", "a.docx", ".txt, .jsonl, .jsonl.gz, .parquet")
+    refused(
+        tmp_path / "a.docx", "a.docx", ".txt and .jsonl, each also with .gz or .zst, and .parquet"
+    )
 
 
 @pytest.mark.parametrize("data", [b"ELF\0\1\2", b"caf\xe9 noir", b"\xff\xfea\0b\0"])
@@ -248,15 +285,28 @@ def test_malformed_json_lines(tmp_path, line, problem):
     refused(path, "a.jsonl", "line 2", problem)
 
 
-def test_malformed_parquet_and_gzip(tmp_path):
+def test_malformed_parquet(tmp_path):
     whole = write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]})
     refused(whole, "no column 'text'; the columns are: body, n")
     refused(whole, "holds int", text_column="n")
     whole.write_bytes(whole.read_bytes()[:-20])
     refused(whole, "a.parquet", "not a readable Parquet file")
-    packed = tmp_path / "a.jsonl.gz"
-    packed.write_bytes(gzip.compress(json.dumps({"text": os.urandom(999).hex()}).encode())[:-100])
-    refused(packed, "cannot read", "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+def test_malformed_compressed_files(tmp_path, name):
+    path = tmp_path / name
+    lines = [json.dumps({"text": os.urandom(999).hex()}) + "\n" for _ in range(999)]
+    zstd = zstandard.ZstdCompressor(write_checksum=True)
+    data = (gzip.compress if name.endswith("gz") else zstd.compress)("".join(lines).encode())
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 0xFF
+    for damaged in (data[:-1], data[: len(data) // 2], data + data[:99], b"plain\n", flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"^[^\n]*$") as info:
+            collections.deque(read_documents(str(path)), maxlen=0)
+        if damaged is not flipped:  # which may first give a line that is none
+            assert str(info.value).startswith(f"cannot read '{path}': ")
 
 
 def test_datasets_that_do_not_load(tmp_path):

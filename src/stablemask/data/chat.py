@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 
 from stablemask.errors import InputError
 
+from .files import first_line
 from .records import Record, read_records, record_files
-from .sources import BUILTIN, HUB_PREFIX, first_line, uniform_hash
+from .sources import BUILTIN, HUB_PREFIX, uniform_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,17 +15,27 @@ How a source is split:
   document if one starts there.
 """
 
+from __future__ import annotations
+
 import errno
-import gzip
 import hashlib
-import json
-import os
+import sys
 import sysconfig
-import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from stablemask.data.files import (
+    EXTENSIONS,
+    check_column,
+    first_line,
+    is_records,
+    is_text,
+    read_rows,
+    read_text,
+    walk,
+)
 from stablemask.data.hub import is_hub_name, require_hub
 from stablemask.errors import InputError
 
@@ -52,10 +62,10 @@ def load_documents(
 
     Args:
         source: ``"builtin"`` (the source text of the running interpreter's standard library, less
-            its tests), the path of a file or folder (searched recursively) of ``.txt``, ``.jsonl``,
-            ``.jsonl.gz`` or ``.parquet``, or ``"hub:OWNER/NAME[:CONFIG]"``, where ``OWNER/NAME``
-            may also be a local dataset folder. Of a dataset, the ``train`` and ``validation``
-            splits are read; other splits stay untouched.
+            its tests), the path of a file or folder (searched recursively) of ``.txt`` and ``.jsonl``,
+            each also with ``.gz`` or ``.zst``, and ``.parquet``, or ``"hub:OWNER/NAME[:CONFIG]"``,
+            where ``OWNER/NAME`` may also be a local dataset folder. Of a dataset, the ``train`` and
+            ``validation`` splits are read; other splits stay untouched.
         split: which documents; ``"all"`` is both sides, uncut. See the module for the rule.
         text_column: the field of a record that holds its text.
         validation_fraction: between 0 and 1, the expected share of validation.
@@ -77,15 +87,11 @@ def split_documents(
     source: str, *, text_column: str = "text", validation_fraction: float = 0.05
 ) -> tuple[list[str], list[str]]:
     """The training and the validation documents of ``source``; see :func:`load_documents`."""
-    check_validation_fraction(validation_fraction)
-    train: list[str] = []
-    validation: list[str] = []
-    for document in read_documents(source, text_column):
-        held_out = is_held_out(document, validation_fraction)
-        (validation if held_out else train).append(document.text)
-    if not train or not validation:
-        return cut_documents(train or validation, validation_fraction)
-    return train, validation
+    sides: dict[Split, list[str]] = {"train": [], "validation": []}
+    documents = read_documents(source, text_column)
+    for side, text in split_stream(documents, validation_fraction):
+        sides[side].append(text)
+    return sides["train"], sides["validation"]
 
 
 def read_documents(source: str, text_column: str = "text") -> Iterator[Document]:
@@ -98,19 +104,7 @@ def read_documents(source: str, text_column: str = "text") -> Iterator[Document]
         InputError: as :func:`load_documents`, where the trouble is met; a source without any text
             says so at its end.
     """
-    if source == BUILTIN:
-        documents = _read_standard_library()
-    elif source.startswith(HUB_PREFIX):
-        documents = _read_dataset(source, text_column)
-    else:
-        documents = _read_path(source, text_column)
-    empty = True
-    for document in documents:
-        if document.text and not document.text.isspace():
-            empty = False
-            yield document
-    if empty:
-        raise InputError(f"{source!r} holds no text")
+    yield from open_source(source).documents(text_column)
 
 
 def is_held_out(document: Document, validation_fraction: float) -> bool:
@@ -118,6 +112,30 @@ def is_held_out(document: Document, validation_fraction: float) -> bool:
     if document.split is not None:
         return document.split == "validation"
     return uniform_hash(document.key) < validation_fraction
+
+
+def split_stream(
+    documents: Iterable[Document], validation_fraction: float
+) -> Iterator[tuple[Split, str]]:
+    """The texts of ``documents``, each with its side, by the rule of the module.
+
+    Documents are held back only until there is one on either side, and none whose split is given.
+    """
+    check_validation_fraction(validation_fraction)
+    held: list[tuple[Split, str]] | None = []
+    for document in documents:
+        side: Split = "validation" if is_held_out(document, validation_fraction) else "train"
+        if held is None or document.split is not None:
+            yield side, document.text
+            continue
+        held.append((side, document.text))
+        if side != held[0][0]:
+            yield from held
+            held = None
+    if held:
+        train, validation = cut_documents([text for _, text in held], validation_fraction)
+        yield from (("train", text) for text in train)
+        yield from (("validation", text) for text in validation)
 
 
 def check_validation_fraction(validation_fraction: float) -> None:
@@ -151,32 +169,117 @@ def cut_documents(documents: list[str], validation_fraction: float) -> tuple[lis
     return train, [tail] * bool(tail) + documents[last + 1 :]
 
 
-# The standard library
-
-_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+# Reading
 
 
-def _read_standard_library() -> Iterator[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in walk(root, skip=_NOT_LIBRARY):
-        if path.suffix == ".py":
-            text = path.read_bytes().decode("utf-8", errors="replace")
-            yield Document(text, path.relative_to(root).as_posix())
+class Source(ABC):
+    """Documents that can be read more than once.
+
+    Attributes:
+        name: as the user gave it.
+        num_bytes: of everything that will be read, as it is stored.
+        position: how many of them have been read.
+    """
+
+    name: str
+    num_bytes: int
+    position: int = 0
+
+    def documents(self, text_column: str) -> Iterator[Document]:
+        """See :func:`read_documents`."""
+        self.position = 0
+        empty = True
+        for document in self._read(text_column):
+            if document.text and not document.text.isspace():
+                empty = False
+                yield document
+        if empty:
+            raise InputError(f"{self.name!r} holds no text")
+
+    @abstractmethod
+    def fingerprint(self) -> Iterator[str]:
+        """What is another where a document is, found without reading the documents."""
+
+    @abstractmethod
+    def _read(self, text_column: str) -> Iterator[Document]: ...
 
 
-def walk(root: Path, skip: Iterable[str] = ()) -> list[Path]:
-    """Files below ``root`` by relative name, less hidden ones and the folders named in ``skip``."""
-    paths = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skip and name[0] != "."]
-        paths += [Path(folder, name) for name in names if name[0] != "."]
-    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+def open_source(source: str) -> Source:
+    """See :func:`load_documents` for what ``source`` may be.
+
+    Raises:
+        InputError: there is no such source.
+    """
+    if source == BUILTIN:
+        return _StandardLibrary()
+    if source.startswith(HUB_PREFIX):
+        return _Dataset(source)
+    return _path_source(source)
 
 
-# Files
+class _File(NamedTuple):
+    path: Path
+    name: str  # relative to the source
+    size: int
+    modified: int  # in nanoseconds
 
 
-def _read_path(source: str, text_column: str) -> Iterator[Document]:
+class _Files(Source):
+    """Files of text and of records, in the order of their names."""
+
+    def __init__(self, name: str, root: Path, paths: list[Path]) -> None:
+        self.name = name
+        self.files = [_file(path, root) for path in paths]
+        self.num_bytes = sum(file.size for file in self.files)
+
+    def fingerprint(self) -> Iterator[str]:
+        for file in self.files:
+            yield f"{file.name}\0{file.size}\0{file.modified}"
+
+    def _read(self, text_column: str) -> Iterator[Document]:
+        before = 0
+        for file in self.files:
+            for document, position in self._read_file(file, text_column):
+                self.position = before + position
+                yield document
+            before += file.size
+            self.position = before
+
+    def _read_file(self, file: _File, text_column: str) -> Iterator[tuple[Document, int]]:
+        """The documents of a file, each with how many of its bytes have been read."""
+        if is_text(file.path):
+            yield Document(read_text(file.path), file.name), file.size
+            return
+        for row in read_rows(file.path, text_column):
+            yield _record(row.fields[text_column], text_column, row.where), row.position
+
+
+def _file(path: Path, root: Path) -> _File:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"cannot read '{path}': {error.strerror}") from error
+    return _File(path, path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns)
+
+
+class _StandardLibrary(_Files):
+    _SKIPPED = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
+
+    def __init__(self) -> None:
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = [path for path in walk(root, self._SKIPPED) if path.suffix == ".py"]
+        super().__init__(BUILTIN, root, paths)
+
+    def fingerprint(self) -> Iterator[str]:
+        yield sys.version
+        yield from super().fingerprint()
+
+    def _read_file(self, file: _File, text_column: str) -> Iterator[tuple[Document, int]]:
+        text = file.path.read_bytes().decode("utf-8", errors="replace")
+        yield Document(text, file.name), file.size
+
+
+def _path_source(source: str) -> _Files:
     path = Path(source).expanduser()
     if not source or not path.exists():
         raise InputError(
@@ -184,126 +287,67 @@ def _read_path(source: str, text_column: str) -> Iterator[Document]:
             f"or '{HUB_PREFIX}OWNER/NAME[:CONFIG]'"
         )
     if path.is_dir():
-        files = [file for file in walk(path) if _extension(file)]
-        root, wrong = path, f"no {_EXTENSIONS} file in the folder {source!r}"
+        files = [file for file in walk(path) if is_text(file) or is_records(file)]
+        root, wrong = path, f"the folder {source!r} has no file that can be read, which are"
     else:
-        files = [path] if _extension(path) else []
-        root, wrong = path.parent, f"{source!r} is not one of {_EXTENSIONS}"
+        files = [path] if is_text(path) or is_records(path) else []
+        root, wrong = path.parent, f"{source!r} is not one of the files that can be read, which are"
     if not files:
-        raise InputError(wrong)
-    for file in files:
-        try:
-            yield from _READERS[_extension(file)](
-                file, file.relative_to(root).as_posix(), text_column
-            )
-        except (OSError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot read '{file}': {reason}") from error
+        raise InputError(f"{wrong} {EXTENSIONS}")
+    return _Files(source, root, files)
 
 
-def _extension(path: Path) -> str:
-    """The extension a reader exists for, or an empty string."""
-    return next((ending for ending in _READERS if path.name.lower().endswith(ending)), "")
-
-
-def _read_text(path: Path, name: str, text_column: str) -> Iterator[Document]:
-    data = path.read_bytes()
-    if b"\0" in data:
-        raise InputError(f"'{path}' is a binary file; text in UTF-8 is wanted")
-    try:
-        yield Document(data.decode("utf-8-sig"), name)
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is not UTF-8 text: {error.reason} at {error.start}") from error
-
-
-def _read_json_lines(path: Path, name: str, text_column: str) -> Iterator[Document]:
-    for record, where in json_lines(path):
-        _check_column(text_column, record, where)
-        yield _record(record[text_column], text_column, where)
-
-
-def json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The records of a ``.jsonl`` or ``.jsonl.gz`` file, each with the name of its place."""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"'{path}', line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # also what is not UTF-8
-                raise InputError(f"{where}: not a JSON record: {error}") from error
-            if not isinstance(record, dict):
-                raise InputError(f"{where}: a JSON object is wanted, not {type(record).__name__}")
-            yield record, where
-
-
-def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_column(text_column, file.schema_arrow.names, f"'{path}'")
-            for batch in file.iter_batches(columns=[text_column]):
-                for value in batch.column(0).to_pylist():
-                    yield _record(value, text_column, f"'{path}'")
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"'{path}' is not a readable Parquet file: {first_line(error)}") from error
-
-
-_READERS = {
-    ".txt": _read_text,
-    ".jsonl": _read_json_lines,
-    ".jsonl.gz": _read_json_lines,
-    ".parquet": _read_parquet,
-}
-_EXTENSIONS = ", ".join(_READERS)
-
-
-# Records
-
-
-def _check_column(text_column: str, columns: Iterable[str], where: str) -> None:
-    if text_column not in columns:
-        there = ", ".join(sorted(columns)) or "none"
-        raise InputError(f"{where}: no column {text_column!r}; the columns are: {there}")
-
-
-def _record(value: Any, text_column: str, where: str) -> Document:
+def _record(value: Any, column: str, where: str) -> Document:
     if value is None:
         value = ""
     if not isinstance(value, str):
-        raise InputError(
-            f"{where}: column {text_column!r} holds {type(value).__name__}, text is wanted"
-        )
+        raise InputError(f"{where}: column {column!r} holds {type(value).__name__}, text is wanted")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
-        raise InputError(f"{where}: column {text_column!r} is not valid Unicode") from error
+        raise InputError(f"{where}: column {column!r} is not valid Unicode") from error
     return Document(value, value)
 
 
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+class _Dataset(Source):
+    def __init__(self, source: str) -> None:
+        self.name = source
+        self.splits = dataset_splits(source)
+        self.num_bytes = sum(split.data.nbytes for split in self.splits.values())
+
+    def fingerprint(self) -> Iterator[str]:
+        for name, split in self.splits.items():
+            yield f"{name}\0{split._fingerprint}"
+
+    def _read(self, text_column: str) -> Iterator[Document]:
+        before = 0
+        for name, split in self.splits.items():
+            check_column(text_column, split.column_names, repr(self.name))
+            bytes_per_row = split.data.nbytes / max(len(split), 1)
+            rows = 0
+            for batch in split.select_columns([text_column]).iter(batch_size=1000):
+                for value in batch[text_column]:
+                    rows += 1
+                    self.position = before + int(rows * bytes_per_row)
+                    document = _record(value, text_column, repr(self.name))
+                    yield document._replace(split=name) if len(self.splits) > 1 else document
+            before += split.data.nbytes
 
 
-# Datasets
+def dataset_splits(source: str) -> dict[Split, Any]:
+    """The ``train`` split of a dataset, and the ``validation`` split where it has one with rows.
 
-
-def _read_dataset(source: str, text_column: str) -> Iterator[Document]:
+    Raises:
+        InputError: it cannot be loaded, or has no ``train`` split.
+    """
     name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
     splits = load_dataset_splits(source, name, config or None)
     if "train" not in splits:
         raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
-    given = "validation" in splits
-    wanted: list[Split] = ["train", "validation"] if given else ["train"]
-    for split in wanted:
-        _check_column(text_column, splits[split].column_names, repr(source))
-        for batch in splits[split].select_columns([text_column]).iter(batch_size=1000):
-            for value in batch[text_column]:
-                document = _record(value, text_column, repr(source))
-                yield document._replace(split=split) if given else document
+    wanted: dict[Split, Any] = {"train": splits["train"]}
+    if len(splits.get("validation", [])):
+        wanted["validation"] = splits["validation"]
+    return wanted
 
 
 def load_dataset_splits(source: str, name: str, config: str | None) -> Any:
