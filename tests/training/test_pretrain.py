@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path, monkeypatch):
     checkpoints.verify(tmp_path / "run" / "checkpoints" / "checkpoint-4")
 
 
+@pytest.fixture(scope="module")
+def written(options, tmp_path_factory) -> Path:
+    """Two checkpoints."""
+    folder = tmp_path_factory.mktemp("runs") / "written"
+    pretrain(replace(options, out=str(folder), steps=8))
+    return folder / "checkpoints"
+
+
 @pytest.fixture
 def stopped(options, tmp_path, monkeypatch) -> PretrainOptions:
     """A run with two checkpoints that did not finish."""
@@ -243,27 +252,40 @@ def stopped(options, tmp_path, monkeypatch) -> PretrainOptions:
     return replace(options, resume=True)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_checkpoint_is_named(file, damage, stopped):
-    path = Path(stopped.out) / "checkpoints" / "checkpoint-8" / file
+def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
-    if damage == "missing":
+    if how == "missing":
         path.unlink()
-    elif damage == "truncated":
+    elif how == "truncated":
         path.write_bytes(content[:-7])
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    with pytest.raises(InputError, match=f"checkpoint-8 is damaged .{file}"):
-        pretrain(stopped)
-    assert path.exists() == (damage != "missing")
 
 
-def test_a_checkpoint_without_its_manifest_is_damaged(stopped):
-    (Path(stopped.out) / "checkpoints" / "checkpoint-8" / "manifest.json").unlink()
-    with pytest.raises(InputError, match="manifest"):
-        pretrain(stopped)
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "manifest.json"]
+)
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_set_aside(file, how, written, tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(written, folder)
+    damage(folder / "checkpoint-8" / file, how)
+    assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
+    assert "checkpoint-8 is damaged" in (said := capsys.readouterr().err)
+    assert file in said
+    assert sorted(os.listdir(folder)) == ["checkpoint-4", "damaged-checkpoint-8"]
+    assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
+
+    damage(folder / "checkpoint-4" / file, how)
+    with pytest.raises(InputError, match="checkpoint-4 is damaged.*no checkpoint is whole"):
+        checkpoints.last_whole(folder)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, uninterrupted):
+    damage(Path(stopped.out) / "checkpoints" / "checkpoint-8" / "optimizer.pt", "flipped")
+    pretrain(stopped)
+    assert_same_weights(Path(stopped.out), uninterrupted)
 
 
 def test_resume_wants_the_same_settings_and_the_same_text(stopped, text, tmp_path):

@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
-    except InputError as error:
-        return _fail(f"error: {error}", BAD_INPUT)
-    except RunError as error:
-        return _fail(f"error: {error}", FAILED_RUN)
+    except (InputError, RunError) as error:
+        code = BAD_INPUT if isinstance(error, InputError) else FAILED_RUN
+        # One of several processes need not repeat what the main one says.
+        return code if getattr(error, "told_by_main", False) else _fail(f"error: {error}", code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:

@@ -2,16 +2,25 @@
 
 import signal
 
-from stablemask.training.options import TrainingOptions
+from stablemask.training.options import TrainingOptions, world_size
+from stablemask.training.processes import is_main
 from stablemask.training.run import RunResult, command_line
 
 
 def report(result: RunResult, options: TrainingOptions) -> int:
     if result.stopped_by is not None:
-        print(f"stopped at step {result.step}; go on with: {command_line(options)} --resume")
+        launcher = "the same launcher: " if world_size() > 1 else ""
+        _say(
+            f"stopped at step {result.step}; go on with {launcher}{command_line(options)} --resume"
+        )
         return 130 if result.stopped_by is signal.SIGINT else 0
-    print(
+    _say(
         f"{result.folder}: {result.step} steps, validation perplexity {result.perplexity:.2f} "
         f"(loss {result.eval_loss:.4f})"
     )
     return 0
+
+
+def _say(line: str) -> None:
+    if is_main():
+        print(line)

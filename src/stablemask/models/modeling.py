@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -115,6 +116,7 @@ class StableMaskAttention(nn.Module):
         attn_mask: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         past_key_values: Cache | None = None,
+        sequence_group: ProcessGroup | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -124,6 +126,7 @@ class StableMaskAttention(nn.Module):
             rotary: cos and sin from :func:`rotary_angles`.
             attn_mask, alibi_slopes: as in :func:`stablemask.sink_attention`.
             past_key_values: the cache, to which this layer's keys and values are added.
+            sequence_group: the processes that hold the other parts of these sequences.
         """
         query, key, value = self.project(hidden_states, rotary)
         if past_key_values is not None:
@@ -136,15 +139,22 @@ class StableMaskAttention(nn.Module):
             sink_logits = shards.local("sink_logits", sink_logits)
             alibi_slopes = shards.local("alibi_slopes", alibi_slopes)
             attn_mask = shards.local("attn_mask", attn_mask)
-        output = sink_attention(
-            query,
-            key,
-            value,
-            sink_logits,
-            attn_mask=attn_mask,
-            alibi_slopes=alibi_slopes,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
+        if sequence_group is not None:
+            from ..distributed import context_parallel_attention
+
+            output = context_parallel_attention(
+                query, key, value, sink_logits, alibi_slopes=alibi_slopes, group=sequence_group
+            )
+        else:
+            output = sink_attention(
+                query,
+                key,
+                value,
+                sink_logits,
+                attn_mask=attn_mask,
+                alibi_slopes=alibi_slopes,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+            )
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def _head_shards(self, query: Tensor, key: Tensor) -> "Shards":
@@ -209,7 +219,15 @@ class StableMaskPreTrainedModel(PreTrainedModel):
 
 
 class StableMaskModel(StableMaskPreTrainedModel):
-    """The decoder without its head: token ids to hidden states."""
+    """The decoder without its head: token ids to hidden states.
+
+    Attributes:
+        sequence_group: the processes that share sequences with this one. Each then gives its part of
+            them, as :func:`stablemask.distributed.shard_sequence` cuts it, with its ``position_ids``
+            and without a mask or a cache.
+    """
+
+    sequence_group: ProcessGroup | None = None
 
     def __init__(self, config: StableMaskConfig):
         super().__init__(config)
@@ -268,14 +286,21 @@ class StableMaskModel(StableMaskPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # With `position_ids` as given and no cache made yet, packed documents are recognised, and a
         # plain batch builds no mask under torch.compile.
-        attn_mask: Any = create_causal_mask(
-            config=config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        if use_cache and past_key_values is None:
+        attn_mask: Any = None
+        if self.sequence_group is None:
+            attn_mask = create_causal_mask(
+                config=config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        elif position_ids is None or attention_mask is not None or past_key_values is not None:
+            raise ValueError(
+                "sequences shared by several processes need position_ids, and take no attention_mask and "
+                "no past_key_values"
+            )
+        if use_cache and past_key_values is None and self.sequence_group is None:
             past_key_values = DynamicCache(config=config)
 
         rotary = alibi_slopes = None
@@ -304,6 +329,7 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 attn_mask=attn_mask,
                 alibi_slopes=alibi_slopes,
                 past_key_values=past_key_values,
+                sequence_group=self.sequence_group,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values

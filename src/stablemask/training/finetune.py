@@ -22,17 +22,18 @@ from ..inference.model import check_length, check_token_ids, decoder_layers
 from .adapt import ShiftSchedule, adapt
 from .card import write_finetune_card
 from .options import FinetuneOptions
+from .processes import is_main, main_first
 from .run import (
     RunResult,
     begin_run,
     build_trainer,
     command_line,
     finish_run,
-    finished_run,
     given,
-    open_run,
+    start,
     train,
 )
+from .sharding import shard
 from .trainer import LanguageModelTrainer
 
 
@@ -55,14 +56,14 @@ def finetune(options: FinetuneOptions) -> RunResult:
         RunError: the loss or its gradients are no longer finite; the last checkpoint is kept.
     """
     command = command_line(options)
-    options = options.resolved()
-    folder, checkpoint = open_run(options)
-    finished = finished_run(folder) if options.resume else None
-    if finished is not None:
-        return finished
+    begun = start(options)
+    options, folder, checkpoint = begun.options, begun.folder, begun.checkpoint
+    if begun.finished is not None:
+        return begun.finished
 
-    prepared = _prepare(options)
-    _say_what_was_cut(prepared.record)
+    prepared = main_first(lambda: _prepare(options))
+    if is_main():
+        _say_what_was_cut(prepared.record)
     begin_run(folder, options, prepared.data.key, {**prepared.record, "command": command})
     set_seed(options.seed)
     trainer = _build_trainer(options, folder, prepared, checkpoint)
@@ -163,10 +164,12 @@ def _build_trainer(
     model: Any = prepared.model
     if options.lora:
         model = _with_adapter(model, options)
+    if options.fsdp:
+        shard(model, dtype=options.dtype, compile=options.compile)
     arguments: dict[str, Any] = {"eval_on_start": checkpoint is None}
     if isinstance(prepared.data, ChatCorpus):
         pad_token_id = given(prepared.data.tokenizer.pad_token_id)
-        arguments["data_collator"] = partial(pad_conversations, pad_token_id=pad_token_id)
+        arguments["collate"] = partial(pad_conversations, pad_token_id=pad_token_id)
         arguments["include_num_input_tokens_seen"] = "non_padding"
     callbacks = () if prepared.schedule is None else (prepared.schedule,)
     return build_trainer(

@@ -93,6 +93,14 @@ class TrainingOptions:
     utilization: float = option(0.4, "with --dry-run, the share of them that the model reaches")
     devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
+    def resolved(self) -> Self:
+        """A copy in which every default that depends on another option is filled in, checked.
+
+        Raises:
+            InputError: an option is out of its range.
+        """
+        return self._filled()
+
     def _filled(self, **defaults: Any) -> Self:
         """A copy with every default that depends on another option, checked."""
         for name in ("steps", "out"):
@@ -115,6 +123,11 @@ class TrainingOptions:
     def _batches(self) -> dict[str, Any]:
         """How a step is cut into batches, consistent with each other and the number of devices."""
         devices = (self.devices if self.dry_run else None) or world_size()
+        if self.fsdp and devices == 1:
+            raise InputError(
+                "fsdp shards over several devices, and there is one; start them with torchrun, or leave "
+                "it out"
+            )
         if devices % self.context_parallel:
             raise InputError(
                 f"context_parallel must divide the {devices} devices, got {self.context_parallel}"
@@ -178,12 +191,7 @@ class PretrainOptions(TrainingOptions):
     )
     horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
 
-    def resolved(self) -> "PretrainOptions":
-        """A copy in which every default that depends on another option is filled in, checked.
-
-        Raises:
-            InputError: an option is out of its range.
-        """
+    def resolved(self) -> Self:
         if self.preset not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         preset = PRESETS[self.preset]
@@ -194,6 +202,12 @@ class PretrainOptions(TrainingOptions):
     def _check(self) -> None:
         super()._check()
         self.model_config()
+        assert self.context is not None
+        if self.context_parallel > 1 and self.context % (2 * self.context_parallel):
+            raise InputError(
+                f"context must be a multiple of twice context_parallel ({2 * self.context_parallel}), "
+                f"got {self.context}"
+            )
 
     def model_config(self, **overrides: Any) -> StableMaskConfig:
         """The model these options describe; ``overrides`` are fields of its configuration."""
@@ -273,12 +287,7 @@ class FinetuneOptions(TrainingOptions):
     lora_alpha: int = option(32, "with --lora, its scale is this over the rank")
     merge: bool = option(False, "with --lora, write the merged model in place of the adapter")
 
-    def resolved(self) -> "FinetuneOptions":
-        """A copy in which every default that depends on another option is filled in, checked.
-
-        Raises:
-            InputError: an option is out of its range, or its default is the model's and there is none.
-        """
+    def resolved(self) -> Self:
         defaults: dict[str, Any] = {}
         if self.context is None:
             defaults["context"] = _context_of(self.model)
@@ -308,6 +317,14 @@ class FinetuneOptions(TrainingOptions):
         if self.shift_steps is not None and self.steps and self.shift_steps > self.steps:
             raise InputError(
                 f"shift_steps must be at most the {self.steps} steps of the run, got {self.shift_steps}"
+            )
+        if self.context_parallel > 1:
+            raise InputError(
+                "context_parallel goes with pretrain: finetune knows no shared sequences"
+            )
+        if self.lora and self.fsdp:
+            raise InputError(
+                "fsdp goes without --lora, whose frozen weights need no shards of an optimizer"
             )
         if self.lora and self.first_layer:
             raise InputError("first_layer goes without --lora, whose adapter is in every layer")

@@ -12,6 +12,7 @@ from ..models.cost import count_parameters, flops_per_token, training_memory
 from ..models.modeling import StableMaskForCausalLM
 from .card import write_pretrain_card
 from .options import PretrainOptions
+from .processes import main_first
 from .run import (
     METRICS_FILE,
     RUN_FILE,
@@ -20,12 +21,13 @@ from .run import (
     build_trainer,
     command_line,
     finish_run,
-    finished_run,
     given,
-    open_run,
+    start,
     tokens_per_step,
     train,
 )
+from .sequences import share_sequences
+from .sharding import shard
 
 OPTIONS_FILE = f"{PretrainOptions.command}.yaml"
 
@@ -47,19 +49,12 @@ def pretrain(options: PretrainOptions) -> RunResult:
         RunError: the loss or its gradients are no longer finite; the last checkpoint is kept.
     """
     command = command_line(options)
-    options = options.resolved()
-    folder, checkpoint = open_run(options)
-    finished = finished_run(folder) if options.resume else None
-    if finished is not None:
-        return finished
+    begun = start(options)
+    options, folder, checkpoint = begun.options, begun.folder, begun.checkpoint
+    if begun.finished is not None:
+        return begun.finished
 
-    corpus = prepare_corpus(
-        options.data,
-        block_size=given(options.context),
-        vocab_size=given(options.vocab_size),
-        tokenizer=options.tokenizer,
-        text_column=options.text_column,
-    )
+    corpus = main_first(lambda: _prepare(options))
     record = {
         "train_tokens": len(corpus.train.tokens),
         "validation_tokens": len(corpus.validation.tokens),
@@ -68,12 +63,27 @@ def pretrain(options: PretrainOptions) -> RunResult:
     begin_run(folder, options, corpus.key, record)
     set_seed(options.seed)
     model = StableMaskForCausalLM(_config_for(options, corpus))
-    trainer = build_trainer(options, folder, model, corpus, checkpoint)
+    sequences = None
+    if options.context_parallel > 1:
+        sequences = share_sequences(model, options.context_parallel)
+    if options.fsdp:
+        shard(model, dtype=options.dtype, compile=options.compile)
+    trainer = build_trainer(options, folder, model, corpus, checkpoint, sequences=sequences)
     stopped_by = train(trainer, checkpoint)
     if stopped_by is not None:
         return RunResult(folder, trainer.state.global_step, None, stopped_by)
     write_card = partial(write_pretrain_card, folder, options)
     return finish_run(folder, trainer, corpus, trainer.save_model, write_card)
+
+
+def _prepare(options: PretrainOptions) -> Corpus:
+    return prepare_corpus(
+        options.data,
+        block_size=given(options.context),
+        vocab_size=given(options.vocab_size),
+        tokenizer=options.tokenizer,
+        text_column=options.text_column,
+    )
 
 
 def describe_cost(options: PretrainOptions) -> str:

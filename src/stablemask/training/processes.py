@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 # What the main process does alone, such as tokenizing, may take hours, in which nothing is wrong. A
 # process that dies is noticed at once, by its closed connection.
 _PATIENCE = timedelta(days=2)
-_control: Any = None
+_groups: dict[str, Any] = {}
 
 
 def join_processes(options: TrainingOptions) -> None:
@@ -36,16 +36,22 @@ def join_processes(options: TrainingOptions) -> None:
 
 
 def control_group() -> Any:
-    """A gloo group of all processes, with patience, which they make together at the first call.
+    """A gloo group of all processes for what a run agrees on; None where there is one process."""
+    return _group("control")
 
-    None where there is one process.
-    """
-    global _control
+
+def saving_group() -> Any:
+    """One more such group, whose thread in the background must not meet the messages of the first."""
+    return _group("saving")
+
+
+def _group(name: str) -> Any:
+    """A group that the processes make together when they first ask for it."""
     if not dist.is_initialized():
         return None
-    if _control is None:
-        _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return _control
+    if name not in _groups:
+        _groups[name] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _groups[name]
 
 
 def rank() -> int:

@@ -19,7 +19,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import transformers
@@ -30,16 +30,21 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from .. import __version__
+from ..data.batches import TrainBatches
 from ..errors import InputError
 from ..options import load_yaml, option_fields, save_yaml
 from . import checkpoints
 from .callbacks import Record, StopOnSignal, StopWhenNotFinite
-from .options import FREE_ON_RESUME, TrainingOptions
+from .options import FREE_ON_RESUME, TrainingOptions, world_size
+from .processes import is_main, join_processes, on_main, rank
+from .sequences import SequenceGroup
+from .sharding import is_sharded
 from .trainer import LanguageModelTrainer
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 Value = TypeVar("Value")
+Options = TypeVar("Options", bound=TrainingOptions)
 
 
 class TrainingData(Protocol):
@@ -80,12 +85,47 @@ def tokens_per_step(options: TrainingOptions) -> int:
     return given(options.global_batch_size) * given(options.context)
 
 
-def open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
-    """The run folder, checked against the options, and the checkpoint to resume from, if any.
+@dataclass(frozen=True)
+class Start(Generic[Options]):
+    """Where a run begins: its options resolved, its folder, and what an earlier part of it has left."""
+
+    options: Options
+    folder: Path
+    checkpoint: Path | None
+    finished: RunResult | None
+
+
+def start(options: Options) -> Start[Options]:
+    """Join the other processes of the run, resolve its options and look into its folder.
 
     Raises:
-        InputError: the folder holds something else, was started with other options, or is damaged.
+        InputError: an option is out of its range, or the folder holds something else, was started with
+            other options, or is damaged.
     """
+    join_processes(options)
+
+    def look() -> Start[Options]:
+        resolved = _same_batches(options).resolved()
+        folder, checkpoint = _open_run(resolved)
+        finished = _finished_run(folder) if options.resume else None
+        return Start(resolved, folder, checkpoint, finished)
+
+    return on_main(look)
+
+
+def _same_batches(options: Options) -> Options:
+    """A run that is resumed keeps its global batch, on any number of devices."""
+    if not options.resume or options.global_batch_size is not None or options.out is None:
+        return options
+    written = Path(options.out) / options_file(options)
+    if not written.exists():
+        return options
+    return dataclasses.replace(
+        options, global_batch_size=load_yaml(written).get("global_batch_size")
+    )
+
+
+def _open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
     folder = Path(given(options.out))
     written = folder / options_file(options)
     if folder.exists() and not folder.is_dir():
@@ -108,14 +148,10 @@ def open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
                 f"{folder} was started with {name} {started!r}, not {now[name]!r}; "
                 "resume with the same settings, or name another --out"
             )
-    found = checkpoints.list_checkpoints(folder / "checkpoints")
-    if not found:
-        return folder, None
-    checkpoints.verify(found[-1])
-    return folder, found[-1]
+    return folder, checkpoints.last_whole(folder / "checkpoints")
 
 
-def finished_run(folder: Path) -> RunResult | None:
+def _finished_run(folder: Path) -> RunResult | None:
     """The result of a run that has nothing left to do."""
     try:
         result = json.loads((folder / RUN_FILE).read_text())["result"]
@@ -126,6 +162,10 @@ def finished_run(folder: Path) -> RunResult | None:
 
 def begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
     """Write what makes the folder a run, or check that a run goes on with the text it began with."""
+    on_main(lambda: _begin_run(folder, options, key, record))
+
+
+def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
     if (folder / RUN_FILE).exists():
         if json.loads((folder / RUN_FILE).read_text())["corpus"] != key:
             raise InputError(
@@ -152,33 +192,51 @@ def build_trainer(
     checkpoint: Path | None,
     *,
     callbacks: tuple[TrainerCallback, ...] = (),
+    collate: Callable | None = None,
+    sequences: SequenceGroup | None = None,
     **arguments: Any,
 ) -> LanguageModelTrainer:
     """The Trainer of a run.
 
     Args:
         callbacks: they come before the record of a log, and may add to it.
-        arguments: of the TrainingArguments, in place of ours; ``data_collator`` of the Trainer.
+        collate: makes a batch of a list of examples; by default they are stacked.
+        sequences: who shares sequences with this process.
+        arguments: of the TrainingArguments, in place of ours.
     """
-    collator = arguments.pop("data_collator", None)
     if options.gradient_checkpointing:
         # Transformers has renamed it; older versions know only the second name.
         enable: Any = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})  # type: ignore[operator]
+    # A sharded model is compiled by the layer, and casts by itself.
+    own = {"torch_compile": False, "bf16": False} if is_sharded(model) else {}
+    together = 1 if sequences is None else sequences.size
     blocks = min(len(data.validation), math.ceil(options.eval_tokens / given(options.context)))
     trainer = LanguageModelTrainer(
         model=model,
-        args=TrainingArguments(**(_arguments(options, folder) | arguments)),
-        train_dataset=data.train,
+        args=TrainingArguments(**(_arguments(options, folder) | own | arguments)),
+        batches=lambda step, state: TrainBatches(
+            data.train,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            accumulation=given(options.gradient_accumulation),
+            rank=rank() // together,
+            ranks=world_size() // together,
+            step=step,
+            collate=collate,
+            state=state,
+        ),
+        collate=collate,
         eval_dataset=Subset(data.validation, range(blocks)),
-        data_collator=collator,
         processing_class=data.tokenizer,
         keep=options.keep_checkpoints,
+        async_save=options.async_save,
+        sequences=sequences,
     )
     trainer.remove_callback(PrinterCallback)
     for callback in (*callbacks, Record(folder / METRICS_FILE), StopWhenNotFinite()):
         trainer.add_callback(callback)
-    if options.tensorboard:
+    if options.tensorboard and is_main():
         from torch.utils.tensorboard import SummaryWriter
 
         begin = checkpoints.step_of(checkpoint) + 1 if checkpoint else None
@@ -208,7 +266,11 @@ def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:
         "torch_compile": options.compile,
         "logging_steps": options.log_every,
         "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "all",
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "ignore_data_skip": True,  # our batches begin where they should
+        "dataloader_num_workers": options.workers or 0,
+        "ddp_find_unused_parameters": False,
         "eval_strategy": "steps",
         "eval_steps": options.eval_every,
         "save_strategy": "steps",
@@ -251,8 +313,16 @@ def finish_run(
     metrics = trainer.evaluate(eval_dataset=data.validation)
     result = RunResult(folder, trainer.state.global_step, metrics["eval_loss"])
     partial = folder / "checkpoints" / checkpoints.INCOMPLETE
-    shutil.rmtree(partial, ignore_errors=True)
+    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
     save(str(partial))
+    on_main(lambda: _put_in_place(partial, result, write_card))
+    return result
+
+
+def _put_in_place(
+    partial: Path, result: RunResult, write_card: Callable[[dict[str, Any]], None]
+) -> None:
+    folder = result.folder
     for path in partial.iterdir():
         if path.name != "training_args.bin":  # a pickle, which nothing of ours reads
             path.replace(folder / path.name)
@@ -261,7 +331,6 @@ def finish_run(
     record["result"] = {"step": result.step, "eval_loss": result.eval_loss}
     write_card(record)
     _write_json(folder / RUN_FILE, record)
-    return result
 
 
 def command_line(options: TrainingOptions) -> str:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from .processes import control_group
+from .processes import saving_group
 
 
 def save_state(
@@ -36,8 +36,8 @@ def save_state(
     state = {"model": weights, "optimizer": moments}
     arguments: dict[str, Any] = {
         "checkpoint_id": str(folder),
-        "process_group": control_group(),
-        "no_dist": control_group() is None,
+        "process_group": saving_group(),
+        "no_dist": saving_group() is None,
     }
     if wait:
         dcp.save(state, **arguments)
@@ -53,8 +53,8 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
     dcp.load(
         state,
         storage_reader=_Reader(folder),
-        process_group=control_group(),
-        no_dist=control_group() is None,
+        process_group=saving_group(),
+        no_dist=saving_group() is None,
     )
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]

@@ -1,0 +1,235 @@
+"""Training on several processes, by the launcher a user takes: the same losses as on one, and no hangs."""
+
+import json
+import random
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import stablemask.hf  # noqa: F401
+from stablemask.errors import InputError
+from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain import command_line, pretrain
+
+STEPS = 20
+BLOCKS = 4  # in a step, over all processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> PretrainOptions:
+    generator = random.Random(0)
+    words = [
+        "the",
+        "a",
+        "model",
+        "row",
+        "mask",
+        "sink",
+        "token",
+        "head",
+        "reads",
+        "writes",
+        "keeps",
+        "gives",
+    ]
+    lines = [" ".join(generator.choices(words, k=12)) + "." for _ in range(1500)]
+    text = tmp_path_factory.mktemp("text") / "prose.txt"
+    text.write_text("\n".join(lines))
+    return PretrainOptions(
+        steps=STEPS, data=str(text), vocab_size=300, context=32, batch_size=BLOCKS,
+        global_batch_size=BLOCKS, dtype="float32", save_every=10, eval_every=10, eval_tokens=320,
+        log_every=1, tensorboard=False,
+    )  # fmt: skip
+
+
+def launch(processes: int, options: PretrainOptions, *, nodes=("--standalone",)):
+    """The command as torchrun starts it, by flags."""
+    command = shlex.split(command_line(options))[1:] + ["--resume"] * options.resume
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc-per-node={processes}",
+            "-m", "stablemask", *command,
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def launch_node(node: int, port: str, options: PretrainOptions):
+    return launch(
+        1,
+        options,
+        nodes=[
+            "--nnodes=2",
+            f"--node-rank={node}",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+        ],
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(processes: int, options: PretrainOptions) -> str:
+    process = launch(processes, options)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return stdout
+
+
+def losses(folder: str | Path) -> dict[str, torch.Tensor]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {
+        name: torch.tensor([row[name] for row in rows if name in row])
+        for name in ("loss", "grad_norm", "eval_loss")
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(options, tmp_path_factory) -> Path:
+    """One process with the whole batch."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    pretrain(replace(options, out=str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tolerance(alone, options, tmp_path_factory) -> dict[str, float]:
+    """Ten times what another order of summation does to one process: its batch a block at a time."""
+    folder = tmp_path_factory.mktemp("runs") / "in-parts"
+    pretrain(replace(options, out=str(folder), batch_size=1))
+    ours, theirs = losses(folder), losses(alone)
+    return {name: 10 * float((ours[name] - theirs[name]).abs().max()) + 1e-6 for name in ours}
+
+
+def assert_same_losses(folder, alone, tolerance) -> None:
+    ours, theirs = losses(folder), losses(alone)
+    for name, bound in tolerance.items():
+        assert ours[name].shape == theirs[name].shape
+        assert (ours[name] - theirs[name]).abs().max() <= bound, name
+
+
+WAYS = {
+    "ddp, accumulating": (2, {"batch_size": 1}),
+    "fsdp, accumulating, checkpointing": (
+        2,
+        {"fsdp": True, "batch_size": 1, "gradient_checkpointing": True},
+    ),
+    "context parallel": (2, {"context_parallel": 2}),
+    "context parallel and fsdp": (4, {"context_parallel": 2, "fsdp": True}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_losses_are_those_of_one_process(way, options, alone, tolerance, tmp_path):
+    processes, changes = WAYS[way]
+    folder = tmp_path / "run"
+    parts = processes // changes.get("context_parallel", 1)
+    changes = {"batch_size": BLOCKS // parts} | changes
+    stdout = run(processes, replace(options, out=str(folder), **changes))
+    assert stdout.count("validation perplexity") == 1
+    assert_same_losses(folder, alone, tolerance)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, alone))
+    assert ours.keys() == theirs.keys()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.stablemask == {"gamma": 1 / 32, "horizon": None}
+
+
+def kill_a_rank_after(checkpoint: str, folder: Path, job: subprocess.Popen) -> str:
+    """Kill one of the processes once a checkpoint is there; what the job says."""
+    while not (folder / "checkpoints" / checkpoint).exists():
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.01)
+    *_, victim = psutil.Process(job.pid).children()
+    victim.kill()
+    begun = time.monotonic()
+    _, stderr = job.communicate(timeout=60)
+    assert time.monotonic() - begun < 60
+    assert job.returncode != 0
+    return stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "then"),
+    [
+        ({"batch_size": 2}, 1),
+        ({"batch_size": 2, "fsdp": True, "async_save": True}, 4),
+    ],
+    ids=["ddp, then one process", "fsdp saving in the background, then four"],
+)
+def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on_elsewhere(
+    changes, then, options, alone, tolerance, tmp_path
+):
+    folder = tmp_path / "run"
+    options = replace(options, out=str(folder), **changes)
+    stderr = kill_a_rank_after("checkpoint-10", folder, launch(2, options))
+    assert "SIGKILL" in stderr
+    assert not (folder / "model.safetensors").exists()
+
+    # The batch that all share stays; each has another part of it.
+    options = replace(options, global_batch_size=None, batch_size=BLOCKS // then, resume=True)
+    run(then, options)
+    assert_same_losses(folder, alone, tolerance)
+
+
+def test_two_nodes_on_loopback(options, alone, tolerance, tmp_path):
+    """Each node has a launcher of its own, which finds the other at an address."""
+    folder = tmp_path / "run"
+    options = replace(options, out=str(folder), batch_size=2)
+    port = str(free_port())
+    nodes = [launch_node(node, port, options) for node in range(2)]
+    for node in nodes:
+        _, stderr = node.communicate(timeout=120)
+        assert node.returncode == 0, stderr
+    assert_same_losses(folder, alone, tolerance)
+
+
+def test_a_node_whose_other_node_loses_a_process_ends_too(options, tmp_path):
+    folder = tmp_path / "run"
+    options = replace(options, out=str(folder), batch_size=2, steps=100_000, save_every=5)
+    port = str(free_port())
+    nodes = [launch_node(node, port, options) for node in range(2)]
+    stderr = kill_a_rank_after("checkpoint-5", folder, nodes[1])
+    assert "SIGKILL" in stderr
+    _, stderr = nodes[0].communicate(timeout=60)
+    assert nodes[0].returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+    ],
+)
+def test_what_a_launcher_would_change_silently_is_refused(
+    variable, value, options, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=f"{variable}.*--"):
+        pretrain(replace(options, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
