@@ -99,7 +99,8 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         self.in_a_row += 1
         step = state.global_step + 1
         if self._record is not None:
-            self._record({"step": step, "skipped_loss": values[0], "skipped_grad_norm": values[1]})
+            numbers = {"skipped_loss": values[0], "skipped_grad_norm": values[1]}
+            self._record({"step": step, "skipped_because": fault, **numbers})
         if self.in_a_row >= self._limit:
             many = f"{self._limit} steps in a row were skipped: " if self._limit > 1 else ""
             raise RunError(
