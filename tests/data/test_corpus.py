@@ -1,51 +1,83 @@
-import errno
+import gc
 import os
+import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stablemask.data import corpus, load_documents, prepare_corpus, train_tokenizer
+from stablemask.data import (
+    corpus,
+    load_documents,
+    prepare_corpus,
+    prepare_mixture,
+    tokenize_documents,
+    train_tokenizer,
+)
+from stablemask.data.cache import TokenFile
+from stablemask.data.mixture import WINDOW
+from stablemask.data.sources import Document, Source, split_documents
 from stablemask.errors import InputError
 from tests import marks
 
+from .conftest import write_json_lines
 
-def entries(cache: Path) -> list[Path]:
-    return [path for path in cache.iterdir() if path.is_dir()]
+SMALL = {"block_size": 16, "vocab_size": 300}
+
+
+def entries(cache: Path, holding: str = "") -> list[Path]:
+    return [path for path in cache.iterdir() if path.is_dir() and (path / holding).exists()]
 
 
 @pytest.fixture
-def tokenized(monkeypatch) -> list[int]:
-    """Grows by one for each call of ``tokenize_documents``."""
-    calls: list[int] = []
-    original = corpus.tokenize_documents
+def read(monkeypatch) -> list[str]:
+    """The names of the sources whose documents are read, each time they are."""
+    names: list[str] = []
+    original = Source.documents
 
-    def count(documents, tokenizer):
-        calls.append(len(documents))
-        return original(documents, tokenizer)
+    def documents(self, text_column):
+        names.append(self.name)
+        return original(self, text_column)
 
-    monkeypatch.setattr(corpus, "tokenize_documents", count)
-    return calls
+    monkeypatch.setattr(Source, "documents", documents)
+    return names
 
 
-def test_builtin(caches, tokenized):
+def test_builtin(caches, read):
     first = prepare_corpus("builtin", block_size=256)
     assert len(first.tokenizer) == 4096
     assert isinstance(first.train.tokens, np.memmap)
     assert first.train.tokens.dtype == np.uint16
     assert len(first.train) > 5 * len(first.validation) > 0
+    assert first.num_train_tokens == len(first.train.tokens)
+    assert first.num_validation_tokens == len(first.validation.tokens)
     block = first.train[len(first.train) - 1]["input_ids"]
     assert block.shape == (256,)
+    assert read == ["builtin"] * 2  # to train the tokenizer, and to tokenise
+
+    second = prepare_corpus("builtin", block_size=512)  # shares the result
+    assert read == ["builtin"] * 2
+    assert second.key == first.key
+    assert len(entries(caches)) == 2
+    assert second.validation[0]["input_ids"][256:].equal(first.validation[1]["input_ids"])
 
     validation = load_documents("builtin", split="validation")
     text = first.tokenizer.decode(np.asarray(first.validation.tokens))
     assert text == "".join(document + "<|endoftext|>" for document in validation)
 
-    second = prepare_corpus("builtin", block_size=512)  # shares the entry
-    assert len(tokenized) == 2
-    assert second.key == first.key
-    assert [path.name for path in entries(caches)] == [first.key]
-    assert second.validation[0]["input_ids"][256:].equal(first.validation[1]["input_ids"])
+
+@pytest.mark.parametrize("seen", [1.0, 0.5], ids=["whole", "half"])
+def test_tokens_are_those_of_the_documents(tmp_path, records, monkeypatch, seen):
+    """Of the documents held in memory and tokenised at once, by a tokenizer trained in memory."""
+    path = write_json_lines(tmp_path / "a.jsonl", records)
+    monkeypatch.setattr(corpus, "TOKENIZER_BYTES", path.stat().st_size * seen)
+    prepared = prepare_corpus(str(path), **SMALL)
+    sides = split_documents(str(path))
+    expected = train_tokenizer(sides[0], 300)
+    assert (prepared.tokenizer.get_vocab() == expected.get_vocab()) is (seen == 1)
+    for texts, tokens in zip(sides, (prepared.train, prepared.validation), strict=True):
+        assert np.array_equal(tokens.tokens, tokenize_documents(texts, prepared.tokenizer))
 
 
 @marks.wikitext
@@ -61,11 +93,9 @@ def test_wikitext():
     assert 0.04 < len(parts[1]) / len(text) <= 0.05
 
 
-def test_key_covers_content_and_settings(text_folder, tmp_path):
-    def key(**options) -> str:
-        return prepare_corpus(
-            str(text_folder), **{"block_size": 16, "vocab_size": 300} | options
-        ).key
+def test_key_is_of_the_tokens(text_folder, tmp_path):
+    def key(source=text_folder, **options) -> str:
+        return prepare_corpus(str(source), **SMALL | options).key
 
     first = key()
     assert key(block_size=32) == first
@@ -76,12 +106,91 @@ def test_key_covers_content_and_settings(text_folder, tmp_path):
     assert existing != first
     train_tokenizer(["yet another text"], 300).save_pretrained(tmp_path / "tokenizer")
     assert key(tokenizer=str(tmp_path / "tokenizer")) not in (first, existing)
+
+    assert key(shutil.copytree(text_folder, tmp_path / "copy")) == first
+    for path in (tmp_path / "copy").rglob("*.txt"):
+        os.utime(path, (1, 1))
+    assert key(tmp_path / "copy") == first
     path = next(text_folder.rglob("*.txt"))
     path.write_text(path.read_text() + "!")
     assert key() != first
 
 
-def test_existing_tokenizer_is_used(text_folder, tmp_path, tokenized):
+def test_what_has_changed_is_read_again(text_folder, tmp_path, read):
+    prepare_corpus(str(text_folder), **SMALL)
+    read.clear()
+    prepare_corpus(str(text_folder), **SMALL)
+    assert read == []
+    path = next(text_folder.rglob("*.txt"))
+    changes = [
+        lambda: path.write_text(path.read_text().replace("counts", "COUNTS")),  # of equal size
+        lambda: path.rename(path.with_name("renamed.txt")),
+        lambda: (text_folder / "new.txt").write_text("one more"),
+    ]
+    for change in changes:
+        change()
+        prepare_corpus(str(text_folder), **SMALL)
+        assert read
+        read.clear()
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["files", "save_to_disk"])
+def test_a_dataset_that_has_changed_is_read_again(tmp_path, records, read, saved):
+    import datasets
+
+    def write(texts):
+        if saved:
+            datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "set"))
+        else:
+            write_json_lines(tmp_path / "set/train.jsonl", texts)
+
+    write(records)
+    keys = [prepare_corpus(f"hub:{tmp_path / 'set'}", **SMALL).key for _ in range(2)]
+    assert len(read) == 2
+    write([*records, "one more"])
+    keys.append(prepare_corpus(f"hub:{tmp_path / 'set'}", **SMALL).key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+class Text(str):
+    """Text that can be referred to weakly."""
+
+    __slots__ = ("__weakref__",)
+
+
+class ManyDocuments(Source):
+    """Counts how many of its documents are in memory at once."""
+
+    name, num_bytes = "many", 1
+
+    def __init__(self):
+        self.alive: weakref.WeakSet[Text] = weakref.WeakSet()
+        self.most = 0
+
+    def fingerprint(self):
+        yield "many"
+
+    def _read(self, text_column):
+        for number in range(3000):
+            text = Text(f"document {number} " + "na " * 200)
+            self.alive.add(text)
+            self.most = max(self.most, len(self.alive))
+            yield Document(text, str(number))
+
+
+def test_documents_are_not_held(monkeypatch):
+    from stablemask.data import packing
+
+    source = ManyDocuments()
+    monkeypatch.setattr(corpus, "open_source", lambda name: source)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 10_000)
+    gc.collect()
+    prepared = prepare_corpus("many", **SMALL)
+    assert np.count_nonzero(prepared.train.tokens == 0) > 2800
+    assert source.most < 200  # one at a time, once each side has one
+
+
+def test_existing_tokenizer_is_used(text_folder, tmp_path, read):
     tokenizer = train_tokenizer(["other text " * 9], 280)
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -91,7 +200,7 @@ def test_existing_tokenizer_is_used(text_folder, tmp_path, tokenized):
         )
         assert prepared.tokenizer.get_vocab() == tokenizer.get_vocab()
         assert prepared.tokenizer.chat_template == tokenizer.chat_template
-    assert len(tokenized) == 2
+    assert len(read) == 1
 
 
 PREPARE = """
@@ -111,83 +220,193 @@ def test_processes_agree_and_share(python, text_folder, tmp_path):
     outputs = {process.communicate(timeout=120) for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({output for output, _ in outputs}) == 1
-    assert len(entries(tmp_path / "shared")) == 1
+    assert len(entries(tmp_path / "shared")) == 2
 
 
-def damage_by_truncation(entry: Path) -> None:
-    file = entry / "train.npy"
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def damage_by_emptying(entry: Path) -> None:
-    os.truncate(entry / "validation.npy", 0)
-
-
-def damage_of_tokenizer(entry: Path) -> None:
-    os.truncate(entry / "tokenizer/tokenizer.json", 1000)
-
-
-def damage_by_loss(entry: Path) -> None:
-    (entry / "validation.npy").unlink()
+def damage(cache: Path, name: str, size: int | None) -> None:
+    (path,) = cache.glob(f"*/{name}")
+    path.unlink() if size is None else os.truncate(path, size)
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_by_truncation, damage_by_emptying, damage_of_tokenizer, damage_by_loss]
+    ("name", "size", "reads"),
+    [
+        ("train.npy", 1000, 1),
+        ("validation.npy", 0, 1),
+        ("validation.npy", None, 1),
+        ("meta.json", 50, 1),
+        ("meta.json", None, 1),
+        ("tokenizer.json", 1000, 1),
+        ("tokenizer_config.json", None, 1),
+    ],
 )
-def test_damaged_entry_is_rebuilt(text_folder, caches, tokenized, damage):
-    options = {"block_size": 16, "vocab_size": 300}
-    first = prepare_corpus(str(text_folder), **options)
+def test_damaged_entry_is_rebuilt(text_folder, caches, read, name, size, reads):
+    first = prepare_corpus(str(text_folder), **SMALL)
     tokens = np.array(first.train.tokens)
-    damage(caches / first.key)
-    again = prepare_corpus(str(text_folder), **options)
+    read.clear()
+    damage(caches, name, size)
+    again = prepare_corpus(str(text_folder), **SMALL)
     assert again.key == first.key
     assert np.array_equal(again.train.tokens, tokens)
-    assert len(tokenized) == 4
+    assert len(read) == reads
 
 
 def test_remains_of_a_killed_run_do_not_matter(text_folder, caches, tmp_path):
-    options = {"block_size": 16, "vocab_size": 300}
-    key = prepare_corpus(str(text_folder), cache_dir=tmp_path / "other", **options).key
-    unfinished = caches / f"{key}.tmp"
-    unfinished.mkdir(parents=True)
-    (unfinished / "train.npy").write_bytes(b"half")
-    prepare_corpus(str(text_folder), **options)
-    assert [path.name for path in entries(caches)] == [key]
+    prepare_corpus(str(text_folder), cache_dir=tmp_path / "other", **SMALL)
+    names = sorted(path.name for path in entries(tmp_path / "other"))
+    for name in names:
+        (caches / f"{name}.tmp").mkdir(parents=True)
+        (caches / f"{name}.tmp" / "train.npy").write_bytes(b"half")
+    prepare_corpus(str(text_folder), **SMALL)
+    assert sorted(path.name for path in entries(caches)) == names
 
 
-def test_full_disk_leaves_nothing(text_folder, python, caches):
-    """The kernel refuses to write past a limit, as it does on a full disk."""
-    limit = """
-import resource, sys
-import torch, transformers, stablemask.data.corpus as corpus
-written = corpus._save_{what}
-def save(*arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    try:
-        written(*arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-corpus._save_{what} = save
-try:
-    corpus.prepare_corpus(sys.argv[1], block_size=16, vocab_size=400)
-except OSError as error:
-    print(error.errno)
+KILLED = """
+import os, signal, sys
+from stablemask.data import corpus
+finish = corpus.TokenFile.append
+def append(self, tokens):
+    finish(self, tokens)
+    os.kill(os.getpid(), signal.SIGKILL)
+corpus.TokenFile.append = append
+corpus.prepare_corpus(sys.argv[1], block_size=16, vocab_size=300)
 """
-    for what in ("array", "tokenizer"):
-        process = python(limit.format(what=what), text_folder)
-        output, errors = process.communicate(timeout=60)
-        assert output.split() == [str(errno.EFBIG)], errors
-        assert entries(caches) == []
+
+
+def test_a_killed_preparation_leaves_no_entry(text_folder, python, caches):
+    process = python(KILLED, text_folder)
+    process.communicate(timeout=60)
+    assert process.returncode == -9
+    assert entries(caches, "train.npy")[0].suffix == ".tmp"
+    prepare_corpus(str(text_folder), **SMALL)
+    assert [path.suffix for path in entries(caches, "train.npy")] == [""]
+
+
+LIMITED = """
+import errno, os, resource, sys
+from pathlib import Path
+import torch, transformers
+from stablemask.data import prepare_corpus
+for limit in (1000, 5000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for tokenizer in (None, sys.argv[2]):
+        try:
+            prepare_corpus(sys.argv[1], block_size=16, vocab_size=400, tokenizer=tokenizer)
+        except OSError as error:
+            folders = [path.name for path in Path(sys.argv[3]).iterdir() if path.is_dir()]
+            print(limit, tokenizer is not None, errno.errorcode[error.errno], folders)
+"""
+
+
+def test_full_disk_leaves_nothing(tmp_path, python, caches):
+    """The kernel refuses to write past a limit, as it does on a full disk."""
+    path = write_json_lines(tmp_path / "a.jsonl", [f"document {n} counts" for n in range(3000)])
+    train_tokenizer(["text"], 300).save_pretrained(tmp_path / "tokenizer")
+    process = python(LIMITED, path, tmp_path / "tokenizer", caches)
+    output, errors = process.communicate(timeout=60)
+    assert output.splitlines() == [
+        f"{limit} {given} EFBIG []" for limit in (1000, 5000) for given in (False, True)
+    ], errors
 
 
 def test_interrupt_leaves_nothing(text_folder, caches, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(corpus, "_save_tokenizer", interrupt)
+    monkeypatch.setattr(TokenFile, "append", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prepare_corpus(str(text_folder), block_size=16, vocab_size=300)
-    assert entries(caches) == []
+        prepare_corpus(str(text_folder), **SMALL)
+    assert entries(caches, "train.npy") == []
+
+
+def test_a_file_of_tokens_grows(tmp_path):
+    parts = [np.arange(n, n + 100, dtype=np.uint16) for n in range(0, 1000, 100)]
+    with TokenFile(tmp_path / "a.npy", np.dtype(np.uint16)) as file:
+        for part in parts:
+            file.append(part)
+    assert np.array_equal(np.load(tmp_path / "a.npy", mmap_mode="r"), np.arange(1000))
+    assert file.size == 1000
+    np.save(tmp_path / "b.npy", np.concatenate(parts))
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+# Mixtures
+
+
+@pytest.fixture
+def mixture(tmp_path) -> list[str]:
+    for name in ("a", "b=c"):
+        write_json_lines(tmp_path / f"{name}.jsonl", [f"{name} {n} is {n * n}" for n in range(400)])
+    return [f"{tmp_path / 'a.jsonl'}=3", f"{tmp_path / 'b=c.jsonl'}=1"]
+
+
+def test_a_mixture_is_of_its_sources(mixture, tmp_path, read):
+    mixed = prepare_mixture(mixture, **SMALL)
+    paths = [item.rpartition("=")[0] for item in mixture]
+    assert read == paths * 2
+    texts = [split_documents(path) for path in paths]
+    expected = train_tokenizer([text for train, _ in texts for text in train], 300)
+    assert mixed.tokenizer.get_vocab() == expected.get_vocab()
+    for dataset, (train, _) in zip(mixed.train.datasets, texts, strict=True):
+        assert np.array_equal(dataset.tokens, tokenize_documents(train, expected))
+    validation = [text for _, held_out in texts for text in held_out]
+    assert np.array_equal(mixed.validation.tokens, tokenize_documents(validation, expected))
+    assert isinstance(mixed.validation.tokens, np.memmap)
+    assert mixed.num_train_tokens == sum(len(d.tokens) for d in mixed.train.datasets)
+    assert mixed.train.weights == [0.75, 0.25]
+
+    read.clear()
+    mixed.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {**SMALL, "tokenizer": str(tmp_path / "tokenizer")}
+    assert prepare_mixture(mixture, **SMALL).key == mixed.key
+    assert prepare_mixture(mixture, **options).key == mixed.key
+    prepare_corpus(paths[1], **options)
+    assert read == []  # the same tokenizer, the same tokens
+
+
+def test_key_of_a_mixture(mixture):
+    def key(*weights, **options) -> str:
+        items = [f"{item.rpartition('=')[0]}={w}" for item, w in zip(mixture, weights, strict=True)]
+        return prepare_mixture(items, **SMALL | options).key
+
+    assert key(3, 1) == key(0.75, 0.25) == key(3, 1, seed=1) == key(3, 1, block_size=32)
+    assert key(3, 1) != key(1, 3)
+
+
+def test_samples_of_a_mixture_come_from_its_sources(mixture):
+    """Every block of each source once before any comes again."""
+    train = prepare_mixture(mixture, **SMALL).train
+    drawn = [train.locate(k) for k in range(WINDOW)]
+    for source in range(2):
+        numbers = [n for s, n in drawn if s == source]
+        assert numbers == list(range(train.counts[source]))
+
+
+@pytest.mark.parametrize(
+    ("items", "parts"),
+    [
+        ([], ["a mixture is empty", "SOURCE=WEIGHT"]),
+        (["builtin"], ["'builtin'", "SOURCE=WEIGHT"]),
+        (["=1"], ["'=1'"]),
+        (["builtin=0"], ["'builtin=0'", "greater than 0"]),
+        (["builtin=-1"], ["'builtin=-1'"]),
+        (["builtin=nan"], ["'builtin=nan'"]),
+        (["builtin=inf"], ["'builtin=inf'"]),
+        (["builtin=1", "builtin=2"], ["'builtin' twice"]),
+        (["builtin=1", "a.txt=0.00001"], ["'a.txt'", "10,000"]),
+        (["builtin=1", "none.txt=1"], ["none.txt", "no file or folder"]),
+    ],
+)
+def test_bad_mixtures(items, parts, caches):
+    with pytest.raises(InputError) as info:
+        prepare_mixture(items, **SMALL)
+    assert "\n" not in str(info.value)
+    for part in parts:
+        assert part in str(info.value)
+    assert not caches.exists()
+
+
+# What is refused or filled up
 
 
 def test_short_validation_takes_from_the_end_of_training(tmp_path):
@@ -204,7 +423,7 @@ def test_short_validation_takes_from_the_end_of_training(tmp_path):
 
 def refused(source: object, *parts: str, **options) -> None:
     with pytest.raises(InputError) as info:
-        prepare_corpus(str(source), **{"block_size": 16, "vocab_size": 300} | options)
+        prepare_corpus(str(source), **SMALL | options)
     assert "\n" not in str(info.value)
     for part in parts:
         assert part in str(info.value)
@@ -231,4 +450,5 @@ def test_settings(text_folder, caches, tmp_path):
     refused(text_folder, "vocabulary size 256 ", vocab_size=256)
     refused(text_folder, "tokenizer", "no such folder", tokenizer=str(tmp_path / "none"))
     refused(tmp_path / "none.txt", "none.txt")
+    refused(text_folder, "validation fraction 2", validation_fraction=2)
     assert not caches.exists()

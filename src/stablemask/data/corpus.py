@@ -1,47 +1,78 @@
-"""From a source to packed training and validation tokens, cached on disk.
+"""From a source, or a mixture of sources, to packed tokens, cached on disk.
 
-A cache entry is a folder, named by a key of everything its tokens depend on::
+The cache has two kinds of entries, each a folder that is named by a hash of what it depends on::
 
-    <cache>/<key>/train.npy, validation.npy, tokenizer/
+    <cache>/<hash>/train.npy, validation.npy, meta.json
+    <cache>/<hash>/tokenizer.json, ...
 
-It is written under another name and renamed, so that it is there whole or not at all.
+What that is can be found without reading a document: the names, sizes and modification times of the
+files (of a dataset, the fingerprints that ``datasets`` gives it), and the settings. Preparing reads
+the documents as a stream and appends to the arrays, in memory that does not grow with the source.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
+import json
 import math
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from stablemask.data.packing import PackedDataset, tokenize_documents
-from stablemask.data.sources import split_documents
-from stablemask.data.tokenizer import check_vocab_size, load_tokenizer, train_tokenizer
+from stablemask.data.cache import TokenFile, cache_folder, cached, hash_of
+from stablemask.data.mixture import Mixture, parse_mixture
+from stablemask.data.packing import PackedDataset, progress_bar, token_dtype, tokenize_stream
+from stablemask.data.sources import (
+    Source,
+    Split,
+    check_validation_fraction,
+    open_source,
+    split_stream,
+    uniform_hash,
+)
+from stablemask.data.tokenizer import (
+    check_vocab_size,
+    load_tokenizer,
+    split_long,
+    train_tokenizer,
+)
 from stablemask.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = "2"
+META_FILE = "meta.json"
+TOKENIZER_BYTES = 1 << 30  # of a larger source, a tokenizer is trained on about as much
+
+TrainData = TypeVar("TrainData", PackedDataset, Mixture)
 
 
 @dataclass
-class Corpus:
-    """A tokenizer, the packed splits of a source, and the key of their cache entry."""
+class Corpus(Generic[TrainData]):
+    """A tokenizer, and packed tokens to train on and to validate with.
+
+    ``key`` is a hash of all tokens, of the vocabulary and, in a mixture, of the weights: a copy of a
+    source has that of the source.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    train: PackedDataset
+    train: TrainData
     validation: PackedDataset
     key: str
+
+    @property
+    def num_train_tokens(self) -> int:
+        return self.train.num_tokens
+
+    @property
+    def num_validation_tokens(self) -> int:
+        return self.validation.num_tokens
 
 
 def prepare_corpus(
@@ -53,70 +84,140 @@ def prepare_corpus(
     text_column: str = "text",
     validation_fraction: float = 0.05,
     cache_dir: str | Path | None = None,
-) -> Corpus:
+) -> Corpus[PackedDataset]:
     """Read, split, tokenise and pack ``source``, or find the result of an earlier run.
 
-    The key covers the documents, their split, the tokenizer and the cache format, not the block
-    size: runs at several block sizes share an entry. Where validation does not fill one block, the
-    end of the training tokens is moved to its front until it does.
+    That result is used for as long as the source has the same files, of the same sizes and times,
+    and the settings are the same; runs at several block sizes share it. Where validation does not
+    fill one block, the end of the training tokens is moved to its front until it does.
 
     Args:
         source: see :func:`~stablemask.data.sources.load_documents`, also for ``text_column`` and
             ``validation_fraction``.
         block_size: tokens per block, at least 2.
-        vocab_size: size of the tokenizer that is trained on the training split.
+        vocab_size: size of the tokenizer that is trained on the training split, or on about a
+            gigabyte of it.
         tokenizer: an existing tokenizer (folder or Hub name) instead of a trained one.
-        cache_dir: where entries are kept; by default ``$STABLEMASK_CACHE``, else
+        cache_dir: where results are kept; by default ``$STABLEMASK_CACHE``, else
             ``~/.cache/stablemask/corpora``.
 
     Raises:
         InputError: a bad source, tokenizer or setting, or less text than one training and one
             validation block.
-        OSError: the entry cannot be written, such as on a full disk; nothing of it stays behind.
+        OSError: the result cannot be written, such as on a full disk; nothing of it stays behind.
     """
-    if block_size < 2:
-        raise InputError(f"block size {block_size} is too small: at least 2 tokens are wanted")
-    if tokenizer is None:
-        check_vocab_size(vocab_size)
-        existing, identity = None, f"byte-level BPE of {vocab_size}"
+    preparation = _Preparation(text_column, validation_fraction, cache_folder(cache_dir))
+    loaded, (tokens,) = preparation.run([source], block_size, vocab_size, tokenizer)
+    train, validation, key = tokens
+    blocks = PackedDataset(train, block_size), PackedDataset(validation, block_size)
+    return Corpus(loaded, *blocks, key)
+
+
+def prepare_mixture(
+    mixture: Sequence[str],
+    *,
+    block_size: int,
+    vocab_size: int = 4096,
+    tokenizer: str | None = None,
+    text_column: str = "text",
+    validation_fraction: float = 0.05,
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+) -> Corpus[Mixture]:
+    """Prepare each source of a mixture as :func:`prepare_corpus` does, with one tokenizer for all.
+
+    Where none is given, it is trained on the training documents of all sources. Validation is that
+    of the sources one after another.
+
+    Args:
+        mixture: items ``SOURCE=WEIGHT``; the weights are of any scale.
+        seed: of the order of the sources.
+
+    Raises:
+        InputError: a bad item, or as of :func:`prepare_corpus`.
+        OSError: as of :func:`prepare_corpus`.
+    """
+    weights = parse_mixture(mixture)
+    folder = cache_folder(cache_dir)
+    preparation = _Preparation(text_column, validation_fraction, folder)
+    loaded, parts = preparation.run([*weights], block_size, vocab_size, tokenizer)
+    train = Mixture([PackedDataset(p.train, block_size) for p in parts], [*weights.values()], seed)
+    validation = _joined([part.validation for part in parts], [part.key for part in parts], folder)
+    key = hash_of([*(part.key for part in parts), *map(str, train.counts)])
+    return Corpus(loaded, train, PackedDataset(validation, block_size), key)
+
+
+class _Tokens(NamedTuple):
+    train: np.ndarray
+    validation: np.ndarray
+    key: str
+
+
+@dataclass
+class _Preparation:
+    text_column: str
+    validation_fraction: float
+    folder: Path
+
+    def run(
+        self, names: list[str], block_size: int, vocab_size: int, tokenizer: str | None
+    ) -> tuple[PreTrainedTokenizerBase, list[_Tokens]]:
+        """One tokenizer for the sources ``names``, and the tokens of each, a block on either side."""
+        if block_size < 2:
+            raise InputError(f"block size {block_size} is too small: at least 2 tokens are wanted")
+        check_validation_fraction(self.validation_fraction)
+        if tokenizer is None:
+            check_vocab_size(vocab_size)
+            sources = [open_source(name) for name in names]
+            loaded = self._trained_tokenizer(sources, vocab_size)
+        else:
+            loaded = load_tokenizer(tokenizer)
+            sources = [open_source(name) for name in names]
+        return loaded, [self._tokens(source, loaded, block_size) for source in sources]
+
+    def _entry(self, sources: list[Source], tokenizer: str) -> Path:
+        settings = [CACHE_FORMAT, tokenizer, self.text_column, repr(self.validation_fraction)]
+        fingerprints = [hash_of(source.fingerprint()) for source in sources]
+        return self.folder / hash_of([*settings, *fingerprints])
+
+    def _sides(self, source: Source) -> Iterator[tuple[Split, str]]:
+        return split_stream(source.documents(self.text_column), self.validation_fraction)
+
+    def _trained_tokenizer(self, sources: list[Source], vocab_size: int) -> PreTrainedTokenizerBase:
+        share = TOKENIZER_BYTES / max(sum(source.num_bytes for source in sources), 1)
+
+        def texts() -> Iterator[str]:
+            for source in sources:
+                for side, text in self._sides(source):
+                    if side == "train":
+                        yield from _sample(text, share)
+
+        def write(entry: Path) -> None:
+            _save_tokenizer(train_tokenizer(texts(), vocab_size), entry)
+
+        entry = self._entry(sources, f"byte-level BPE of {vocab_size}")
+        return cached(entry, lambda entry: load_tokenizer(str(entry)), write)
+
+    def _tokens(
+        self, source: Source, tokenizer: PreTrainedTokenizerBase, block_size: int
+    ) -> _Tokens:
+        def write(entry: Path) -> None:
+            _write_tokens(entry, source, self._sides(source), tokenizer)
+
+        entry = self._entry([source], _fingerprint(tokenizer))
+        tokens, characters = cached(entry, _load_tokens, write)
+        return _fill_validation(tokens, block_size, source.name, characters)
+
+
+def _sample(text: str, share: float) -> Iterator[str]:
+    if share >= 1:
+        yield text
     else:
-        existing = load_tokenizer(tokenizer)
-        identity = _fingerprint(existing)
-    train, validation = split_documents(
-        source, text_column=text_column, validation_fraction=validation_fraction
-    )
-
-    key = _key(train, validation, identity)
-    entry = _cache_dir(cache_dir) / key
-    cached = _load(entry)
-    if cached is None:
-        from filelock import FileLock
-
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(entry.with_suffix(".lock")):
-            cached = _load(entry)  # another process may have written it meanwhile
-            if cached is None:
-                _write(entry, train, validation, existing or train_tokenizer(train, vocab_size))
-                cached = _load(entry)
-    if cached is None:
-        raise OSError(errno.EIO, "a cache entry that was just written cannot be read", str(entry))
-    cached_tokenizer, train_tokens, validation_tokens = cached
-
-    characters = sum(map(len, train)) + sum(map(len, validation))
-    train_tokens, validation_tokens = _fill_validation(
-        train_tokens, validation_tokens, block_size, source, characters
-    )
-    return Corpus(
-        tokenizer=existing or cached_tokenizer,
-        train=PackedDataset(train_tokens, block_size),
-        validation=PackedDataset(validation_tokens, block_size),
-        key=key,
-    )
+        yield from (piece for piece in split_long(text) if uniform_hash(piece) < share)
 
 
-def _fill_validation(
-    train: np.ndarray, validation: np.ndarray, block_size: int, source: str, characters: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _fill_validation(tokens: _Tokens, block_size: int, name: str, characters: int) -> _Tokens:
+    train, validation, key = tokens
     missing = block_size - len(validation)
     if missing > 0 and len(train) - missing >= block_size:
         validation = np.concatenate([train[-missing:], validation])
@@ -126,82 +227,91 @@ def _fill_validation(
         largest = min(len(train), (len(train) + len(validation)) // 2)
         needed = math.ceil(characters * block_size / max(largest, 1))
         raise InputError(
-            f"{source!r} is too short: its {len(train)} training and {len(validation)} validation "
+            f"{name!r} is too short: its {len(train)} training and {len(validation)} validation "
             f"tokens do not fill a block of {block_size} each; give about {needed} characters "
             f"of text (it has {characters}), or a block size of at most {largest}"
         )
-    return train, validation
+    return _Tokens(train, validation, key)
 
 
-# The cache
+# What is in the cache
 
 
-def _cache_dir(cache_dir: str | Path | None) -> Path:
-    default = os.environ.get("STABLEMASK_CACHE") or "~/.cache/stablemask/corpora"
-    return Path(cache_dir or default).expanduser().absolute()
+def _write_tokens(
+    entry: Path,
+    source: Source,
+    documents: Iterator[tuple[Split, str]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    characters = 0
+
+    def counted() -> Iterator[tuple[str, str]]:
+        nonlocal characters
+        for side, text in documents:
+            characters += len(text)
+            yield side, text
+
+    dtype = token_dtype(tokenizer)
+    with (
+        TokenFile(entry / "train.npy", dtype) as train,
+        TokenFile(entry / "validation.npy", dtype) as validation,
+        progress_bar(None) as bar,
+    ):
+        files = {"train": train, "validation": validation}
+        for tokens, batch_characters in tokenize_stream(counted(), tokenizer):
+            for side, ids in tokens.items():
+                files[side].append(ids)
+            share_read = source.position / source.num_bytes
+            bar.total = round(characters / share_read) if share_read else None
+            bar.update(batch_characters)
+    ids = tokenizer.get_vocab()
+    vocabulary: list[str] = sorted(ids, key=ids.__getitem__)
+    meta = {
+        "characters": characters,
+        "vocabulary": hash_of(vocabulary),
+        "train": {"tokens": train.size, "hash": train.digest.hexdigest()},
+        "validation": {"tokens": validation.size, "hash": validation.digest.hexdigest()},
+    }
+    (entry / META_FILE).write_text(json.dumps(meta, indent=2))
 
 
-def _key(train: Sequence[str], validation: Sequence[str], identity: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in ([str(CACHE_FORMAT), identity], train, validation):
-        digest.update(len(part).to_bytes(8, "big"))
-        for text in part:
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "big"))
-            digest.update(data)
-    return digest.hexdigest()
+def _load_tokens(entry: Path) -> tuple[_Tokens, int]:
+    meta = json.loads((entry / META_FILE).read_text())
+    train = _load_array(entry / "train.npy", meta["train"]["tokens"])
+    validation = _load_array(entry / "validation.npy", meta["validation"]["tokens"])
+    key = hash_of([meta["train"]["hash"], meta["validation"]["hash"], meta["vocabulary"]])
+    return _Tokens(train, validation, key), meta["characters"]
+
+
+def _load_array(path: Path, size: int) -> np.ndarray:
+    if size == 0:
+        return np.load(path)
+    tokens = np.load(path, mmap_mode="r")
+    if tokens.shape != (size,):
+        raise ValueError(f"{path} is not of {size} tokens")
+    return tokens
+
+
+def _joined(arrays: list[np.ndarray], keys: list[str], folder: Path) -> np.ndarray:
+    """``arrays`` one after another, in a file, as they may be large."""
+    sizes = [len(array) for array in arrays]
+
+    def write(entry: Path) -> None:
+        with TokenFile(entry / "validation.npy", arrays[0].dtype) as file:
+            for array in arrays:
+                file.append(array)
+
+    entry = folder / hash_of([CACHE_FORMAT, *keys, *map(str, sizes)])
+    return cached(entry, lambda entry: _load_array(entry / "validation.npy", sum(sizes)), write)
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the files ``tokenizer`` saves."""
-    digest = hashlib.blake2b(digest_size=16)
-    with tempfile.TemporaryDirectory() as folder:
-        _save_tokenizer(tokenizer, Path(folder))
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _load(entry: Path) -> tuple[PreTrainedTokenizerBase, np.ndarray, np.ndarray] | None:
-    """What ``entry`` holds, or None where it is missing or damaged."""
-    if not entry.is_dir():
-        return None
-    try:
-        train = np.load(entry / "train.npy", mmap_mode="r")
-        validation = np.load(entry / "validation.npy", mmap_mode="r")
-        return load_tokenizer(str(entry / "tokenizer")), train, validation
-    except (FileNotFoundError, EOFError, ValueError):
-        return None
-
-
-def _write(
-    entry: Path, train: Sequence[str], validation: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    tokens = {
-        "train.npy": tokenize_documents(train, tokenizer),
-        "validation.npy": tokenize_documents(validation, tokenizer),
-    }
-    unfinished = entry.with_suffix(".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    try:
-        unfinished.mkdir()
-        for name, array in tokens.items():
-            _save_array(array, unfinished / name)
-        _save_tokenizer(tokenizer, unfinished / "tokenizer")
-        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
-        os.replace(unfinished, entry)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _save_array(array: np.ndarray, path: Path) -> None:
-    """``np.save``, which would lose the reason (errno) when the disk fills up midway."""
-    with path.open("wb") as file:
-        header = np.lib.format.header_data_from_array_1_0(array)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(array.data)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _save_tokenizer(tokenizer, folder)
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return hash_of(part for path in paths for part in (path.name, path.read_bytes()))
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -101,7 +101,7 @@ def _decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
         import pyarrow as pa
 
         # Not of the zstandard package, which takes a truncated file for a whole one.
-        return io.BufferedReader(pa.CompressedInputStream(file, "zstd"))  # type: ignore[return-value]
+        return io.BufferedReader(pa.CompressedInputStream(file, "zstd"))
     return file
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -13,9 +16,11 @@ from torch.utils.data import Dataset
 from stablemask.data.tokenizer import split_long
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
     from transformers import PreTrainedTokenizerBase
 
 BATCH_CHARACTERS = 1 << 21
+BATCHES_AHEAD = 2
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -31,6 +36,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __init__(self, tokens: np.ndarray, block_size: int) -> None:
         self.tokens = tokens
         self.block_size = block_size
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
     def __len__(self) -> int:
         return len(self.tokens) // self.block_size
@@ -57,43 +66,80 @@ def tokenize_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerB
     Returns:
         ``(num_tokens,)``, uint16 where the vocabulary allows it, else uint32.
     """
-    from tqdm import tqdm
-
-    end = tokenizer.eos_token_id
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    encode = _encoder(tokenizer)
     total = sum(map(len, documents)) if isinstance(documents, Sequence) else None
-    batches = [np.empty(0, dtype)]
-    with tqdm(
-        total=total, desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=None
-    ) as bar:
-        for pieces, is_last in _batches(documents):
-            ids: list[int] = []
-            for piece_ids, ends_document in zip(encode(pieces), is_last, strict=True):
-                ids += piece_ids
-                if ends_document:
-                    ids.append(end)
-            batches.append(np.array(ids, dtype))
-            bar.update(sum(map(len, pieces)))
+    batches = [np.empty(0, token_dtype(tokenizer))]
+    with progress_bar(total) as bar:
+        for tokens, characters in tokenize_stream((("", text) for text in documents), tokenizer):
+            batches += tokens.values()
+            bar.update(characters)
     return np.concatenate(batches)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[tuple[list[str], list[bool]]]:
-    """Pieces of documents by the batch, and of each whether it is the last of its document."""
-    pieces: list[str] = []
-    is_last: list[bool] = []
+def tokenize_stream(
+    documents: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Token ids of documents by the batch, those of each side apart.
+
+    Threads encode ``BATCHES_AHEAD`` batches while the caller writes or reads others.
+
+    Args:
+        documents: each with the side it belongs to.
+
+    Yields:
+        The tokens of each side, as of :func:`tokenize_documents`, and the characters of all sides.
+    """
+    end = [tokenizer.eos_token_id]
+    dtype = token_dtype(tokenizer)
+    encode = _encoder(tokenizer)
+
+    def finish(
+        batch: list[_Piece], encoded: Future[list[list[int]]]
+    ) -> tuple[dict[str, np.ndarray], int]:
+        sides: dict[str, list[list[int]]] = {}
+        for piece, ids in zip(batch, encoded.result(), strict=True):
+            sides.setdefault(piece.side, []).extend((ids, end) if piece.is_last else (ids,))
+        tokens = {side: np.fromiter(chain(*ids), dtype) for side, ids in sides.items()}
+        return tokens, sum(len(piece.text) for piece in batch)
+
+    waiting: deque[tuple[list[_Piece], Future[list[list[int]]]]] = deque()
+    with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
+        for batch in _batches(documents):
+            waiting.append((batch, threads.submit(encode, [piece.text for piece in batch])))
+            if len(waiting) > BATCHES_AHEAD:
+                yield finish(*waiting.popleft())
+        while waiting:
+            yield finish(*waiting.popleft())
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
+    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+
+
+def progress_bar(total: int | None) -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=None)
+
+
+class _Piece(NamedTuple):
+    side: str
+    text: str
+    is_last: bool  # of its document
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
     characters = 0
-    for document in documents:
-        for piece in split_long(document):
-            if characters + len(piece) > BATCH_CHARACTERS and pieces:
-                yield pieces, is_last
-                pieces, is_last, characters = [], [], 0
-            pieces.append(piece)
-            is_last.append(False)
-            characters += len(piece)
-        is_last[-1] = True
-    if pieces:
-        yield pieces, is_last
+    for side, document in documents:
+        for text in split_long(document):
+            if characters + len(text) > BATCH_CHARACTERS and batch:
+                yield batch
+                batch, characters = [], 0
+            batch.append(_Piece(side, text, False))
+            characters += len(text)
+        batch[-1] = batch[-1]._replace(is_last=True)
+    if batch:
+        yield batch
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:

@@ -1,0 +1,125 @@
+"""Folders that are there whole or not at all, written by one process and read by all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """``cache_dir``, else ``$STABLEMASK_CACHE``, else ``~/.cache/stablemask/corpora``."""
+    default = os.environ.get("STABLEMASK_CACHE") or "~/.cache/stablemask/corpora"
+    return Path(cache_dir or default).expanduser().absolute()
+
+
+def hash_of(parts: Iterable[str | bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        # The name of a file, and a token, may be no Unicode.
+        data = part.encode(errors="surrogatepass") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def cached(entry: Path, load: Callable[[Path], T], write: Callable[[Path], None]) -> T:
+    """What ``load`` reads from the folder ``entry``, which ``write`` fills where it is missing.
+
+    It is filled under another name and then renamed. Of several processes one does so, and the
+    others wait for it. Nothing stays behind where ``write`` fails or is interrupted.
+
+    Args:
+        load: raises FileNotFoundError, EOFError, KeyError or ValueError where the folder is missing
+            or damaged; a damaged one is written anew.
+
+    Raises:
+        OSError: the folder cannot be written, such as on a full disk.
+    """
+    found = _load(entry, load)
+    if found is not None:
+        return found
+
+    from filelock import FileLock
+
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(entry.with_suffix(".lock")):
+        found = _load(entry, load)  # another process may have written it meanwhile
+        if found is None:
+            _write(entry, write)
+            found = _load(entry, load)
+    if found is None:
+        raise OSError(errno.EIO, "a cache entry that was just written cannot be read", str(entry))
+    return found
+
+
+def _load(entry: Path, load: Callable[[Path], T]) -> T | None:
+    if not entry.is_dir():
+        return None
+    try:
+        return load(entry)
+    except (FileNotFoundError, EOFError, KeyError, ValueError):
+        return None
+
+
+def _write(entry: Path, write: Callable[[Path], None]) -> None:
+    unfinished = entry.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    try:
+        unfinished.mkdir()
+        write(unfinished)
+        shutil.rmtree(entry, ignore_errors=True)  # a damaged one
+        os.replace(unfinished, entry)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+class TokenFile:
+    """A ``.npy`` file of token ids that grows, for ``np.load``.
+
+    Attributes:
+        size: tokens written so far.
+        digest: of these tokens.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.size = 0
+        self.digest = hashlib.blake2b(digest_size=16)
+        self._file = path.open("wb")
+        self._write_header()
+
+    def append(self, tokens: np.ndarray) -> None:
+        tokens = np.ascontiguousarray(tokens, self.dtype)
+        self._file.write(tokens.data)
+        self.digest.update(tokens.data)
+        self.size += len(tokens)
+
+    def __enter__(self) -> TokenFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if error is None:
+                self._file.seek(0)
+                self._write_header()
+
+    def _write_header(self) -> None:
+        """The header, which NumPy makes as long for every size."""
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.size,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
