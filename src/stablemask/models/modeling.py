@@ -25,7 +25,9 @@ from transformers.utils.output_capturing import capture_outputs
 from ..attention import sink_attention
 from ..pseudo import head_decay_rates
 from .configuration import StableMaskConfig
+from .loss import chunked_causal_lm_loss
 from .masks import attention_mask
+from .norm import RMSNorm
 from .positions import (
     Rotary,
     alibi_mask,
@@ -174,9 +176,9 @@ class StableMaskDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: StableMaskConfig, layer_idx: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = StableMaskAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = StableMaskMLP(config)
 
     def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
@@ -239,7 +241,7 @@ class StableMaskModel(StableMaskPreTrainedModel):
             StableMaskDecoderLayer(config, layer_idx)
             for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -359,7 +361,13 @@ class StableMaskModel(StableMaskPreTrainedModel):
 
 
 class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head."""
+    """The decoder with a language-model head.
+
+    With ``chunked_loss`` set, a forward pass with labels gives the loss and no logits, and holds only
+    a chunk of them at a time (see ``loss.py``).
+    """
+
+    chunked_loss: bool = False
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -381,12 +389,15 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given; the rest as in :class:`StableMaskModel`.
 
         Args:
             labels: (batch, length), -100 where not counted; shifted here.
+            shift_labels: the same, shifted already, in place of ``labels``: each part of a sequence
+                that several processes share needs the next part's first token.
             logits_to_keep: how many of the last rows get logits (0: all), or which rows do.
             kwargs: ``num_items_in_batch`` makes the loss a sum over that count.
         """
@@ -400,11 +411,22 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, rows])
-        loss = None
-        if labels is not None:
+        hidden_states = outputs.last_hidden_state[:, rows]
+        logits = loss = None
+        if labels is None and shift_labels is None:
+            logits = self.lm_head(hidden_states)
+        elif self.chunked_loss:
+            loss = chunked_causal_lm_loss(
+                hidden_states, self.lm_head.weight, labels, shift_labels=shift_labels, **kwargs
+            )
+        else:
+            logits = self.lm_head(hidden_states)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                **kwargs,
             )
         return CausalLMOutputWithPast(
             loss=loss,

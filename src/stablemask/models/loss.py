@@ -1,0 +1,122 @@
+"""The loss of a language model from its hidden states, without ever holding all logits.
+
+The logits of a vocabulary of 50,000 outweigh everything else in a small model. Here a chunk of tokens
+at a time gets its logits, its share of the loss and its share of the gradients, and they are dropped.
+``F.linear_cross_entropy`` of PyTorch 2.13 works alike, but returns the loss of bfloat16 inputs in
+bfloat16, 3 digits of it, and adds up the gradient of the weight in bfloat16 too.
+
+Letters: N tokens, d hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+# Logits held at a time: 256 MiB in float32, and enough tokens to keep a GPU busy.
+CHUNK_LOGITS = 1 << 26
+
+
+def chunked_causal_lm_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """What Transformers' ``ForCausalLMLoss`` makes of ``hidden_states @ weight.T``, float32, scalar.
+
+    Its gradients are worked out together with it; they can be taken once, and not be differentiated.
+
+    Args:
+        hidden_states: (batch, length, d).
+        weight: (V, d), a plain tensor: under FSDP2 it must be gathered by then.
+        labels: (batch, length), -100 where not counted; shifted here.
+        shift_labels: the same, shifted already, in place of ``labels``.
+        num_items_in_batch: the loss is the sum over this; by default over the labels counted.
+        kwargs: ignored, as there.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    targets = shift_labels.flatten().to(hidden_states.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORED).sum()
+    scale = 1 / torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=targets.device)
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+    hidden_states = hidden_states.flatten(0, -2)
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, scale)
+    return _loss_and_gradients(hidden_states, weight, targets, scale, (False, False))[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, scale: Tensor):
+        loss, *gradients = _loss_and_gradients(
+            hidden_states, weight, targets, scale, ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor):
+        # In place, for they may be the largest tensors there are; a second backward is refused.
+        gradients = [
+            None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors
+        ]
+        return *gradients, None, None
+
+
+def _loss_and_gradients(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``scale`` times the summed loss, and its gradients where ``needed``.
+
+    Args:
+        hidden_states: (N, d), in the dtype to compute in.
+        weight: (V, d). Its gradient is added up in float32.
+        targets: (N,).
+        scale: scalar, float32.
+    """
+    dtype = hidden_states.dtype
+    cast_weight = weight.to(dtype)
+    counted = (targets != IGNORED)[:, None]
+    targets = targets.clamp(min=0)[:, None]
+    grad_hidden = torch.empty_like(hidden_states) if needed[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+    loss = torch.zeros_like(scale)
+    num_chunks = max(1, -(-len(hidden_states) * len(weight) // CHUNK_LOGITS))
+    rows = max(1, -(-len(hidden_states) // num_chunks))
+    for start in range(0, len(hidden_states), rows):
+        chunk = slice(start, start + rows)
+        hidden, target, scales = hidden_states[chunk], targets[chunk], counted[chunk] * scale
+        logits = F.linear(hidden, cast_weight).float()
+        # Softmax in place: the exponentials of logits less their row's largest, and their sum.
+        logits -= logits.amax(-1, keepdim=True)
+        target_logits = logits.gather(-1, target)
+        total = logits.exp_().sum(-1, keepdim=True)
+        loss = loss + ((total.log() - target_logits) * scales).sum()
+        if not any(needed):
+            continue
+        # The gradient of the logits, (softmax - one-hot) scale.
+        logits.scatter_add_(-1, target, -total)
+        grad_logits = logits.mul_(scales / total).to(dtype)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = grad_logits @ cast_weight
+        if grad_weight is not None:
+            if dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.T, hidden)
+            else:
+                grad_weight += grad_logits.T @ hidden
+    return loss, grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
