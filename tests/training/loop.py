@@ -55,7 +55,7 @@ def make_loop(
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": 2,
         "use_cpu": True, "lr_scheduler_type": "constant", "learning_rate": 0.01, "report_to": [],
         "disable_tqdm": True, "include_num_input_tokens_seen": "all", "logging_steps": 2,
-        "save_steps": 1000, "logging_nan_inf_filter": False,
+        "save_steps": 1000, "logging_nan_inf_filter": False, "label_names": ["labels"],
     }  # fmt: skip
     loop = Loop(
         model=model,
