@@ -264,8 +264,8 @@ def _write_tokens(
             share_read = source.position / source.num_bytes
             bar.total = round(characters / share_read) if share_read else None
             bar.update(batch_characters)
-    ids = tokenizer.get_vocab()
-    vocabulary: list[str] = sorted(ids, key=ids.__getitem__)
+    by_token = tokenizer.get_vocab()
+    vocabulary: list[str] = sorted(by_token, key=by_token.__getitem__)
     meta = {
         "characters": characters,
         "vocabulary": hash_of(vocabulary),
