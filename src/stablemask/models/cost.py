@@ -58,24 +58,22 @@ def training_memory(
         weights     4 N                 (N parameters)
         gradients   4 N
         optimizer   8 N
-        activations B T L layer,  layer = s (c d + 2 h (H + K) + 4 f) + 4 (4 d + H + 2)
+        activations B T L layer,  layer = s (2 d + 2 h (H + K) + 4 f) + 4 (2 d + H + 2)
                     with gradient checkpointing  B T (4 d L + layer)
         logits      B T V (s + 8),  their log-softmax and its gradient in float32
 
-    A layer keeps what autograd saves without torch.compile: of its two norms the input and the
-    normalised input (float32, the residual stream) and their outputs (c = 2 of them, or 5 under
-    autocast, which casts once for each projection that reads one), query, key, value and the
-    attention's output, its logsumexp, and four tensors of the SwiGLU. The allocator's overhead,
-    autocast's copies of the weights and a dense padding mask come on top.
+    A layer keeps what autograd saves without torch.compile: of its two norms the input (float32, the
+    residual stream) and the output, query, key, value and the attention's output, its logsumexp, and
+    four tensors of the SwiGLU. The allocator's overhead, autocast's copies of the weights and a dense
+    padding mask come on top.
     """
     size = torch.empty(0, dtype=dtype).element_size()
     d, layers = config.hidden_size, config.num_hidden_layers
     width, kv_width = config.query_width, config.key_value_width
     parameters = count_parameters(config)
     tokens = batch_size * context
-    copies = 2 if dtype == torch.float32 else 5
-    layer = size * (copies * d + 2 * (width + kv_width) + 4 * config.intermediate_size)
-    layer += 4 * (4 * d + config.num_attention_heads + 2)
+    layer = size * (2 * d + 2 * (width + kv_width) + 4 * config.intermediate_size)
+    layer += 4 * (2 * d + config.num_attention_heads + 2)
     if gradient_checkpointing:
         activations = tokens * (4 * d * layers + layer)
     else:

@@ -10,21 +10,21 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Rotary:
-    """cos and sin of RoPE (Su et al., arXiv 2104.09864).
+    """cos and sin of RoPE (Su et al., arXiv 2104.09864), as :func:`rotate` takes them.
 
     Returns:
-        Two float32 tensors (batch or 1, 1, length, head_dim / 2).
+        Two float32 tensors (batch or 1, 1, length, head_dim), the sines of the first half negated.
     """
     frequencies = _inverse_frequencies(head_dim, theta, positions.device)
     angles = positions[:, None, :, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (batch, heads, length, head_dim), its two halves paired, in float32 or better."""
-    first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(states.dtype)
+    halves_swapped = states.roll(states.shape[-1] // 2, dims=-1)
+    return torch.addcmul(states * cos, halves_swapped, sin).to(states.dtype)
 
 
 def sinusoidal_encoding(positions: Tensor, hidden_size: int) -> Tensor:
