@@ -251,7 +251,9 @@ def test_the_loss_of_conversations_is_the_mean_over_the_assistants_tokens(
     rows = metrics(tmp_path / "run")
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.5
     (seen,) = [row["tokens"] for row in rows if "tokens" in row]
-    assert seen == data.train.num_tokens  # padding is not counted
+    # Padding is not counted; the last batch of the pass has begun another.
+    again = 4 * steps - len(data.train)
+    assert 0 <= seen - data.train.num_tokens <= 64 * again
 
 
 def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -130,12 +131,21 @@ def test_the_same_seed_gives_the_same_weights(uninterrupted, options, tmp_path):
     assert_same_weights(tmp_path / "again", uninterrupted)
 
 
-@pytest.mark.parametrize("moment", ["checkpoint-4", "checkpoint-16", "incomplete", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    ("moment", "async_save"),
+    [
+        ("checkpoint-4", False),
+        ("checkpoint-16", True),
+        ("incomplete", False),
+        ("incomplete", True),
+        ("metrics.jsonl", False),
+    ],
+)
 def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(
-    moment, uninterrupted, options, tmp_path
+    moment, async_save, uninterrupted, options, tmp_path
 ):
     folder = tmp_path / "run"
-    options = replace(options, out=str(folder))
+    options = replace(options, out=str(folder), async_save=async_save)
     process = subprocess.Popen(command(options), stderr=subprocess.DEVNULL)
     awaited = folder / moment if "." in moment else folder / "checkpoints" / moment
     while not awaited.exists():
@@ -184,23 +194,35 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted, options):
     assert (uninterrupted / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(options, tmp_path, monkeypatch):
+@pytest.fixture
+def poisoned(monkeypatch):
+    """The loss of the tenth step is not a number."""
     from stablemask.models.modeling import StableMaskForCausalLM
 
     forward, calls = StableMaskForCausalLM.forward, []
 
-    def poisoned(self, *args, **kwargs):
+    def poison(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         calls.append(1)
         if len(calls) == 10:
             output.loss = output.loss * float("nan")
         return output
 
-    monkeypatch.setattr(StableMaskForCausalLM, "forward", poisoned)
-    options = replace(options, out=str(tmp_path / "run"), eval_every=1000)
+    monkeypatch.setattr(StableMaskForCausalLM, "forward", poison)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(poisoned, options, tmp_path, capsys):
+    result = pretrain(replace(options, out=str(tmp_path / "run"), eval_every=1000, steps=20))
+    assert math.isfinite(result.eval_loss)
+    assert "step 10 is skipped" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(tmp_path / "run") if "skipped_because" in row] == [10]
+    assert [r["skipped"] for r in metrics(tmp_path / "run") if "loss" in r] == [0, 1, 1, 1]
+
+
+def test_too_many_of_them_stop_the_run_before_the_weights(poisoned, options, tmp_path):
+    options = replace(options, out=str(tmp_path / "run"), eval_every=1000, skip_limit=1)
     with pytest.raises(RunError, match="not finite at step 10"):
         pretrain(options)
-    monkeypatch.undo()
     last = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert last.name == "checkpoint-8"
     checkpoints.verify(last)
@@ -263,9 +285,7 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "manifest.json"]
-)
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_set_aside(file, how, written, tmp_path, capsys):
     folder = tmp_path / "checkpoints"
@@ -278,8 +298,16 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(file, how, written, tmp_pat
     assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
 
     damage(folder / "checkpoint-4" / file, how)
-    with pytest.raises(InputError, match="checkpoint-4 is damaged.*no checkpoint is whole"):
+    with pytest.raises(InputError, match=r"checkpoint-4 is damaged.*no checkpoint is whole"):
         checkpoints.last_whole(folder)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_manifest_that_is_damaged_damages_the_checkpoint(how, written, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(written, folder)
+    damage(folder / "checkpoint-8" / "manifest.json", how)
+    assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, uninterrupted):

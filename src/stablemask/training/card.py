@@ -21,7 +21,7 @@ positions, pretrained from scratch with `stablemask`
 
 | | |
 |---|---|
-| training data | {data}, {train_tokens:,} tokens |
+| training data | {data} |
 | training | {steps:,} steps of {tokens_per_step:,} tokens, context {context}, {dtype} |
 | validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity:.2f}), on {validation_tokens:,} tokens |
 
@@ -53,8 +53,7 @@ def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str
         preset=options.preset,
         attention=options.attention,
         position=options.position,
-        data=options.data,
-        train_tokens=record["train_tokens"],
+        data=_data(options, record["train_tokens"]),
         validation_tokens=record["validation_tokens"],
         steps=options.steps,
         tokens_per_step=tokens_per_step,
@@ -83,7 +82,7 @@ tags: [stablemask]
 | | |
 |---|---|
 | attention | {attention} |
-| training data | {data}, {train_tokens:,} tokens |
+| training data | {data} |
 | training | {steps:,} steps of {batch} {unit}, context {context}, {dtype}, learning rate {rate:g} |
 | validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity:.2f}) |
 
@@ -97,6 +96,11 @@ import stablemask.hf
 model = stablemask.hf.load_model("{folder}")
 ```
 """
+
+
+def _data(options: PretrainOptions, train_tokens: int | None) -> str:
+    name = ", ".join(options.mixture) or options.data
+    return f"{name}, streamed" if train_tokens is None else f"{name}, {train_tokens:,} tokens"
 
 
 def write_finetune_card(

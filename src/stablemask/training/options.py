@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import Self
 
+from ..data.mixture import parse_mixture
+from ..data.sources import BUILTIN
 from ..errors import InputError
 from ..models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS, StableMaskConfig
 from ..models.presets import PRESETS, preset_config
@@ -57,9 +59,6 @@ class TrainingOptions:
     )
     compile: bool = option(False, "run the model through torch.compile")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
-    chunked_loss: bool = option(
-        False, "compute the loss a chunk of tokens at a time and never store all logits"
-    )
     fsdp: bool = option(
         False, "shard weights, gradients and optimizer over the devices (FSDP2); by default DDP"
     )
@@ -112,6 +111,7 @@ class TrainingOptions:
             "eval_every": tenth,
             "save_every": tenth,
             "dtype": default_dtype(),
+            "workers": 0,
         } | defaults
         unset: dict[str, Any] = {
             name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")
@@ -177,8 +177,11 @@ class PretrainOptions(TrainingOptions):
 
     command: ClassVar[str] = "pretrain"
 
-    data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
+    data: str = option(BUILTIN, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
+    chunked_loss: bool = option(
+        False, "compute the loss a chunk of tokens at a time and never store all logits"
+    )
     mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
     streaming: bool = option(False, "read and tokenize while training, and store no tokens")
     shuffle_buffer: int = option(10_000, "with --streaming, documents shuffled at a time")
@@ -196,12 +199,21 @@ class PretrainOptions(TrainingOptions):
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         preset = PRESETS[self.preset]
         return self._filled(
-            vocab_size=preset["vocab_size"], context=preset["max_position_embeddings"]
+            vocab_size=preset["vocab_size"],
+            context=preset["max_position_embeddings"],
+            workers=int(self.streaming),
         )
 
     def _check(self) -> None:
         super()._check()
         self.model_config()
+        if self.mixture and self.data != BUILTIN:
+            raise InputError("give data or a mixture, not both")
+        if self.mixture:
+            parse_mixture(self.mixture)
+        if self.streaming and self.tokenizer is None:
+            raise InputError("streaming needs a tokenizer, for it trains none: --tokenizer")
+        _check_least(self, shuffle_buffer=1)
         assert self.context is not None
         if self.context_parallel > 1 and self.context % (2 * self.context_parallel):
             raise InputError(

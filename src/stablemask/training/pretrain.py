@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..data import Corpus, prepare_corpus
+from ..data import Corpus, prepare_corpus, prepare_mixture
+from ..data.mixture import parse_mixture
+from ..data.stream import StreamedCorpus, prepare_stream
 from ..models.cost import count_parameters, flops_per_token, training_memory
 from ..models.modeling import StableMaskForCausalLM
 from .card import write_pretrain_card
@@ -56,13 +58,14 @@ def pretrain(options: PretrainOptions) -> RunResult:
 
     corpus = main_first(lambda: _prepare(options))
     record = {
-        "train_tokens": len(corpus.train.tokens),
-        "validation_tokens": len(corpus.validation.tokens),
+        "train_tokens": corpus.num_train_tokens,
+        "validation_tokens": corpus.validation.num_tokens,
         "command": command,
     }
     begin_run(folder, options, corpus.key, record)
     set_seed(options.seed)
     model = StableMaskForCausalLM(_config_for(options, corpus))
+    model.chunked_loss = options.chunked_loss
     sequences = None
     if options.context_parallel > 1:
         sequences = share_sequences(model, options.context_parallel)
@@ -76,14 +79,24 @@ def pretrain(options: PretrainOptions) -> RunResult:
     return finish_run(folder, trainer, corpus, trainer.save_model, write_card)
 
 
-def _prepare(options: PretrainOptions) -> Corpus:
-    return prepare_corpus(
-        options.data,
-        block_size=given(options.context),
-        vocab_size=given(options.vocab_size),
-        tokenizer=options.tokenizer,
-        text_column=options.text_column,
-    )
+def _prepare(options: PretrainOptions) -> Corpus | StreamedCorpus:
+    settings: dict[str, Any] = {
+        "block_size": given(options.context),
+        "tokenizer": options.tokenizer,
+        "text_column": options.text_column,
+    }
+    if options.streaming:
+        return prepare_stream(
+            list(parse_mixture(options.mixture).items()) if options.mixture else options.data,
+            shuffle_buffer=options.shuffle_buffer,
+            seed=options.seed,
+            eval_tokens=options.eval_tokens,
+            **settings,
+        )
+    settings["vocab_size"] = given(options.vocab_size)
+    if options.mixture:
+        return prepare_mixture(options.mixture, seed=options.seed, **settings)
+    return prepare_corpus(options.data, **settings)
 
 
 def describe_cost(options: PretrainOptions) -> str:
@@ -114,7 +127,7 @@ def describe_cost(options: PretrainOptions) -> str:
     return "\n".join(lines + parts)
 
 
-def _config_for(options: PretrainOptions, corpus: Corpus) -> Any:
+def _config_for(options: PretrainOptions, corpus: Corpus | StreamedCorpus) -> Any:
     tokens = len(corpus.tokenizer)
     # A tokenizer that was given may be larger than the preset's vocabulary; 64 suits the hardware.
     vocab_size = given(options.vocab_size)

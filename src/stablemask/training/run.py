@@ -16,7 +16,7 @@ import platform
 import shlex
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -32,9 +32,10 @@ from transformers.utils import logging as transformers_logging
 from .. import __version__
 from ..data.batches import TrainBatches
 from ..errors import InputError
+from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
 from . import checkpoints
-from .callbacks import Record, StopOnSignal, StopWhenNotFinite
+from .callbacks import Probe, Record, SkipBadSteps, StopOnSignal, training_flops
 from .options import FREE_ON_RESUME, TrainingOptions, world_size
 from .processes import is_main, join_processes, on_main, rank
 from .sequences import SequenceGroup
@@ -234,7 +235,7 @@ def build_trainer(
         sequences=sequences,
     )
     trainer.remove_callback(PrinterCallback)
-    for callback in (*callbacks, Record(folder / METRICS_FILE), StopWhenNotFinite()):
+    for callback in _callbacks(options, folder, trainer, data, callbacks):
         trainer.add_callback(callback)
     if options.tensorboard and is_main():
         from torch.utils.tensorboard import SummaryWriter
@@ -243,6 +244,35 @@ def build_trainer(
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin)
         trainer.add_callback(TensorBoardCallback(writer))
     return trainer
+
+
+def _callbacks(
+    options: TrainingOptions,
+    folder: Path,
+    trainer: LanguageModelTrainer,
+    data: TrainingData,
+    more: tuple[TrainerCallback, ...],
+) -> Iterator[TrainerCallback]:
+    """In an order in which each finds in a log what those before it have added."""
+    context = given(options.context)
+    device = trainer.args.device
+    record = Record(
+        folder / METRICS_FILE,
+        flops_per_token=training_flops(trainer.model, context),
+        peak_flops=options.peak_flops or peak_flops(device, getattr(torch, options.dtype)),
+        data_seconds=lambda: trainer.data_seconds,
+    )
+    yield SkipBadSteps(
+        lambda: trainer.step_loss,
+        lambda: trainer.grad_norm,
+        limit=options.skip_limit,
+        spikes=options.skip_spikes,
+        record=record.add,
+    )
+    if options.probe_tokens:
+        yield Probe(data.validation[0]["input_ids"][: options.probe_tokens])
+    yield from more
+    yield record
 
 
 def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ not, reads what it needs. The format is PyTorch's (torch.distributed.checkpoint)
 
 import io
 import pickle
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .processes import saving_group
+
+# Of one process, which is what is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def save_state(

@@ -46,6 +46,7 @@ class LanguageModelTrainer(Trainer):
     Attributes:
         data_seconds: how long it has waited for batches.
         step_loss: this process's loss of the current step, as it went into the gradients.
+        grad_norm: norm of the step's gradients before clipping.
     """
 
     model: Any
@@ -67,6 +68,7 @@ class LanguageModelTrainer(Trainer):
         self.keep = keep
         self.data_seconds = 0.0
         self.step_loss = torch.zeros((), device=self.args.device)
+        self.grad_norm = torch.zeros(())
         self._make_batches, self._collate = batches, collate
         self._sequences = sequences
         self._async_save = async_save
@@ -132,7 +134,8 @@ class LanguageModelTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return self.grad_norm
 
     # Checkpoints
 
