@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
 
 from stablemask.training.callbacks import Probe, SkipBadSteps, StopOnSignal
 from stablemask.training.sharding import shard
 
 from ..models.tiny import random_ids, tiny_model
-from ..training.loop import make_loop
 
 
 def same_everywhere(value) -> bool:
@@ -27,38 +27,51 @@ def same_everywhere(value) -> bool:
 class _SignalToOne(TrainerCallback):
     """One rank is slow, and gets the signal while the other waits for it."""
 
-    def __init__(self, event: str, step: int, rank: int, number: int):
-        self.step, self.rank, self.number = step, rank, number
+    def __init__(self, event: str, rank: int, number: int):
+        self.rank, self.number = rank, number
         setattr(self, event, self._event)
 
     def _event(self, args, state, control, **_):
         if dist.get_rank() == self.rank:
             time.sleep(0.01)
-            if state.global_step == self.step:
+            if state.global_step == 4:
                 os.kill(os.getpid(), self.number)
+
+
+def _events_of_training(*callbacks) -> tuple[int, list[int]]:
+    """Those of the Trainer, evaluating every 4 steps; the last step, and those that were saved."""
+    args, state, control = None, TrainerState(), TrainerControl()
+    handler, saved = CallbackHandler(list(callbacks), None, None, None, None), []
+    handler.on_train_begin(args, state, control)
+    while state.global_step < 40 and not control.should_training_stop:
+        handler.on_step_begin(args, state, control)
+        state.global_step += 1
+        handler.on_step_end(args, state, control)
+        if state.global_step % 4 == 0:
+            handler.on_prediction_step(args, state, control)
+            handler.on_evaluate(args, state, control, {})
+        if control.should_save:
+            saved.append(state.global_step)
+            handler.on_save(args, state, control)
+    handler.on_train_end(args, state, control)
+    return state.global_step, saved
 
 
 def _all_stop_after_the_same_step(folder, event, rank, number, steps):
     os.environ["RANK"] = str(dist.get_rank())
-    folder = Path(folder) / str(dist.get_rank())
-    folder.mkdir()
-    stderr, messages = os.dup(2), folder / "stderr"
+    messages = Path(folder) / f"{number}-{dist.get_rank()}"
+    stderr = os.dup(2)
     os.dup2(os.open(messages, os.O_WRONLY | os.O_CREAT), 2)
     try:
         with StopOnSignal() as stop:
-            sender = _SignalToOne(event, 4, rank, number)
-            loop = make_loop(
-                tiny_model(), folder, sender, stop, steps=40, eval_strategy="steps", eval_steps=4
-            )
-            loop.train()
+            step, saved = _events_of_training(_SignalToOne(event, rank, number), stop)
     finally:
         os.dup2(stderr, 2)
         os.environ.pop("RANK")
-    step = loop.state.global_step
     assert stop.received == number
     assert step in steps, step
+    assert saved == [step]
     assert same_everywhere(step)
-    assert [p.name for p in folder.glob("checkpoint*")] == [f"checkpoint-{step}"]
     told = messages.read_text().count("saving a checkpoint, then stopping")
     assert told == (1 if dist.get_rank() == 0 else 0)
 
@@ -69,9 +82,8 @@ def test_ranks_stop_together_whichever_gets_the_signal(two_ranks, tmp_path):
         ("on_step_end", 0, signal.SIGINT, (4, 5, 6)),
         ("on_prediction_step", 1, signal.SIGUSR1, (4,)),
     ]
-    for number, case in enumerate(cases):
-        (tmp_path / str(number)).mkdir()
-        two_ranks.run(_all_stop_after_the_same_step, str(tmp_path / str(number)), *case)
+    for case in cases:
+        two_ranks.run(_all_stop_after_the_same_step, str(tmp_path), *case)
 
 
 def _one_bad_rank_is_enough(spikes):
