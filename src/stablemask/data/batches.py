@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -252,14 +253,26 @@ class _Loader(DataLoader[Example]):
         except InputError as error:
             # A worker's comes with its traceback, whose last line is the message.
             message = str(error).strip().splitlines()[-1].removeprefix(f"{_NAME}: ")
-            raise RunError(message) from error
+            # The frames of its traceback would keep the workers, and their end, for the garbage collector.
+            raise RunError(message) from error.with_traceback(None)
 
 
 _NAME = f"{InputError.__module__}.{InputError.__qualname__}"
 
 
 def _start_worker(worker: int) -> None:
-    """Leave signals to the main process: it ends its workers, and they end when it is gone."""
+    """Let a signal to all processes of a run, as of Ctrl-C or a scheduler, be the main process's alone.
+
+    It ends its workers, and they end when it is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not outlive a fork
+
+
+def _end_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
