@@ -107,16 +107,16 @@ def _loss_and_gradients(
         target_logits = logits.gather(-1, target)
         total = logits.exp_().sum(-1, keepdim=True)
         loss = loss + ((total.log() - target_logits) * scales).sum()
-        if not any(needed):
-            continue
-        # The gradient of the logits, (softmax - one-hot) scale.
-        logits.scatter_add_(-1, target, -total)
-        grad_logits = logits.mul_(scales / total).to(dtype)
+        if any(needed):
+            # The gradient of the logits, (softmax - one-hot) scale.
+            logits.scatter_add_(-1, target, -total)
+            logits = logits.mul_(scales / total).to(dtype)
         if grad_hidden is not None:
-            grad_hidden[chunk] = grad_logits @ cast_weight
+            grad_hidden[chunk] = logits @ cast_weight
         if grad_weight is not None:
             if dtype == torch.float32:
-                grad_weight.addmm_(grad_logits.T, hidden)
+                grad_weight.addmm_(logits.T, hidden)
             else:
-                grad_weight += grad_logits.T @ hidden
+                grad_weight += logits.T @ hidden
+        del logits  # before the next chunk has its own
     return loss, grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
