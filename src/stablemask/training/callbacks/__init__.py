@@ -4,17 +4,15 @@ On a log, each of them may add to what the ones after it get. So: first ``SkipBa
 then ``Record``, then what sends the values elsewhere, TensorBoard or Weights & Biases.
 """
 
-from .guards import SkipBadSteps, StopWhenNotFinite
+from .guards import SkipBadSteps
 from .probe import Probe
 from .progress import Record, training_flops
-from .signals import StopOnSignal, leave_signals_to_parent
+from .signals import StopOnSignal
 
 __all__ = [
     "Probe",
     "Record",
     "SkipBadSteps",
     "StopOnSignal",
-    "StopWhenNotFinite",
-    "leave_signals_to_parent",
     "training_flops",
 ]

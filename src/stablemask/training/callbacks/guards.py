@@ -139,26 +139,6 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         self._logged.clear()
 
 
-class StopWhenNotFinite(TrainerCallback):
-    """Refuse a step whose gradients are not finite, before it reaches the weights."""
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        assert model is not None
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise RunError(
-                f"the loss or its gradients are not finite at step {state.global_step + 1}; "
-                "the last checkpoint is kept. Try a lower --learning-rate or a longer --warmup"
-            )
-
-
 def _mean_over_processes(value: Tensor) -> Tensor:
     value = value.detach().float()
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -115,22 +115,3 @@ class StopOnSignal(TrainerCallback):
             self.received = signal.Signals(number)
             self._tell(number)
         return self.received is not None
-
-
-def leave_signals_to_parent(worker_id: int) -> None:
-    """For a process that loads data (``worker_init_fn``): only the process it works for ends it.
-
-    torchrun, SLURM and a terminal signal every process there is, and the checkpoint that is then saved
-    needs the data of the step under way.
-    """
-    for number in STOPPING:
-        if number != signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
