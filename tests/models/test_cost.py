@@ -1,5 +1,11 @@
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from stablemask.models import (
@@ -99,3 +105,58 @@ def test_memory_adds_up():
     assert memory["optimizer"] == 2 * memory["gradients"]
     saved = training_memory(config, 4, 1024, torch.bfloat16, gradient_checkpointing=True)
     assert saved["activations"] < memory["activations"] / 5
+
+
+def tracked_peak(config, chunked_loss, mesh=None):
+    """Bytes at the peak of a second forward and backward pass, by PyTorch's own count."""
+    with FakeTensorMode():
+        model = StableMaskForCausalLM(config).train()
+        model.chunked_loss = chunked_loss
+        ids = random_ids(8, 512)
+        if mesh is not None:
+            for part in (*model.model.layers, model):
+                fully_shard(part, mesh=mesh)
+            tracker = FSDPMemTracker(model)
+            tracker.track_inputs(())
+        else:
+            tracker = MemTracker()
+            tracker.track_external(model)
+        with tracker:
+            for _ in range(2):
+                model(ids, labels=ids, use_cache=False).loss.backward()
+                tracker.reset_mod_stats()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.fixture
+def eight_ranks():
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield dist.init_device_mesh("cpu", (8,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("chunked_loss", [False, True])
+def test_memory_of_a_pass_is_what_pytorch_counts(chunked_loss):
+    config = preset_config("160m", num_hidden_layers=3)
+    memory = training_memory(config, 8, 512, chunked_loss=chunked_loss)
+    estimated = memory["total"] - memory["optimizer"]
+    assert tracked_peak(config, chunked_loss) == pytest.approx(estimated, rel=0.05)
+
+
+@pytest.mark.parametrize("chunked_loss", [False, True])
+def test_memory_under_fsdp2_is_what_pytorch_counts(chunked_loss, eight_ranks):
+    config = preset_config("160m", num_hidden_layers=3)
+    memory = training_memory(config, 8, 512, chunked_loss=chunked_loss, devices=8, fsdp=True)
+    estimated = memory["total"] - memory["optimizer"]
+    assert tracked_peak(config, chunked_loss, eight_ranks) == pytest.approx(estimated, rel=0.05)
+
+
+def test_memory_on_several_devices():
+    config = preset_config("160m")
+    one = training_memory(config, 8, 512)
+    shared = training_memory(config, 8, 512, devices=4, context_parallel=4)
+    assert shared["activations"] == one["activations"] / 4
+    assert shared["logits"] == one["logits"] / 4
+    assert shared["buckets"] == one["gradients"] == shared["gradients"]
+    sharded = training_memory(config, 8, 512, devices=4, fsdp=True)
+    assert sharded["optimizer"] == one["optimizer"] / 4

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration import StableMaskConfig
+from .loss import CHUNK_LOGITS
 from .modeling import StableMaskForCausalLM
 
 
@@ -49,8 +50,13 @@ def training_memory(
     context: int,
     dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
+    *,
+    chunked_loss: bool = False,
+    devices: int = 1,
+    fsdp: bool = False,
+    context_parallel: int = 1,
 ) -> dict[str, int]:
-    """Estimated bytes of one AdamW training step, by what they hold, and their ``total``.
+    """Estimated bytes of one AdamW training step on each device, by what they hold, and their ``total``.
 
     Weights, gradients and both AdamW moments are float32; ``dtype`` is what the forward pass
     computes in, under autocast where it is not float32. With s the bytes of ``dtype``:
@@ -61,6 +67,12 @@ def training_memory(
         activations B T L layer,  layer = s (2 d + 2 h (H + K) + 4 f) + 4 (2 d + H + 2)
                     with gradient checkpointing  B T (4 d L + layer)
         logits      B T V (s + 8),  their log-softmax and its gradient in float32
+                    with the chunked loss  C (4, or 6 in bfloat16) + 4 d V,  a chunk of
+                    C = min(B T V, CHUNK_LOGITS) logits, and the head's gradient, early
+
+    On several devices DDP copies the gradients into buckets, 4 N more. FSDP2 divides weights,
+    gradients and optimizer by the devices; on top come, gathered, s times the weights outside the
+    layers, for the whole step, and those of a layer. Context parallelism divides T.
 
     A layer keeps what autograd saves without torch.compile: of its two norms the input (float32, the
     residual stream) and the output, query, key, value and the attention's output, its logsumexp, and
@@ -71,18 +83,31 @@ def training_memory(
     d, layers = config.hidden_size, config.num_hidden_layers
     width, kv_width = config.query_width, config.key_value_width
     parameters = count_parameters(config)
-    tokens = batch_size * context
+    tokens = batch_size * context // context_parallel
     layer = size * (2 * d + 2 * (width + kv_width) + 4 * config.intermediate_size)
     layer += 4 * (2 * d + config.num_attention_heads + 2)
     if gradient_checkpointing:
         activations = tokens * (4 * d * layers + layer)
     else:
         activations = tokens * layers * layer
+    logits = tokens * config.vocab_size
+    if chunked_loss:
+        logits = min(logits, CHUNK_LOGITS) * (4 if dtype == torch.float32 else 4 + size)
+        logits += 4 * d * config.vocab_size
+    else:
+        logits *= size + 8
+    shards = devices if fsdp else 1
     memory = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * parameters,
+        "weights": 4 * parameters // shards,
+        "gradients": 4 * parameters // shards,
+        "optimizer": 8 * parameters // shards,
         "activations": activations,
-        "logits": tokens * config.vocab_size * (size + 8),
+        "logits": logits,
     }
+    if fsdp:
+        layer_weights = 2 * d * (width + kv_width) + 3 * d * config.intermediate_size + 2 * d
+        outside = parameters - layers * layer_weights
+        memory["gathered"] = size * (outside + layer_weights)
+    elif devices > 1:
+        memory["buckets"] = 4 * parameters
     return {**memory, "total": sum(memory.values())}
