@@ -176,7 +176,7 @@ def test_damaged_data_is_one_line(workers):
     with pytest.raises(RunError) as raised:
         next(iter(made))
     assert str(raised.value) == "'a.jsonl', line 7: not a JSON record: it ends, early"
-    made = None
+    del raised, made
     assert not [child for child in multiprocessing.active_children() if child not in before]
 
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from ..errors import InputError, RunError
 from .chat import IGNORED
+from .mixture import Mixture
 from .stream import CURSOR, TextStream, derived_seed
 
 Example = dict[str, Tensor]
@@ -140,7 +141,7 @@ class TrainBatches(IterableDataset[Example]):
             lanes = {k % examples.lanes for batch in batches for k in self._samples(batch)}
             start = begin * self.ranks * self.batch_size
             return examples.open(lanes, start, list(self._cursors.values())).draw
-        if hasattr(examples, "locate"):
+        if isinstance(examples, Mixture):
             shuffles = [Shuffle(len(dataset), self.seed) for dataset in examples.datasets]
 
             def draw(k: int) -> Example:

@@ -6,9 +6,9 @@ samples come from, and where each of these stands says all about the run: a bloc
 which any process continues its lane behind it.
 
 Documents are read ``shuffle_buffer`` at a time. Those of such a *window* are put in random order and dealt
-one by one to the lane with the fewest characters of them, which keeps the lanes abreast: a process reads a
-window once, and holds the documents that its slowest lane has yet to come to. A source that ends starts
-over.
+one by one to the lane with the fewest characters of them, which keeps the lanes about abreast: a process
+reads a window once, and holds the documents that its slower lanes have yet to come to. A source that ends
+starts over.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import hashlib
 import heapq
 import json
 import math
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,14 +29,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .files import check_column, first_line
 from .hub import is_hub_name, require_hub
-from .packing import PackedDataset, _encoder
+from .mixture import Mixture
+from .packing import PackedDataset, _encoder, token_dtype
 from .sources import (
     HUB_PREFIX,
     Document,
     Split,
     check_validation_fraction,
-    first_line,
     is_held_out,
     load_dataset_splits,
     read_documents,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 CURSOR = "cursor"  # the entry of an example
 STREAM_FORMAT = 1
+LANES = 64
 READ_ROWS = 256  # of a dataset, at a time
 
 
@@ -91,7 +92,7 @@ def prepare_stream(
     shuffle_buffer: int = 10_000,
     seed: int = 0,
     eval_tokens: int = 65536,
-    lanes: int = 64,
+    global_batch_size: int = 1,
 ) -> StreamedCorpus:
     """Open sources for training and read what validation takes.
 
@@ -104,8 +105,8 @@ def prepare_stream(
             weight of its blocks among all.
         tokenizer: folder or Hub name.
         shuffle_buffer: documents of a window, at least one for each lane.
-        lanes: best a multiple of the samples of a step. Then no two ranks tokenise the same lane, and
-            neither do as many workers of a rank, if that divides the multiple.
+        global_batch_size: samples of a step. The lanes are a multiple of it, at least ``LANES``, so that no
+            two ranks tokenise the same one.
 
     Raises:
         InputError: no tokenizer, a source that cannot be read, or one too short to stream.
@@ -127,7 +128,7 @@ def prepare_stream(
         validation_fraction=validation_fraction,
         shuffle_buffer=shuffle_buffer,
         seed=seed,
-        lanes=lanes,
+        lanes=global_batch_size * math.ceil(LANES / global_batch_size),
     )
     held_out: list[int] = []
     for source, (_, weight) in zip(stream.sources, weighted):
@@ -139,10 +140,10 @@ def prepare_stream(
             f"the held-out documents have {len(held_out)} tokens, less than a block of {block_size}; "
             "give more text, or leave out --streaming"
         )
-    tokens = np.array(held_out, np.uint16 if len(loaded) <= 1 << 16 else np.uint32)
+    tokens = np.array(held_out, token_dtype(loaded))
     settings = [
         STREAM_FORMAT, weighted, text_column, block_size, validation_fraction, shuffle_buffer, seed,
-        lanes, sorted(loaded.get_vocab().items()),
+        stream.lanes, sorted(loaded.get_vocab().items()),
     ]  # fmt: skip
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     digest.update(tokens.tobytes())
@@ -152,8 +153,7 @@ def prepare_stream(
 class TextStream:
     """Numbered blocks of tokens, without end; see the module.
 
-    Which source sample ``k`` comes from depends on ``k`` and the seed alone. In any stretch of samples
-    the sources have the shares of their weights, but for a few samples.
+    Several sources are mixed by the block, as by a :class:`~stablemask.data.mixture.Mixture`.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class TextStream:
         self.window = max(shuffle_buffer, lanes)
         self.seed = seed
         self.lanes = lanes
-        self._bounds = list(accumulate(weights))[:-1]
+        self._mixture = Mixture([], weights, seed)
 
     def open(
         self, lanes: Collection[int], start: int = 0, cursors: Iterable[Sequence[int]] = ()
@@ -188,9 +188,7 @@ class TextStream:
         return OpenStream(self, lanes, start, [Cursor(*cursor) for cursor in cursors])
 
     def source_of(self, k: int) -> int:
-        # The multiples of the golden ratio, modulo 1, are spread evenly in any stretch of them.
-        fraction = (k * 0x9E3779B97F4A7C15 + derived_seed(self.seed)) % 2**64 / 2**64
-        return bisect_right(self._bounds, fraction)
+        return self._mixture.locate(k)[0]
 
     def training(self, source: Source, shard: int = 0, row: int = 0) -> Iterator[Row]:
         """The rows of a source to train on, from a place in it."""
@@ -426,11 +424,7 @@ class StreamedDataset:
         try:
             # By the batch: by the row, the library would divide the shards among DataLoader workers.
             for batch in dataset.skip(skipped).iter(READ_ROWS):
-                if self.text_column not in batch:
-                    raise InputError(
-                        f"{self.name!r}: no column {self.text_column!r}; the columns are: "
-                        + ", ".join(sorted(batch))
-                    )
+                check_column(self.text_column, batch, repr(self.name))
                 for text in batch[self.text_column]:
                     if not isinstance(text, str | None):
                         raise InputError(
