@@ -258,19 +258,28 @@ def written(options, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def stopped(options, tmp_path, monkeypatch) -> PretrainOptions:
-    """A run with two checkpoints that did not finish."""
+def stop_at(monkeypatch):
+    """Stops a run after a step, as a signal does; None lets it go on to its end."""
     from stablemask.training.callbacks import StopOnSignal
 
-    def stop(self, args, state, control, **_):
-        if state.global_step == 8:
-            self.received = signal.SIGTERM
-            control.should_training_stop = True
+    def arrange(step: int | None) -> None:
+        def stop(self, args, state, control, **_):
+            if state.global_step == step:
+                self.received = signal.SIGTERM
+                control.should_save = control.should_training_stop = True
 
-    monkeypatch.setattr(StopOnSignal, "on_step_end", stop)
+        monkeypatch.setattr(StopOnSignal, "on_step_end", stop)
+
+    return arrange
+
+
+@pytest.fixture
+def stopped(options, tmp_path, stop_at) -> PretrainOptions:
+    """A run with two checkpoints that did not finish."""
+    stop_at(8)
     options = replace(options, out=str(tmp_path / "run"))
     assert pretrain(options).stopped_by is signal.SIGTERM
-    monkeypatch.undo()
+    stop_at(None)
     return replace(options, resume=True)
 
 
@@ -314,6 +323,33 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, uninter
     damage(Path(stopped.out) / "checkpoints" / "checkpoint-8" / "optimizer.pt", "flipped")
     pretrain(stopped)
     assert_same_weights(Path(stopped.out), uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["stream", "mixture", "mixture of streams"])
+def test_other_data_goes_on_where_it_stopped(kind, options, uninterrupted, tmp_path, stop_at):
+    """Two sources, with loading processes in one part of the run."""
+    records = tmp_path / "records.jsonl"
+    generator = random.Random(1)
+    lines = [
+        generator.choices(["the", "a", "model", "row", "mask", "sink", "token", "head"], k=30)
+        for _ in range(300)
+    ]
+    records.write_text("".join(json.dumps({"text": " ".join(line)}) + "\n" for line in lines))
+    changes = {"steps": 10, "save_every": 100, "tokenizer": str(uninterrupted)}
+    if "stream" in kind:
+        changes |= {"streaming": True, "shuffle_buffer": 64, "data": str(records)}
+    if "mixture" in kind:
+        other = tmp_path / "other.jsonl"
+        other.write_text(records.read_text().replace("the", "one"))
+        changes |= {"data": "builtin", "mixture": [f"{records}=3", f"{other}=1"]}
+    options = replace(options, **changes)
+    pretrain(replace(options, out=str(tmp_path / "whole")))
+    options = replace(options, out=str(tmp_path / "parts"), workers=2)
+    stop_at(5)
+    assert pretrain(options).step == 5
+    stop_at(None)
+    pretrain(replace(options, resume=True, workers=0))
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_resume_wants_the_same_settings_and_the_same_text(stopped, text, tmp_path):
@@ -386,7 +422,10 @@ def test_the_command_line_gives_the_same_options(options):
 
     from stablemask.cli.parser import parse_options
 
-    options = replace(options, out="runs/a b", tensorboard=False, gamma="slopes")
+    options = replace(
+        options, out="runs/a b", tensorboard=False, gamma="slopes", data="builtin",
+        mixture=["some text.txt=0.5", "builtin=1"],
+    )  # fmt: skip
     words = shlex.split(command_line(options))[2:]
     assert parse_options(PretrainOptions, words, prog="p", description="") == options
 

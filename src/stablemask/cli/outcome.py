@@ -9,10 +9,9 @@ from stablemask.training.run import RunResult, command_line
 
 def report(result: RunResult, options: TrainingOptions) -> int:
     if result.stopped_by is not None:
-        launcher = "the same launcher: " if world_size() > 1 else ""
-        _say(
-            f"stopped at step {result.step}; go on with {launcher}{command_line(options)} --resume"
-        )
+        launcher = " the same launcher and" if world_size() > 1 else ""
+        command = command_line(options)
+        _say(f"stopped at step {result.step}; go on with{launcher}: {command} --resume")
         return 130 if result.stopped_by is signal.SIGINT else 0
     _say(
         f"{result.folder}: {result.step} steps, validation perplexity {result.perplexity:.2f} "

@@ -389,18 +389,19 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given; the rest as in :class:`StableMaskModel`.
 
         Args:
             labels: (batch, length), -100 where not counted; shifted here.
-            shift_labels: the same, shifted already, in place of ``labels``: each part of a sequence
-                that several processes share needs the next part's first token.
             logits_to_keep: how many of the last rows get logits (0: all), or which rows do.
-            kwargs: ``num_items_in_batch`` makes the loss a sum over that count.
+            kwargs: ``num_items_in_batch`` makes the loss a sum over that count. ``shift_labels`` stands
+                in place of ``labels``, shifted already: each part of a sequence that several processes
+                share needs the next part's first token.
         """
+        # Not in the signature, by which a Trainer would take it for one more label it must be given.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -243,6 +243,8 @@ def build_trainer(
         begin = checkpoints.step_of(checkpoint) + 1 if checkpoint else None
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin)
         trainer.add_callback(TensorBoardCallback(writer))
+    if options.wandb:
+        trainer.add_callback(WandbCallback())
     return trainer
 
 
@@ -312,7 +314,7 @@ def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:
         "prediction_loss_only": True,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        "report_to": ["wandb"] if options.wandb else [],
+        "report_to": [],
         "run_name": folder.name,
     }
 
@@ -372,6 +374,8 @@ def command_line(options: TrainingOptions) -> str:
             continue
         if isinstance(value, bool):
             words.append(field.flag if value else field.flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [field.flag, *map(str, value)]
         else:
             words += [field.flag, str(value)]
     return shlex.join(words)
