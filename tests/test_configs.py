@@ -1,5 +1,6 @@
 """Every recipe under configs/ is read by the parser that its command uses."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError
 from stablemask.models.presets import PRESETS
 from stablemask.options import load_yaml
+from stablemask.training.dry_run import describe_cost
 from stablemask.training.options import FinetuneOptions, PretrainOptions, TrainingOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -30,7 +32,7 @@ def recipe_name(path: Path) -> str:
 
 
 def test_each_preset_has_a_recipe():
-    assert {path.stem for path in PRETRAINING} == set(PRESETS)
+    assert {load_yaml(path)["preset"] for path in PRETRAINING} == set(PRESETS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
@@ -45,7 +47,7 @@ def test_recipe_is_valid_and_means_what_it_says(path, tmp_path):
 @pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)
 def test_a_recipe_describes_its_preset(path, tmp_path):
     options = parse(path, "--out", str(tmp_path)).resolved()
-    assert options.preset == path.stem
+    assert path.stem.endswith(options.preset)
     config = options.model_config()
     assert options.context == config.max_position_embeddings
     assert config.stablemask == {"gamma": 1 / options.context, "horizon": None}
@@ -57,12 +59,39 @@ def test_the_preset_of_a_recipe_has_the_context_it_names(path):
     assert written["context"] == PRESETS[written["preset"]]["max_position_embeddings"]
 
 
+@pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)
+@pytest.mark.parametrize("attention", ["softmax", "stablemask"])
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_each_design_dry_runs_on_one_device_and_on_eight(path, attention, position):
+    flags = ("--attention", attention, "--position", position, "--dry-run", "--dtype", "bfloat16")
+    flags += ("--peak-flops", "989e12", "--utilization", "0.5")
+    costs = [describe_cost(parse(path, *flags, "--devices", devices)) for devices in ("1", "8")]
+    for cost, where in zip(costs, ("one device", "each of 8 devices")):
+        assert f"{attention} attention, {position} positions" in cost
+        assert f" on {where}\n" in cost
+        assert re.search(r"time, estimate .* at 50 % of 989 TFLOP/s each$", cost)
+    if "global_batch_size" in load_yaml(path):  # the same run, however many devices there are
+        step, steps = (re.search(r"^tokens a step +([\d,]+)", cost, re.M)[1] for cost in costs)
+        assert step == steps
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)
+def test_the_memory_that_a_recipe_names_is_the_estimate(path):
+    named = re.search(r"by the estimate\s+# one needs ([\d.]+) GiB", path.read_text())
+    if named is None:
+        assert path.stem == "tiny"
+        return
+    cost = describe_cost(parse(path, "--dry-run"))
+    estimate = re.search(r"memory, estimate +([\d.]+) GiB", cost)
+    assert float(named[1]) == pytest.approx(float(estimate[1]), abs=0.06)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
 def test_a_recipe_leaves_out_to_the_user_and_flags_win(path):
     with pytest.raises(InputError, match="out must be given"):
         parse(path).resolved()
-    options = parse(path, "--out", "x", "--batch-size", "3", "--steps", "700", "--warmup", "1")
-    assert (options.batch_size, options.steps, options.resolved().warmup) == (3, 700, 1)
+    options = parse(path, "--out", "x", "--batch-size", "2", "--steps", "700", "--warmup", "1")
+    assert (options.batch_size, options.steps, options.resolved().warmup) == (2, 700, 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
