@@ -1,4 +1,5 @@
 import gc
+import gzip
 import os
 import shutil
 import weakref
@@ -188,6 +189,43 @@ def test_documents_are_not_held(monkeypatch):
     prepared = prepare_corpus("many", **SMALL)
     assert np.count_nonzero(prepared.train.tokens == 0) > 2800
     assert source.most < 200  # one at a time, once each side has one
+
+
+class Bar:
+    """Stands in for tqdm."""
+
+    def __init__(self):
+        self.n, self.total, self.totals = 0, None, []
+
+    def update(self, n):
+        self.n += n
+        self.totals.append(self.total)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_progress_foresees_its_end(tmp_path, monkeypatch, name):
+    from stablemask.data import packing
+
+    texts = [os.urandom(50).hex() + "\n" for _ in range(3000)]
+    path = write_json_lines(tmp_path / "a.jsonl", texts)
+    if name == "a.jsonl.gz":
+        (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+    elif name == "a.txt":
+        (tmp_path / name).write_text("".join(texts))
+    bar = Bar()
+    monkeypatch.setattr(corpus, "progress_bar", lambda total: bar)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 30_000)
+    prepare_corpus(str(tmp_path / name), **SMALL)
+    characters = sum(map(len, texts))
+    assert bar.n == bar.total == characters
+    assert len(bar.totals) > 9
+    assert all(0.5 < total / characters < 2 for total in bar.totals[3:])
 
 
 def test_existing_tokenizer_is_used(text_folder, tmp_path, read):
