@@ -107,7 +107,7 @@ class Counted(Files):
 
 
 def test_lanes_stay_abreast(source, tokenizer):
-    """Little more is read than what the blocks so far are made of, after twenty epochs too."""
+    """Little more is read than what the blocks so far are made of, and never much at once."""
     documents = Counted(source, "text")
     stream = TextStream(
         [documents], [1], tokenizer, block_size=BLOCK, validation_fraction=1e-9, shuffle_buffer=40,
@@ -117,8 +117,10 @@ def test_lanes_stay_abreast(source, tokenizer):
     tokens_in_epoch = len(tokenize_documents(load_documents(source), tokenizer))
     samples = 20 * tokens_in_epoch // BLOCK
     for k in range(samples):
+        before = documents.rows
         opened.draw(k)
         if k > samples // 2:
+            assert documents.rows - before < 30  # of a window of 40
             used = 150 * k * BLOCK / tokens_in_epoch
             assert used < documents.rows < used + 4 * 40
 

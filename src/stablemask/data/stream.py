@@ -314,9 +314,8 @@ class _Dealer:
                 self._read(self.stream.window)
             window, texts = dealt.popleft()
             for document in range(skipped, len(texts)):
-                # The next window is read bit by bit, or training would wait for all of it at once.
-                if self._window.window == window.window + 1:
-                    self._read(self._share)
+                # The next windows are read bit by bit, or training would wait for all of one at once.
+                self._read(self._share)
                 yield window._replace(document=document), texts[document]
             skipped = 0
 
