@@ -1,8 +1,10 @@
 """Training on several processes, by the launcher a user takes: the same losses as on one, and no hangs."""
 
 import json
+import os
 import random
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from stablemask.errors import InputError
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
 
+ROOT = Path(__file__).parents[2]
 STEPS = 20
 BLOCKS = 4  # in a step, over all processes
 
@@ -131,24 +134,11 @@ def assert_same_losses(folder, alone, tolerance) -> None:
         assert (ours[name] - theirs[name]).abs().max() <= bound, name
 
 
-WAYS = {
-    "ddp, accumulating": (2, {"batch_size": 1}),
-    "fsdp, accumulating, checkpointing": (
-        2,
-        {"fsdp": True, "batch_size": 1, "gradient_checkpointing": True},
-    ),
-    "context parallel": (2, {"context_parallel": 2}),
-    "context parallel and fsdp": (4, {"context_parallel": 2, "fsdp": True}),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_losses_are_those_of_one_process(way, options, alone, tolerance, tmp_path):
-    processes, changes = WAYS[way]
+def test_devices_that_share_sequences_have_the_losses_of_one(options, alone, tolerance, tmp_path):
+    """Two groups of two, each with half of the batch, and the model in four shards."""
     folder = tmp_path / "run"
-    parts = processes // changes.get("context_parallel", 1)
-    changes = {"batch_size": BLOCKS // parts} | changes
-    stdout = run(processes, replace(options, out=str(folder), **changes))
+    changes = {"context_parallel": 2, "fsdp": True, "batch_size": 2}
+    stdout = run(4, replace(options, out=str(folder), **changes))
     assert stdout.count("validation perplexity") == 1
     assert_same_losses(folder, alone, tolerance)
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder, alone))
@@ -174,8 +164,8 @@ def kill_a_rank_after(checkpoint: str, folder: Path, job: subprocess.Popen) -> s
 @pytest.mark.parametrize(
     ("changes", "then"),
     [
-        ({"batch_size": 2}, 1),
-        ({"batch_size": 2, "fsdp": True, "async_save": True}, 4),
+        ({"batch_size": 1}, 1),
+        ({"batch_size": 1, "fsdp": True, "gradient_checkpointing": True, "async_save": True}, 4),
     ],
     ids=["ddp, then one process", "fsdp saving in the background, then four"],
 )
@@ -189,8 +179,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on_elsewhere(
     assert not (folder / "model.safetensors").exists()
 
     # The batch that all share stays; each has another part of it.
-    options = replace(options, global_batch_size=None, batch_size=BLOCKS // then, resume=True)
-    run(then, options)
+    run(then, replace(options, global_batch_size=None, resume=True))
     assert_same_losses(folder, alone, tolerance)
 
 
@@ -215,6 +204,44 @@ def test_a_node_whose_other_node_loses_a_process_ends_too(options, tmp_path):
     assert "SIGKILL" in stderr
     _, stderr = nodes[0].communicate(timeout=60)
     assert nodes[0].returncode != 0
+
+
+def test_the_slurm_script_stops_in_time_and_goes_on_in_the_next_job(
+    options, alone, tolerance, tmp_path, monkeypatch
+):
+    """With an srun of two processes and an scontrol that notes what it is asked for."""
+    programs = {
+        "srun": """shift
+            for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids+=($!); done
+            for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
+        "scontrol": """if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> requests; fi""",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for name, value in {"JOB_NODELIST": "node", "JOB_ID": "7", "CPUS_PER_TASK": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    folder, requests = tmp_path / "run", tmp_path / "requests"
+    _, _, *flags = shlex.split(command_line(replace(options, batch_size=2)))
+    job = [str(ROOT / "examples" / "slurm.sh"), str(folder), *flags]
+
+    first = subprocess.Popen(job, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (folder / "metrics.jsonl").exists():
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.01)
+    for process in psutil.Process(first.pid).children(recursive=True):
+        if "stablemask" in process.cmdline():
+            process.send_signal(signal.SIGUSR1)
+    _, stderr = first.communicate(timeout=60)
+    assert first.returncode == 0, stderr
+    assert requests.read_text() == "requeue 7\n"
+    assert not (folder / "model.safetensors").exists()
+
+    subprocess.run(job, cwd=tmp_path, check=True, timeout=120)
+    assert requests.read_text() == "requeue 7\n"
+    assert_same_losses(folder, alone, tolerance)
 
 
 @pytest.mark.parametrize(
