@@ -137,7 +137,7 @@ def assert_same_losses(folder, alone, tolerance) -> None:
 def test_devices_that_share_sequences_have_the_losses_of_one(options, alone, tolerance, tmp_path):
     """Two groups of two, each with half of the batch, and the model in four shards."""
     folder = tmp_path / "run"
-    changes = {"context_parallel": 2, "fsdp": True, "batch_size": 2}
+    changes = {"context_parallel": 2, "fsdp": True, "batch_size": 2, "chunked_loss": True}
     stdout = run(4, replace(options, out=str(folder), **changes))
     assert stdout.count("validation perplexity") == 1
     assert_same_losses(folder, alone, tolerance)

@@ -22,8 +22,9 @@ import stablemask.hf
 from stablemask.errors import InputError, RunError
 from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
+from stablemask.training.dry_run import describe_cost
 from stablemask.training.options import PretrainOptions
-from stablemask.training.pretrain import command_line, describe_cost, pretrain
+from stablemask.training.pretrain import command_line, pretrain
 
 STEPS = 40
 

@@ -1,8 +1,9 @@
 """Train a language model from scratch."""
 
 from stablemask.cli.outcome import report
+from stablemask.training.dry_run import describe_cost
 from stablemask.training.options import PretrainOptions
-from stablemask.training.pretrain import describe_cost, pretrain
+from stablemask.training.pretrain import pretrain
 
 SUMMARY = "train a language model from scratch"
 

@@ -4,13 +4,11 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from ..data import Corpus, prepare_corpus, prepare_mixture
 from ..data.mixture import parse_mixture
 from ..data.stream import StreamedCorpus, prepare_stream
-from ..models.cost import count_parameters, flops_per_token, training_memory
 from ..models.modeling import StableMaskForCausalLM
 from .card import write_pretrain_card
 from .options import PretrainOptions
@@ -25,7 +23,6 @@ from .run import (
     finish_run,
     given,
     start,
-    tokens_per_step,
     train,
 )
 from .sequences import share_sequences
@@ -38,7 +35,6 @@ __all__ = [
     "OPTIONS_FILE",
     "RUN_FILE",
     "command_line",
-    "describe_cost",
     "pretrain",
 ]
 
@@ -97,34 +93,6 @@ def _prepare(options: PretrainOptions) -> Corpus | StreamedCorpus:
     if options.mixture:
         return prepare_mixture(options.mixture, seed=options.seed, **settings)
     return prepare_corpus(options.data, **settings)
-
-
-def describe_cost(options: PretrainOptions) -> str:
-    """What a run would take, worked out without data and without allocating the model."""
-    options = options.resolved()
-    config = options.model_config()
-    dtype = getattr(torch, options.dtype)
-    flops = flops_per_token(config, given(options.context))
-    memory = training_memory(
-        config, options.batch_size, given(options.context), dtype, options.gradient_checkpointing
-    )
-    lines = [
-        f"preset            {options.preset}, {options.attention} attention, {options.position} positions",
-        f"parameters        {count_parameters(config):,}",
-        f"FLOPs per token   {flops.training:.3e} to train, {flops.forward:.3e} forward",
-        f"memory, estimate  {memory['total'] / 2**30:.2f} GiB a device at batch size "
-        f"{options.batch_size} in {options.dtype}",
-    ]
-    parts = [
-        f"  {name:<15} {size / 2**30:.2f} GiB" for name, size in memory.items() if name != "total"
-    ]
-    if options.steps is not None:
-        tokens = options.steps * tokens_per_step(options)
-        parts += [
-            f"tokens            {tokens:,} ({options.steps:,} steps of {tokens_per_step(options):,})",
-            f"FLOPs             {flops.training * tokens:.3e} in all",
-        ]
-    return "\n".join(lines + parts)
 
 
 def _config_for(options: PretrainOptions, corpus: Corpus | StreamedCorpus) -> Any:
