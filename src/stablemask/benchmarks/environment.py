@@ -15,7 +15,7 @@ from .. import __version__
 # Whatever is timed, or compiles what is timed.
 PACKAGES = (
     "torch", "triton", "transformers", "x-transformers", "flash-attention-softmax-n",
-    "flash-attn", "einops",
+    "flash-attn", "einops", "accelerate", "litgpt", "lightning",
 )  # fmt: skip
 
 

@@ -2,13 +2,17 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from .cases import Case, make_inputs
 from .rows import all_rows
+
+Value = TypeVar("Value")
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -20,11 +24,16 @@ def can_measure(device: str) -> bool:
 
 def peak_memory(row: str, case: Case) -> float:
     """MiB above its inputs that a row needs at its peak, in a process of its own."""
+    return in_fresh_process(_measure, row, case)
+
+
+def in_fresh_process(function: Callable[..., Value], *arguments: Any) -> Value:
+    """What a function of a module returns in a process that does nothing else, and gives back what it frees."""
     # Every block from the system and back to it, so that the peak is that of live memory.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_measure, (row, case))
+            return pool.apply(function, arguments)
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
@@ -35,15 +44,16 @@ def _measure(name: str, case: Case) -> float:
     def run(case: Case) -> tuple:
         inputs = make_inputs(case)
         attend = row.build(case, inputs)
-        before = _reset(case.device)
+        before = reset_peak(case.device)
         gradients = torch.autograd.grad(attend(), row.leaves(inputs), inputs.grad)
-        return _peak(case.device) - before, gradients
+        return peak(case.device) - before, gradients
 
     run(replace(case, q_len=256, kv_len=256))  # what a first call sets up is not counted
     return round(run(case)[0] / 2**20, 2)
 
 
-def _reset(device: str) -> int:
+def reset_peak(device: str) -> int:
+    """Start to watch for a peak; the bytes in use now."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -51,7 +61,8 @@ def _reset(device: str) -> int:
     return _kib("VmRSS") * 1024
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
+    """Bytes in use at the peak since the last :func:`reset_peak`."""
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
