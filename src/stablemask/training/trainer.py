@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException  # no Exception, but a BaseException
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -164,7 +165,7 @@ class LanguageModelTrainer(Trainer):
                 self._writing = self._writer.submit(
                     self._commit_when_written, self._written, name, self.state.best_global_step
                 )
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             self._give_up(name, error)
         if self._writing is None:
             self.accelerator.wait_for_everyone()
@@ -183,10 +184,10 @@ class LanguageModelTrainer(Trainer):
         try:
             written.result()
             self._commit(name, best_step)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             self._give_up(name, error)
 
-    def _give_up(self, name: str, error: Exception) -> NoReturn:
+    def _give_up(self, name: str, error: BaseException) -> NoReturn:
         full = shutil.disk_usage(self._folder).free < 1 << 20
         if is_main():
             shutil.rmtree(self._folder / checkpoints.INCOMPLETE, ignore_errors=True)
