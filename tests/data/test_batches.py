@@ -161,6 +161,14 @@ def test_evaluation_sees_each_example_once(count, batch_size, ranks, limit):
     assert all((mask == 1).any() for _, mask, _ in rows)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_random_state_alone(blocks, workers):
+    before = torch.get_rng_state()
+    next(iter(loader(TrainBatches(blocks, seed=0, batch_size=4), workers)))
+    next(iter(eval_loader(blocks, 4)))
+    assert torch.get_rng_state().equal(before)
+
+
 class Damaged(Dataset):
     def __len__(self) -> int:
         return 9

@@ -224,7 +224,7 @@ def eval_loader(
     """The first ``limit`` examples of ``dataset``, or all, in batches; see :class:`EvalBatches`."""
     limit = len(dataset) if limit is None else limit
     batches = EvalBatches(dataset, batch_size, rank, ranks, limit, collate or stack)
-    return DataLoader(batches, batch_size=None)
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())
 
 
 def loader(
@@ -242,6 +242,7 @@ def loader(
         prefetch_factor=PREFETCHED if workers else None,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # or each start would draw from that of the model
         # A child that is forked shares the memory-mapped tokens, which pickling would copy.
         multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
     )
