@@ -33,5 +33,5 @@ def test_the_commands_of_the_guide_run_as_they_stand(tmp_path):
         )
         if result.returncode:
             pytest.fail(f"{text}\n{result.stdout}\n{result.stderr}")
-    for name in ("first", "streamed", "mixed", "ddp", "fsdp", "long"):
+    for name in ("first", "streamed", "mixed", "ddp", "accelerate", "fsdp", "long"):
         assert (tmp_path / "runs" / name / "model.safetensors").exists()

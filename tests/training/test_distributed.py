@@ -147,6 +147,26 @@ def test_devices_that_share_sequences_have_the_losses_of_one(options, alone, tol
     assert model.config.stablemask == {"gamma": 1 / 32, "horizon": None}
 
 
+@pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "nightly",
+    reason="compiling takes a minute; `make nightly` does it",
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compile": True},
+        {"compile": True, "fsdp": True, "gradient_checkpointing": True, "chunked_loss": True},
+    ],
+    ids=["ddp", "fsdp"],
+)
+def test_compiled_in_bfloat16_it_learns_as_much(changes, options, alone, tmp_path):
+    folder = tmp_path / "run"
+    changes |= {"dtype": "bfloat16", "batch_size": 1}
+    run(2, replace(options, out=str(folder), **changes))
+    # bfloat16 keeps 8 bits: of a loss of 5 nats, 0.02.
+    assert (losses(folder)["loss"] - losses(alone)["loss"]).abs().max() < 0.04
+
+
 def kill_a_rank_after(checkpoint: str, folder: Path, job: subprocess.Popen) -> str:
     """Kill one of the processes once a checkpoint is there; what the job says."""
     while not (folder / "checkpoints" / checkpoint).exists():

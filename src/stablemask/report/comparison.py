@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from ..data import Corpus, load_tokenizer, prepare_corpus
+from ..data import Corpus, load_tokenizer
+from ..data.stream import StreamedCorpus
 from ..errors import InputError
 from ..evaluation import (
     AttentionMaps,
@@ -32,8 +33,8 @@ from ..hf.loading import load_model
 from ..inference import generate
 from ..inference.model import choose_device
 from ..options import load_yaml
-from ..training.options import FREE_ON_RESUME
-from ..training.pretrain import METRICS_FILE, OPTIONS_FILE, RUN_FILE
+from ..training.options import FREE_ON_RESUME, PretrainOptions
+from ..training.pretrain import METRICS_FILE, OPTIONS_FILE, RUN_FILE, prepare_data
 
 MULTIPLES = (1, 2, 4)  # of the training length
 SNIPPET_TOKENS = 32  # of the attention maps; more would leave no room for the tokens' labels
@@ -262,18 +263,13 @@ def _differences(runs: Mapping[str, _Run]) -> list[str]:
     ]
 
 
-def _corpus(run: _Run) -> Corpus:
-    options = run.options
-    corpus = prepare_corpus(
-        options["data"],
-        block_size=options["context"],
-        vocab_size=options["vocab_size"],
-        tokenizer=options["tokenizer"],
-        text_column=options["text_column"],
-    )
+def _corpus(run: _Run) -> Corpus | StreamedCorpus:
+    names = {field.name for field in fields(PretrainOptions)}
+    options = PretrainOptions(**{n: value for n, value in run.options.items() if n in names})
+    corpus = prepare_data(options)
     if corpus.key != run.record["corpus"]:
         raise InputError(
-            f"{options['data']} is not what {run.folder} was trained on: its text has changed"
+            f"{options.data} is not what {run.folder} was trained on: its text has changed"
         )
     return corpus
 
@@ -313,7 +309,7 @@ def _perplexities(
             yield {**row, "tokens": result.tokens, "perplexity": result.perplexity, "note": None}
 
 
-def _attention(model: Any, corpus: Corpus) -> dict[str, Any]:
+def _attention(model: Any, corpus: Corpus | StreamedCorpus) -> dict[str, Any]:
     """Attention at the training length, averaged over blocks spread over the validation text."""
     blocks = len(corpus.validation)
     count = min(ATTENTION_BLOCKS, blocks)

@@ -54,7 +54,9 @@ def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str
         attention=options.attention,
         position=options.position,
         data=_data(options, record["train_tokens"]),
-        validation_tokens=record["validation_tokens"],
+        validation_tokens=min(
+            record["validation_tokens"], options.final_eval_tokens or record["validation_tokens"]
+        ),
         steps=options.steps,
         tokens_per_step=tokens_per_step,
         context=options.context,

@@ -73,6 +73,7 @@ def finetune(options: FinetuneOptions) -> RunResult:
     settings = getattr(prepared.model.config.get_text_config(decoder=True), "stablemask", None)
     return finish_run(
         folder,
+        options,
         trainer,
         prepared.data,
         partial(_save, trainer, options.merge),

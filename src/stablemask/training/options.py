@@ -22,6 +22,7 @@ from ..options import option
 FREE_ON_RESUME = {
     "out", "resume", "dry_run", "tensorboard", "wandb", "keep_checkpoints", "async_save", "workers",
     "batch_size", "gradient_accumulation", "peak_flops", "utilization", "devices",
+    "final_eval_tokens",
 }  # fmt: skip
 
 
@@ -78,6 +79,9 @@ class TrainingOptions:
     log_every: int = option(10, "steps between log lines")
     eval_every: int | None = option(None, "steps between evaluations; by default a tenth of all")
     eval_tokens: int = option(65536, "validation tokens of an evaluation during training")
+    final_eval_tokens: int | None = option(
+        None, "validation tokens of the last evaluation; by default all"
+    )
     save_every: int | None = option(None, "steps between checkpoints; by default a tenth of all")
     keep_checkpoints: int = option(2, "how many of the latest checkpoints stay")
     async_save: bool = option(False, "write checkpoints in the background, while training goes on")
@@ -157,7 +161,7 @@ class TrainingOptions:
             self, steps=1, batch_size=1, gradient_accumulation=1, log_every=1, eval_every=1,
             save_every=1, eval_tokens=1, keep_checkpoints=1, context=2, warmup=0, seed=0,
             global_batch_size=1, context_parallel=1, workers=0, skip_limit=1, skip_spikes=0,
-            probe_tokens=0, devices=1,
+            probe_tokens=0, devices=1, final_eval_tokens=1,
         )  # fmt: skip
         for name in ("min_learning_rate", "beta1", "beta2", "utilization"):
             if not 0 <= getattr(self, name) <= 1:

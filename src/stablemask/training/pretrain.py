@@ -35,6 +35,7 @@ __all__ = [
     "OPTIONS_FILE",
     "RUN_FILE",
     "command_line",
+    "prepare_data",
     "pretrain",
 ]
 
@@ -52,7 +53,7 @@ def pretrain(options: PretrainOptions) -> RunResult:
     if begun.finished is not None:
         return begun.finished
 
-    corpus = main_first(lambda: _prepare(options))
+    corpus = main_first(lambda: prepare_data(options))
     record = {
         "train_tokens": corpus.num_train_tokens,
         "validation_tokens": corpus.validation.num_tokens,
@@ -72,10 +73,11 @@ def pretrain(options: PretrainOptions) -> RunResult:
     if stopped_by is not None:
         return RunResult(folder, trainer.state.global_step, None, stopped_by)
     write_card = partial(write_pretrain_card, folder, options)
-    return finish_run(folder, trainer, corpus, trainer.save_model, write_card)
+    return finish_run(folder, options, trainer, corpus, trainer.save_model, write_card)
 
 
-def _prepare(options: PretrainOptions) -> Corpus | StreamedCorpus:
+def prepare_data(options: PretrainOptions) -> Corpus | StreamedCorpus:
+    """The data of a run whose options are resolved, and its tokenizer."""
     settings: dict[str, Any] = {
         "block_size": given(options.context),
         "tokenizer": options.tokenizer,
@@ -87,6 +89,7 @@ def _prepare(options: PretrainOptions) -> Corpus | StreamedCorpus:
             shuffle_buffer=options.shuffle_buffer,
             seed=options.seed,
             eval_tokens=options.eval_tokens,
+            global_batch_size=given(options.global_batch_size),
             **settings,
         )
     settings["vocab_size"] = given(options.vocab_size)

@@ -212,7 +212,6 @@ def build_trainer(
     # A sharded model is compiled by the layer, and casts by itself.
     own = {"torch_compile": False, "bf16": False} if is_sharded(model) else {}
     together = 1 if sequences is None else sequences.size
-    blocks = min(len(data.validation), math.ceil(options.eval_tokens / given(options.context)))
     trainer = LanguageModelTrainer(
         model=model,
         args=TrainingArguments(**(_arguments(options, folder) | own | arguments)),
@@ -228,7 +227,7 @@ def build_trainer(
             state=state,
         ),
         collate=collate,
-        eval_dataset=Subset(data.validation, range(blocks)),
+        eval_dataset=_first_tokens(data.validation, options.eval_tokens, options),
         processing_class=data.tokenizer,
         keep=options.keep_checkpoints,
         async_save=options.async_save,
@@ -328,21 +327,30 @@ def train(trainer: LanguageModelTrainer, checkpoint: Path | None) -> signal.Sign
     return stop.received if trainer.state.global_step < trainer.args.max_steps else None
 
 
+def _first_tokens(validation: Any, tokens: int | None, options: TrainingOptions) -> Any:
+    if tokens is None:
+        return validation
+    blocks = min(len(validation), math.ceil(tokens / given(options.context)))
+    return Subset(validation, range(blocks))
+
+
 def finish_run(
     folder: Path,
+    options: TrainingOptions,
     trainer: LanguageModelTrainer,
     data: TrainingData,
     save: Callable[[str], object],
     write_card: Callable[[dict[str, Any]], None],
 ) -> RunResult:
-    """Evaluate on the whole validation split and write the model.
+    """Evaluate on the validation split and write the model.
 
     Args:
         save: writes the model into a folder.
         write_card: writes the model card from the run's record.
     """
     trainer.remove_callback(TensorBoardCallback)  # its writer has closed with the training
-    metrics = trainer.evaluate(eval_dataset=data.validation)
+    validation = _first_tokens(data.validation, options.final_eval_tokens, options)
+    metrics = trainer.evaluate(eval_dataset=validation)
     result = RunResult(folder, trainer.state.global_step, metrics["eval_loss"])
     partial = folder / "checkpoints" / checkpoints.INCOMPLETE
     on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
