@@ -137,7 +137,7 @@ def assert_same_losses(folder, alone, tolerance) -> None:
 def test_devices_that_share_sequences_have_the_losses_of_one(options, alone, tolerance, tmp_path):
     """Two groups of two, each with half of the batch, and the model in four shards."""
     folder = tmp_path / "run"
-    changes = {"context_parallel": 2, "fsdp": True, "batch_size": 2, "chunked_loss": True}
+    changes = {"context_parallel": 2, "fsdp": True, "batch_size": 2}
     stdout = run(4, replace(options, out=str(folder), **changes))
     assert stdout.count("validation perplexity") == 1
     assert_same_losses(folder, alone, tolerance)
@@ -155,7 +155,7 @@ def test_devices_that_share_sequences_have_the_losses_of_one(options, alone, tol
     "changes",
     [
         {"compile": True},
-        {"compile": True, "fsdp": True, "gradient_checkpointing": True, "chunked_loss": True},
+        {"compile": True, "fsdp": True, "gradient_checkpointing": True},
     ],
     ids=["ddp", "fsdp"],
 )

@@ -117,6 +117,22 @@ def test_a_run_leaves_everything_a_user_needs(uninterrupted, options):
     ]  # fmt: skip
 
 
+def test_the_best_checkpoint_stays_beside_the_last(options, tmp_path, monkeypatch):
+    from stablemask.training.trainer import LanguageModelTrainer
+
+    evaluate = LanguageModelTrainer.evaluation_loop
+
+    def worse_from_step_8_on(self, *args, **kwargs):
+        output = evaluate(self, *args, **kwargs)
+        output.metrics["eval_loss"] += abs(self.state.global_step - 8)
+        return output
+
+    monkeypatch.setattr(LanguageModelTrainer, "evaluation_loop", worse_from_step_8_on)
+    pretrain(replace(options, out=str(tmp_path), steps=16, eval_every=4, keep_checkpoints=1))
+    kept = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
+    assert kept == ["checkpoint-8", "checkpoint-16"]
+
+
 def test_the_loss_falls_and_the_metrics_say_so(uninterrupted):
     rows = metrics(uninterrupted)
     training = [row for row in rows if "loss" in row]
@@ -158,7 +174,8 @@ def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(
     for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints"):
         checkpoints.verify(checkpoint)
 
-    result = pretrain(replace(options, resume=True))
+    # How the rest is saved need not be how the first part was.
+    result = pretrain(replace(options, resume=True, async_save=not async_save))
     assert result.step == STEPS
     assert_same_weights(folder, uninterrupted)
     steps = [row["step"] for row in metrics(folder) if "loss" in row]

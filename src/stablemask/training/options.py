@@ -184,7 +184,7 @@ class PretrainOptions(TrainingOptions):
     data: str = option(BUILTIN, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
     chunked_loss: bool = option(
-        False, "compute the loss a chunk of tokens at a time and never store all logits"
+        True, "compute the loss a chunk of tokens at a time, and never hold all logits"
     )
     mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
     streaming: bool = option(False, "read and tokenize while training, and store no tokens")

@@ -214,20 +214,20 @@ class LanguageModelTrainer(Trainer):
         if is_main():
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
         self._written = save_state(
-            self._bare_model, self._bare_optimizer, folder / STATE_FOLDER, wait=not self._async_save
+            self._bare_model, self._bare_optimizer, _state_of(folder), wait=not self._async_save
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._in_shards:  # else the weights come with the optimizer
+        if not _state_of(resume_from_checkpoint).is_dir():  # else they come with the optimizer
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._in_shards:
+        if checkpoint is None or not _state_of(checkpoint).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        folder = Path(checkpoint)
-        load_state(self._bare_model, self._bare_optimizer, folder / STATE_FOLDER)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+        load_state(self._bare_model, self._bare_optimizer, _state_of(checkpoint))
+        scheduler = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     @property
     def _bare_model(self) -> Any:
@@ -284,6 +284,10 @@ class LanguageModelTrainer(Trainer):
         assert output.metrics is not None
         output.metrics["eval_loss"] = nats / tokens
         return output
+
+
+def _state_of(checkpoint: str | Path) -> Path:
+    return Path(checkpoint) / STATE_FOLDER
 
 
 class _Feed:
