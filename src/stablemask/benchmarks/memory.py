@@ -33,7 +33,10 @@ def in_fresh_process(function: Callable[..., Value], *arguments: Any) -> Value:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(function, arguments)
+            value = pool.apply(function, arguments)
+            pool.close()  # and let it end by itself, or what it locks with would be reported as leaked
+            pool.join()
+            return value
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 

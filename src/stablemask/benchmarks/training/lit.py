@@ -50,7 +50,7 @@ class LitGPT:
         self._model.load_state_dict(weights)
         if workload.config.tie_word_embeddings:
             self._model.transformer.wte.weight = self._model.lm_head.weight
-        model = torch.compile(self._model) if workload.compile else self._model
+        model: Any = torch.compile(self._model) if workload.compile else self._model
         model = self._fabric.setup(model)
         optimizer = instantiate_torch_optimizer(
             {
