@@ -19,12 +19,15 @@ help:
 demo: setup
 	$(BIN)/stablemask demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)),--resume)
 
+# Two files at a time, on a thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -q --cov=stablemask --cov-report=term
+	$(PYTEST) --cov=stablemask --cov-report=term
 
 # The same tests with 500 examples of each property, at random.
 nightly: setup
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q
+	HYPOTHESIS_PROFILE=nightly $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
