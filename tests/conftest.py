@@ -12,6 +12,14 @@ settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 
+LONGEST = {"test_tutorial.py", "test_pretraining_guide.py", "test_distributed.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, or one of two processes waits for the other at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

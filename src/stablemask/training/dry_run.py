@@ -2,7 +2,6 @@
 
 import torch
 
-from ..errors import InputError
 from ..models.cost import count_parameters, flops_per_token, training_memory
 from ..models.devices import peak_flops
 from .options import PretrainOptions
@@ -83,8 +82,6 @@ def _time(options: PretrainOptions, flops: float) -> str:
             f"needs the FLOP/s of a device in {options.dtype}, not known here: --peak-flops 989e12 is "
             "an H100"
         )
-    if options.utilization == 0:
-        raise InputError("utilization must be greater than 0 for an estimate of the time, got 0")
     return (
         f"{_duration(flops / (devices * peak * options.utilization))} on {where} at "
         f"{100 * options.utilization:g} % of {peak / 1e12:,.4g} TFLOP/s each"

@@ -63,7 +63,6 @@ class TrainingOptions:
     fsdp: bool = option(
         False, "shard weights, gradients and optimizer over the devices (FSDP2); by default DDP"
     )
-    context_parallel: int = option(1, "devices that share a sequence, each with a part of it")
     workers: int | None = option(
         None, "processes that load data, for each device; by default none, or one for streams"
     )
@@ -93,8 +92,6 @@ class TrainingOptions:
     peak_flops: float | None = option(
         None, "FLOP/s of one device in this dtype, for utilization; by default known from its name"
     )
-    utilization: float = option(0.4, "with --dry-run, the share of them that the model reaches")
-    devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
     def resolved(self) -> Self:
         """A copy in which every default that depends on another option is filled in, checked.
@@ -126,17 +123,15 @@ class TrainingOptions:
 
     def _batches(self) -> dict[str, Any]:
         """How a step is cut into batches, consistent with each other and the number of devices."""
-        devices = (self.devices if self.dry_run else None) or world_size()
+        devices, sharing = self._devices()
         if self.fsdp and devices == 1:
             raise InputError(
                 "fsdp shards over several devices, and there is one; start them with torchrun, or leave "
                 "it out"
             )
-        if devices % self.context_parallel:
-            raise InputError(
-                f"context_parallel must divide the {devices} devices, got {self.context_parallel}"
-            )
-        together = self.batch_size * (devices // self.context_parallel)
+        if devices % sharing:
+            raise InputError(f"context_parallel must divide the {devices} devices, got {sharing}")
+        together = self.batch_size * (devices // sharing)
         if self.global_batch_size is None:
             accumulation = self.gradient_accumulation or 1
         elif self.global_batch_size % together:
@@ -156,14 +151,18 @@ class TrainingOptions:
             "global_batch_size": accumulation * together,
         }
 
+    def _devices(self) -> tuple[int, int]:
+        """How many there are, and how many share a sequence."""
+        return world_size(), 1
+
     def _check(self) -> None:
         _check_least(
             self, steps=1, batch_size=1, gradient_accumulation=1, log_every=1, eval_every=1,
             save_every=1, eval_tokens=1, keep_checkpoints=1, context=2, warmup=0, seed=0,
-            global_batch_size=1, context_parallel=1, workers=0, skip_limit=1, skip_spikes=0,
-            probe_tokens=0, devices=1, final_eval_tokens=1,
+            global_batch_size=1, workers=0, skip_limit=1, skip_spikes=0,
+            probe_tokens=0, final_eval_tokens=1,
         )  # fmt: skip
-        for name in ("min_learning_rate", "beta1", "beta2", "utilization"):
+        for name in ("min_learning_rate", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("learning_rate", "clip", "peak_flops"):
@@ -189,6 +188,7 @@ class PretrainOptions(TrainingOptions):
     mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
     streaming: bool = option(False, "read and tokenize while training, and store no tokens")
     shuffle_buffer: int = option(10_000, "with --streaming, documents shuffled at a time")
+    context_parallel: int = option(1, "devices that share a sequence, each with a part of it")
     tokenizer: str | None = option(None, "existing tokenizer; by default one is trained")
     vocab_size: int | None = option(None, "vocabulary; by default the preset's")
     attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)
@@ -197,6 +197,10 @@ class PretrainOptions(TrainingOptions):
         None, "decay of the pseudo scores: a number, or slopes; by default 1 / context"
     )
     horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
+    utilization: float = option(
+        0.4, "with --dry-run, the share of the devices' FLOP/s that the model reaches"
+    )
+    devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
     def resolved(self) -> Self:
         if self.preset not in PRESETS:
@@ -208,6 +212,10 @@ class PretrainOptions(TrainingOptions):
             workers=int(self.streaming),
         )
 
+    def _devices(self) -> tuple[int, int]:
+        there_are = (self.devices if self.dry_run else None) or world_size()
+        return there_are, self.context_parallel
+
     def _check(self) -> None:
         super()._check()
         self.model_config()
@@ -217,7 +225,9 @@ class PretrainOptions(TrainingOptions):
             parse_mixture(self.mixture)
         if self.streaming and self.tokenizer is None:
             raise InputError("streaming needs a tokenizer, for it trains none: --tokenizer")
-        _check_least(self, shuffle_buffer=1)
+        _check_least(self, shuffle_buffer=1, context_parallel=1, devices=1)
+        if not 0 < self.utilization <= 1:
+            raise InputError(f"utilization must be in (0, 1], got {self.utilization}")
         assert self.context is not None
         if self.context_parallel > 1 and self.context % (2 * self.context_parallel):
             raise InputError(
@@ -333,10 +343,6 @@ class FinetuneOptions(TrainingOptions):
         if self.shift_steps is not None and self.steps and self.shift_steps > self.steps:
             raise InputError(
                 f"shift_steps must be at most the {self.steps} steps of the run, got {self.shift_steps}"
-            )
-        if self.context_parallel > 1:
-            raise InputError(
-                "context_parallel goes with pretrain: finetune knows no shared sequences"
             )
         if self.lora and self.fsdp:
             raise InputError(
