@@ -3,7 +3,7 @@
 import signal
 
 from stablemask.training.options import TrainingOptions, world_size
-from stablemask.training.processes import is_main
+from stablemask.training.processes import is_main, leave_processes
 from stablemask.training.run import RunResult, command_line
 
 
@@ -23,3 +23,4 @@ def report(result: RunResult, options: TrainingOptions) -> int:
 def _say(line: str) -> None:
     if is_main():
         print(line)
+    leave_processes()

@@ -35,6 +35,13 @@ def join_processes(options: TrainingOptions) -> None:
         dist.init_process_group("gloo")
 
 
+def leave_processes() -> None:
+    """Part from the others; threads of a group that lives on may abort the interpreter as it exits."""
+    if dist.is_initialized():
+        _groups.clear()
+        dist.destroy_process_group()
+
+
 def control_group() -> Any:
     """A gloo group of all processes for what a run agrees on; None where there is one process."""
     return _group("control")
