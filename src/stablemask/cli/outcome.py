@@ -8,19 +8,20 @@ from stablemask.training.run import RunResult, command_line
 
 
 def report(result: RunResult, options: TrainingOptions) -> int:
-    if result.stopped_by is not None:
-        launcher = " the same launcher and" if world_size() > 1 else ""
-        command = command_line(options)
-        _say(f"stopped at step {result.step}; go on with{launcher}: {command} --resume")
-        return 130 if result.stopped_by is signal.SIGINT else 0
-    _say(
-        f"{result.folder}: {result.step} steps, validation perplexity {result.perplexity:.2f} "
-        f"(loss {result.eval_loss:.4f})"
-    )
-    return 0
-
-
-def _say(line: str) -> None:
+    """Say how the run ended and part from its other processes; the exit code."""
+    line, code = _outcome(result, options)
     if is_main():
         print(line)
     leave_processes()
+    return code
+
+
+def _outcome(result: RunResult, options: TrainingOptions) -> tuple[str, int]:
+    if result.stopped_by is None:
+        return (
+            f"{result.folder}: {result.step} steps, validation perplexity {result.perplexity:.2f} "
+            f"(loss {result.eval_loss:.4f})"
+        ), 0
+    launcher = " the same launcher and" if world_size() > 1 else ""
+    line = f"stopped at step {result.step}; go on with{launcher}: {command_line(options)} --resume"
+    return line, 130 if result.stopped_by is signal.SIGINT else 0
