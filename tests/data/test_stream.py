@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from stablemask.data import load_documents, tokenize_documents, train_tokenizer
 from stablemask.data import stream as streams
 from stablemask.data.batches import TrainBatches, loader, merge_states
-from stablemask.data.stream import CURSOR, Cursor, Files, TextStream, prepare_stream
+from stablemask.data.stream import CURSOR, Cursor, TextStream, prepare_stream
+from stablemask.data.streamed_sources import Files
 from stablemask.errors import InputError
 from tests.data.conftest import write_json_lines
 from tests.data.test_batches import SPLITS, global_order

@@ -90,7 +90,7 @@ def tokenize_stream(
     """
     end = [tokenizer.eos_token_id]
     dtype = token_dtype(tokenizer)
-    encode = _encoder(tokenizer)
+    encode = encoder(tokenizer)
 
     def finish(
         batch: list[_Piece], encoded: Future[list[list[int]]]
@@ -142,7 +142,8 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[list[int]]]:
+    """A function from texts to their token ids, in which what looks like a special token is text."""
     if not tokenizer.is_fast:
         return lambda texts: tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, verbose=False

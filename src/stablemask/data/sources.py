@@ -340,17 +340,23 @@ def dataset_splits(source: str) -> dict[Split, Any]:
     Raises:
         InputError: it cannot be loaded, or has no ``train`` split.
     """
-    name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
-    splits = load_dataset_splits(source, name, config or None)
-    if "train" not in splits:
-        raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
+    splits = load_dataset_splits(source)
     wanted: dict[Split, Any] = {"train": splits["train"]}
     if len(splits.get("validation", [])):
         wanted["validation"] = splits["validation"]
     return wanted
 
 
-def load_dataset_splits(source: str, name: str, config: str | None) -> Any:
+def load_dataset_splits(source: str, *, streaming: bool = False) -> Any:
+    """All splits of a dataset by name, a ``train`` split among them.
+
+    Args:
+        streaming: as iterable datasets, of which nothing is downloaded before it is read.
+
+    Raises:
+        InputError: it cannot be loaded, or has no ``train`` split.
+    """
+    name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
     folder = Path(name).expanduser()
     is_local = bool(name) and folder.is_dir()
     if not is_local:
@@ -366,8 +372,13 @@ def load_dataset_splits(source: str, name: str, config: str | None) -> Any:
     try:
         if is_local and any((folder / f).is_file() for f in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(folder))
-            return saved if isinstance(saved, dict) else {"train": saved}
-        return datasets.load_dataset(str(folder) if is_local else name, config)
+            splits = saved if isinstance(saved, dict) else {"train": saved}
+            if streaming:
+                splits = {split: data.to_iterable_dataset() for split, data in splits.items()}
+        else:
+            splits = datasets.load_dataset(
+                str(folder) if is_local else name, config or None, streaming=streaming
+            )
     except Exception as error:  # it lets through whatever its readers and HTTP client raise
         cause = error.__cause__
         for known in (error, cause):
@@ -375,3 +386,6 @@ def load_dataset_splits(source: str, name: str, config: str | None) -> Any:
                 raise known from None
         reason = first_line(error) + (f": {first_line(cause)}" if cause else "")
         raise InputError(f"cannot load {source!r}: {reason}") from error
+    if "train" not in splits:
+        raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
+    return splits

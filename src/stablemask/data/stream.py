@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,29 +28,18 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .files import check_column, first_line
-from .hub import is_hub_name, require_hub
 from .mixture import Mixture
-from .packing import PackedDataset, _encoder, token_dtype
-from .sources import (
-    HUB_PREFIX,
-    Document,
-    Split,
-    check_validation_fraction,
-    is_held_out,
-    load_dataset_splits,
-    read_documents,
-)
+from .packing import PackedDataset, encoder, token_dtype
+from .sources import check_validation_fraction, is_held_out
+from .streamed_sources import Row, Source, open_streamed_source
 from .tokenizer import load_tokenizer, split_long
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 CURSOR = "cursor"  # the entry of an example
 STREAM_FORMAT = 1
 LANES = 64
-READ_ROWS = 256  # of a dataset, at a time
 
 
 class Cursor(NamedTuple):
@@ -121,7 +109,7 @@ def prepare_stream(
     total = sum(weight for _, weight in weighted)
     loaded = load_tokenizer(tokenizer)
     stream = TextStream(
-        [_open_source(source, text_column) for source, _ in weighted],
+        [open_streamed_source(source, text_column) for source, _ in weighted],
         [weight / total for _, weight in weighted],
         loaded,
         block_size=block_size,
@@ -231,7 +219,7 @@ class TextStream:
         return ids[:wanted]
 
     def encoder(self) -> Callable[[str], list[int]]:
-        encode = _encoder(self.tokenizer)
+        encode = encoder(self.tokenizer)
         return lambda text: encode([text])[0]
 
 
@@ -361,115 +349,3 @@ def derived_seed(*parts: int) -> int:
     """A seed for torch that no other parts give."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # an int64
-
-
-class Row(NamedTuple):
-    """A document, and the place behind it in its source."""
-
-    document: Document
-    shard: int
-    next_row: int
-
-
-@dataclass
-class Files:
-    """``builtin``, a file or a folder: one shard, whose rows are its documents."""
-
-    name: str
-    text_column: str
-
-    def read(self, shard: int, row: int) -> Iterator[Row]:
-        documents = islice(read_documents(self.name, self.text_column), row, None)
-        for next_row, document in enumerate(documents, start=row + 1):
-            yield Row(document, shard, next_row)
-
-    def held_out(self, validation_fraction: float) -> Iterator[Document]:
-        for document in read_documents(self.name, self.text_column):
-            if is_held_out(document, validation_fraction):
-                yield document
-
-
-@dataclass
-class StreamedDataset:
-    """A dataset of the library of that name, whose shards can be skipped unread."""
-
-    name: str
-    text_column: str
-    train: IterableDataset
-    validation: IterableDataset | None
-
-    def read(self, shard: int, row: int) -> Iterator[Row]:
-        return self._read("train", shard, row)
-
-    def held_out(self, validation_fraction: float) -> Iterator[Document]:
-        split: Split = "train" if self.validation is None else "validation"
-        for row in self._read(split, 0, 0):
-            if is_held_out(row.document, validation_fraction):
-                yield row.document
-
-    def _read(self, split: Split, shard: int, row: int) -> Iterator[Row]:
-        dataset = self.train if split == "train" else self.validation
-        assert dataset is not None
-        given = None if self.validation is None else split
-        shards = dataset.num_shards
-        for number in range(shard, shards):
-            texts = self._texts(dataset.shard(shards, number) if shards > 1 else dataset, row)
-            for next_row, text in enumerate(texts, start=row + 1):
-                if text and not text.isspace():
-                    yield Row(Document(text, text, given), number, next_row)
-            row = 0
-
-    def _texts(self, dataset: IterableDataset, skipped: int) -> Iterator[str | None]:
-        try:
-            # By the batch: by the row, the library would divide the shards among DataLoader workers.
-            for batch in dataset.skip(skipped).iter(READ_ROWS):
-                check_column(self.text_column, batch, repr(self.name))
-                for text in batch[self.text_column]:
-                    if not isinstance(text, str | None):
-                        raise InputError(
-                            f"{self.name!r}: column {self.text_column!r} holds "
-                            f"{type(text).__name__}, text is wanted"
-                        )
-                    yield text
-        except InputError:
-            raise
-        except Exception as error:  # it lets through whatever its readers and HTTP client raise
-            raise InputError(f"cannot read {self.name!r}: {first_line(error)}") from error
-
-
-Source = Files | StreamedDataset
-
-
-def _open_source(source: str, text_column: str) -> Source:
-    if not source.startswith(HUB_PREFIX):
-        return Files(source, text_column)
-    splits = _stream_splits(source)
-    if "train" not in splits:
-        raise InputError(f"{source!r} has no 'train' split; it has: {', '.join(splits)}")
-    return StreamedDataset(source, text_column, splits["train"], splits.get("validation"))
-
-
-def _stream_splits(source: str) -> dict[str, IterableDataset]:
-    """The splits of a dataset, of which nothing is downloaded before it is read."""
-    name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
-    folder = Path(name).expanduser()
-    is_local = bool(name) and folder.is_dir()
-    if is_local and any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        saved = load_dataset_splits(source, name, config or None)  # memory-mapped
-        return {split: dataset.to_iterable_dataset() for split, dataset in saved.items()}
-    if not is_local:
-        if not is_hub_name(name):
-            raise InputError(
-                f"{source!r}: {name!r} is neither a folder nor a name on the Hub; "
-                f"'{HUB_PREFIX}OWNER/NAME[:CONFIG]' is wanted"
-            )
-        require_hub(repr(source))
-
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            str(folder) if is_local else name, config or None, streaming=True
-        )
-    except Exception as error:  # as above
-        raise InputError(f"cannot load {source!r}: {first_line(error)}") from error
