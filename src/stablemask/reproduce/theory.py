@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .kinds import KINDS, LABELS, config_fields
+from .page import table
 from .proofs import STATEMENTS
 from .study import Claim, Job, Record, Section, Study, Verdict
 
@@ -111,32 +112,32 @@ def section(records: list[Record]) -> Section:
         (
             "Checked with symbols (SymPy) or fractions, never floating point; "
             "[method.md](method.md) has the proofs on paper.",
-            _table(
-                ("statement", "method", "holds"),
-                [(r["text"], r["method"], "yes" if r["holds"] else "**no**") for r in proofs],
+            table(
+                ["statement", "method", "holds"],
+                [[r["text"], r["method"], "yes" if r["holds"] else "**no**"] for r in proofs],
             ),
             f"Real decoders (2 layers, random weights, float64) on {LENGTH} identical tokens: the "
             f"largest distance of an output from the first one. Of {len(spreads)} seeds, softmax has "
             f"its largest here and the others their least; the claims ask for less than {SAME:.0e} of "
             f"softmax and more than {DIFFERENT:.0e} of StableMask.",
-            _table(
-                ("", *ENCODINGS),
+            table(
+                ["", *ENCODINGS],
                 [
-                    (LABELS[kind], *(_worst(spreads, encoding, kind) for encoding in ENCODINGS))
+                    [LABELS[kind], *(_worst(spreads, encoding, kind) for encoding in ENCODINGS)]
                     for kind in KINDS
                 ],
             ),
             "Parameters, beyond those of softmax:",
-            _table(
-                ("", *parameters),
+            table(
+                ["", *parameters],
                 [
-                    (
+                    [
                         LABELS[kind],
                         *(
                             f"{counts[kind] - counts['softmax']:+,}"
                             for counts in parameters.values()
                         ),
-                    )
+                    ]
                     for kind in KINDS
                     if kind != "softmax"
                 ],
@@ -156,8 +157,3 @@ def _verdict(holds: bool) -> Verdict:
 def _worst(spreads: Sequence[dict[str, dict[str, float]]], encoding: str, kind: str) -> str:
     values = [spread[encoding][kind] for spread in spreads]
     return f"{max(values) if kind == 'softmax' else min(values):.2g}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
