@@ -31,8 +31,8 @@ def recipe_name(path: Path) -> str:
     return path.relative_to(CONFIGS).as_posix()
 
 
-def test_each_preset_has_a_recipe():
-    assert {load_yaml(path)["preset"] for path in PRETRAINING} == set(PRESETS)
+def test_each_preset_of_a_language_model_has_a_recipe():
+    assert {load_yaml(path)["preset"] for path in PRETRAINING} == set(PRESETS) - {"nano", "micro"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=recipe_name)

@@ -18,12 +18,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from stablemask.errors import InputError
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
+def option(
+    default: Any, help: str, *, choices: Sequence[str] | None = None, positional: bool = False
+) -> Any:
     """A dataclass field that carries its help text and, where limited, its allowed values.
 
-    Pass ``dataclasses.MISSING`` as the default of a required option.
+    Pass ``dataclasses.MISSING`` as the default of a required option. The values of a list that is
+    ``positional`` stand on the command line without a flag.
     """
-    metadata = {"help": help, "choices": choices}
+    metadata = {"help": help, "choices": choices, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -38,6 +41,7 @@ class OptionField:
     help: str
     choices: tuple[str, ...] | None
     default: Any
+    positional: bool = False
 
     @property
     def flag(self) -> str:
@@ -70,6 +74,7 @@ def option_fields(options_class: type) -> list[OptionField]:
                 help=field.metadata.get("help", ""),
                 choices=tuple(choices) if choices else None,
                 default=field.default if factory is dataclasses.MISSING else factory(),
+                positional=field.metadata.get("positional", False),
             )
         )
     return fields

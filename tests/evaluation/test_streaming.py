@@ -79,7 +79,7 @@ def streaming_llm(model, ids):
             if config.position_encoding == "alibi":
                 slopes = head_decay_rates(config.num_attention_heads)
                 scores = scores - slopes[:, None] * (place[-1] - place)
-            mass = position_sink_logits(config, place[None, -1:]).exp().reshape(-1, 1)
+            mass = position_sink_logits(config, place[None, -1:])[0].exp().reshape(-1, 1)
             weights = scores.exp() / (scores.exp().sum(-1, keepdim=True) + mass)
             rows.append((weights[:, None] @ value[:, kept]).flatten())
         hidden = hidden + attention.o_proj(torch.stack(rows))

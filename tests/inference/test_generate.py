@@ -57,17 +57,17 @@ def test_an_empty_prompt_begins_a_document(tokenizer):
 
 def test_chunks_of_a_long_prompt_see_no_mask(tokenizer, monkeypatch):
     """One prompt, nothing padded: each chunk is the past and itself, at the stock kernel's speed."""
-    from stablemask.models import modeling
+    from stablemask.models import layers
 
     lengths = []
-    attend = modeling.sink_attention
+    attend = layers.sink_attention
 
     def watch(query, key, value, sink_logits, *, attn_mask=None, **rest):
         assert attn_mask is None
         lengths.append((query.shape[2], key.shape[2]))
         return attend(query, key, value, sink_logits, **rest)
 
-    monkeypatch.setattr(modeling, "sink_attention", watch)
+    monkeypatch.setattr(layers, "sink_attention", watch)
     model = model_for(tokenizer, max_position_embeddings=512)
     prompt = TEXT[:200]
     tokens = len(tokenizer(prompt)["input_ids"])

@@ -14,7 +14,7 @@ from stablemask.errors import InputError
 from stablemask.hf import apply_stablemask
 from stablemask.inference import generate
 from stablemask.inference.streaming import cached_logits, mass_held, window_cache
-from stablemask.models import modeling
+from stablemask.models import layers, modeling
 
 from ..models.tiny import random_ids, tiny_model
 from ..oracle import sink_definition
@@ -99,7 +99,7 @@ def test_our_decoder_is_the_dense_definition_in_a_band(monkeypatch, position, ki
     model = tiny_model(torch.float64, position_encoding=position, attention=kind)
     ids = random_ids(2, LENGTH)
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(modeling, "sink_attention", dense)
+        patch.setattr(layers, "sink_attention", dense)
         expected = model(ids, attention_mask=band(), use_cache=False).logits
         assert (model(ids, use_cache=False).logits - expected).abs().max() > 0.1
     for chunk in CHUNKS:
@@ -112,11 +112,11 @@ def test_a_held_mass_is_that_of_the_last_position_that_sees_its_whole_past(monke
     ids = random_ids(2, LENGTH)
     mass = modeling.position_sink_logits
 
-    def held(config, positions):
-        return mass(config, positions.clamp(max=WINDOW - 1))
+    def held(config, positions, *learned):
+        return mass(config, positions.clamp(max=WINDOW - 1), *learned)
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(modeling, "sink_attention", dense)
+        patch.setattr(layers, "sink_attention", dense)
         patch.setattr(modeling, "position_sink_logits", held)
         expected = model(ids, attention_mask=band(), use_cache=False).logits
     for chunk in CHUNKS:

@@ -22,6 +22,7 @@ def test_defaults():
         {"stablemask": {"gamma": 0.003, "horizon": None}},
         {"stablemask": {"gamma": "slopes", "horizon": 77}},
         {"stablemask": {"gamma": [0.1, 0.2, 0.0, 0.4], "horizon": 12}},
+        {"stablemask": {"gamma": "learned", "hold": 0, "floor": 0.5, "layers": [1, 0]}},
         {"attention": "learned-sink", "position_encoding": "alibi"},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "head_dim": 6},
     ],
@@ -76,13 +77,17 @@ def test_gamma_stays_when_the_context_is_overridden_on_loading(tmp_path):
         ({"stablemask": {"gamma": [0.1, 0.2]}}, r"one number per head \(4\), got \[0.1, 0.2\]"),
         ({"stablemask": {"gamma": []}}, r"one number per head \(4\), got \[\]"),
         ({"stablemask": {"horizon": 0}}, r"\['horizon'\] must be an integer .* or None, got 0"),
+        ({"stablemask": {"hold": -1}}, r"\['hold'\] must be an integer of at least 0 .*got -1"),
+        ({"stablemask": {"floor": -1.0}}, r"\['floor'\] must be a number of at least 0, got -1.0"),
+        ({"stablemask": {"layers": [2]}}, r"\['layers'\] must be .* from 0 to 1, got \[2\]"),
+        ({"stablemask": {"layers": 1}}, r"\['layers'\] must be a list of numbers .*got 1"),
         (
             {"stablemask": {"decay": 1}},
-            "stablemask must be a dict of gamma, horizon, start, shift, hold, got",
+            "stablemask must be a dict of gamma, horizon, start, shift, hold, floor, layers, got",
         ),
         (
             {"stablemask": 0.1},
-            "stablemask must be a dict of gamma, horizon, start, shift, hold, got 0.1",
+            "stablemask must be a dict of gamma, horizon, start, shift, hold, floor, layers, got 0.1",
         ),
         (
             {"attention": "softmax", "stablemask": {"gamma": 0.1}},
@@ -112,6 +117,6 @@ def test_presets_take_overrides_and_unknown_names_list_the_known():
         64,
     )
     assert preset_config("tiny").stablemask == {"gamma": 1 / 256, "horizon": None}
-    with pytest.raises(InputError, match=r"must be one of tiny, 71m, 160m, 410m, 1.4b, got 'huge'"):
+    with pytest.raises(InputError, match=r"must be one of nano, micro, tiny, 71m, 160m, 410m, 1.4b, got 'huge'"):
         preset_config("huge")
-    assert set(PRESETS) == {"tiny", "71m", "160m", "410m", "1.4b"}
+    assert set(PRESETS) == {"nano", "micro", "tiny", "71m", "160m", "410m", "1.4b"}

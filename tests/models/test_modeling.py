@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, Tr
 
 import stablemask
 from stablemask.models import StableMaskForCausalLM
-from stablemask.models.modeling import StableMaskAttention
+from stablemask.models.layers import StableMaskAttention
 from stablemask.models.positions import sinusoidal_encoding
 
 from .tiny import DESIGNS, random_ids, tiny_config, tiny_model
@@ -49,6 +49,70 @@ def test_attention_equals_its_definition_rebuilt_from_a_hook(position, kind):
             module, hidden_states, kwargs["rotary"], kwargs["sink_logits"], kwargs["alibi_slopes"]
         )
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
+def masses_of_layers(model, length):
+    """exp of the sink logits that each layer is given for one sequence, (layers, heads, length)."""
+    masses = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: masses.append(kwargs["sink_logits"][0].exp()),
+            with_kwargs=True,
+        )
+    model(random_ids(1, length), use_cache=False)
+    heads = model.config.num_attention_heads
+    return torch.stack([mass.expand(heads, length) for mass in masses])
+
+
+def sums_of_columns(gamma, length, columns=100_000):
+    """The pseudo mass of each row, summed column by column, (length,)."""
+    scores = torch.exp(-gamma * torch.arange(columns, dtype=torch.float64))
+    return scores.flip(0).cumsum(0).flip(0)[1 : length + 1]
+
+
+def test_a_floor_a_hold_and_layers_are_what_they_say():
+    length, gamma = 12, 0.1
+    falling = sums_of_columns(gamma, length)
+    for settings, expected in (
+        ({"floor": 2.5}, falling + 2.5),
+        ({"hold": 0}, falling[0].expand(length)),
+        ({"hold": 4, "floor": 0.5}, falling[[0, 1, 2, 3] + [4] * 8] + 0.5),
+        ({"floor": 1.0, "start": 3}, (falling + 1.0) * (torch.arange(length) >= 3)),
+    ):
+        model = tiny_model(stablemask={"gamma": gamma, **settings})
+        mass = masses_of_layers(model, length).double()
+        torch.testing.assert_close(mass, expected.expand_as(mass), rtol=1e-6, atol=0)
+
+    mass = masses_of_layers(tiny_model(stablemask={"gamma": gamma, "layers": [1]}), length)
+    assert not mass[0].any()
+    torch.testing.assert_close(mass[1, 0].double(), falling, rtol=1e-6, atol=0)
+
+
+def test_gamma_is_learned_for_each_head_and_layer():
+    model = tiny_model(torch.float64, stablemask={"gamma": "learned"})
+    default = tiny_model(torch.float64)
+    default.load_state_dict(model.state_dict(), strict=False)
+    ids = random_ids(2, 12)
+    torch.testing.assert_close(model(ids).logits, default(ids).logits, rtol=0, atol=1e-6)
+
+    # The closed form is kept in float32: a step that it resolves.
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradient, step = model.model.log_gamma.grad.clone(), 1e-2
+    assert gradient.shape == (2, 4)
+    for layer, head in ((0, 1), (1, 3)):
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                model.model.log_gamma[:] = -math.log(32)
+                model.model.log_gamma[layer, head] += sign * step
+                losses.append(model(input_ids=ids, labels=ids).loss.item())
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert gradient[layer, head].item() == pytest.approx(slope, rel=1e-2)
+
+    with torch.no_grad():
+        model.model.log_gamma[1, 2] = math.log(8 / 32)
+    mass = masses_of_layers(model, 12)[1, 2].double()
+    torch.testing.assert_close(mass, sums_of_columns(8 / 32, 12), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

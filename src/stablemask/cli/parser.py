@@ -30,17 +30,19 @@ def parse_options(
     A flag wins over the file, the file over the default. Anything wrong raises InputError;
     ``--help`` prints and exits with 0.
     """
-    parser = _Parser(
-        prog=prog, usage="%(prog)s [options]", description=description, allow_abbrev=False
-    )
+    fields = option_fields(options_class)
+    positional = next((field for field in fields if field.positional), None)
+    usage = "%(prog)s [options]" + (f" [{_metavar(positional)} ...]" if positional else "")
+    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of options; flags win over it"
     )
-    fields = option_fields(options_class)
     for field in fields:
         _add_flag(parser, field)
 
-    flags = vars(parser.parse_args(argv))
+    # The plain way would take no value before the first flag for no value at all.
+    parse = parser.parse_intermixed_args if positional else parser.parse_args
+    flags = vars(parse(argv))
     config = flags.pop("config")
     values = {}
     if config is not None:
@@ -71,7 +73,11 @@ def _add_flag(parser: argparse.ArgumentParser, field: OptionField) -> None:
         parser.add_argument(field.flag, action=argparse.BooleanOptionalAction, **common)
         return
     common["metavar"] = _metavar(field)
-    if field.item_kind is not None:
+    if field.positional:
+        del common["dest"]
+        convert = _converter(field.item_kind, field.choices)
+        parser.add_argument(field.name, nargs="*", type=convert, **common)
+    elif field.item_kind is not None:
         convert = _converter(field.item_kind, field.choices)
         parser.add_argument(field.flag, nargs="+", action="extend", type=convert, **common)
     else:

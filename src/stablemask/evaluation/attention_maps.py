@@ -22,7 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ..errors import InputError
 from ..hf.attention import layer_sink_logits
 from ..inference.model import check_length, check_token_ids, evaluating
-from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskAttention
+from ..models.layers import StableMaskAttention
+from ..models.modeling import ATTN_IMPLEMENTATION
 
 CAPTURE = "stablemask_capture"
 

@@ -145,7 +145,10 @@ class StableMaskConfig(PreTrainedConfig):
                 )
             return None
         return complete_settings(
-            self.stablemask, self.num_attention_heads, self.max_position_embeddings
+            self.stablemask,
+            self.num_attention_heads,
+            self.max_position_embeddings,
+            self.num_hidden_layers,
         )
 
     def _check_rope(self, asked_for_rope: bool) -> None:

@@ -68,15 +68,30 @@ def _inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor
     return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
-def position_sink_logits(config: StableMaskConfig, positions: Tensor) -> Tensor | None:
-    """Sink logits that follow from the positions alone, broadcastable to (batch, heads, length).
+def position_sink_logits(
+    config: StableMaskConfig, positions: Tensor, log_gamma: Tensor | None = None
+) -> list[Tensor | None]:
+    """Sink logits of each layer that follow from positions, broadcastable to (batch, heads, length).
 
     None for ``learned-sink``, where each layer holds its own.
+
+    Args:
+        positions: int, (batch or 1, length).
+        log_gamma: logarithm of the learned decay rates, (layers, heads), where there are any.
     """
-    if config.attention == "stablemask":
-        assert config.stablemask is not None
-        return pseudo_sink_logits(config.stablemask, config.num_attention_heads, positions)
+    layers = range(config.num_hidden_layers)
     if config.attention == "learned-sink":
-        return None
+        return [None for _ in layers]
     value = 0.0 if config.attention == "softmax1" else -torch.inf
-    return torch.full((1, 1, 1), value, device=positions.device)
+    constant = torch.full((1, 1, 1), value, device=positions.device)
+    if config.attention != "stablemask":
+        return [constant for _ in layers]
+    settings, heads = config.stablemask, config.num_attention_heads
+    assert settings is not None
+    if log_gamma is None:
+        shared = pseudo_sink_logits(settings, heads, positions)
+        masses = [shared for _ in layers]
+    else:
+        masses = [pseudo_sink_logits(settings, heads, positions, rates) for rates in log_gamma.exp()]
+    with_mass = settings.get("layers", layers)
+    return [mass if layer in with_mass else constant for layer, mass in enumerate(masses)]

@@ -8,19 +8,24 @@ from torch import Tensor
 
 from ..pseudo import head_decay_rates, pseudo_logsumexp
 
-_KEYS = ("gamma", "horizon", "start", "shift", "hold")
+_KEYS = ("gamma", "horizon", "start", "shift", "hold", "floor", "layers")
+LEARNED = "learned"
 
 
 def complete_settings(
-    given: dict[str, Any] | None, num_heads: int, context: int | None
+    given: dict[str, Any] | None,
+    num_heads: int,
+    context: int | None,
+    num_layers: int | None = None,
 ) -> dict[str, Any]:
     """Check the settings of a model and fill in their defaults.
 
     Args:
         given: any of
 
-            - ``gamma``: decay rate, a number, a list of one number per query head, or ``"slopes"``
-              (ALiBi's head slopes); default ``1 / context``;
+            - ``gamma``: decay rate, a number, a list of one number per query head, ``"slopes"``
+              (ALiBi's head slopes), or, in our own decoder, ``"learned"`` (one trained per head and
+              layer, from the default on); default ``1 / context``;
             - ``horizon``: number of columns, real and pseudo together; default None, infinitely many.
               Rows from ``horizon - 1`` on are plain softmax;
             - ``start``: the first position that has a pseudo mass; default 0. With 1 the first row,
@@ -28,9 +33,13 @@ def complete_settings(
             - ``shift``: added to the log of the mass; default 0. Far below 0 the model is plain softmax,
               so a rising shift brings the mass in gradually;
             - ``hold``: the last position at which the mass falls, later ones keep it; default None,
-              it falls for ever.
+              it falls for ever. With 0 every row has the same mass, that of row 0;
+            - ``floor``: a constant added to the mass of every row, so that late ones keep an outlet;
+              default 0;
+            - ``layers``: numbers of the layers that have a mass, in our own decoder; default all.
         num_heads: query heads of the model.
         context: its training context, or None where it names none.
+        num_layers: layers of our own decoder; None for another model.
 
     Returns:
         All of ``gamma`` and ``horizon``, and the others where they are not their defaults.
@@ -52,7 +61,9 @@ def complete_settings(
                 "stablemask['gamma'] must be given, for the model names no max_position_embeddings"
             )
         gamma = 1 / context
-    if gamma != "slopes":
+    if gamma == LEARNED:
+        _require_own_decoder("gamma", gamma, num_layers)
+    elif gamma != "slopes":
         gamma = list(gamma) if isinstance(gamma, (list, tuple)) else gamma
         _check_gamma(gamma, horizon, num_heads)
     settings = {"gamma": gamma, "horizon": horizon}
@@ -65,8 +76,20 @@ def complete_settings(
         raise ValueError(f"stablemask['shift'] must be a finite number, got {shift!r}")
     hold = given.get("hold")
     if hold is not None:
-        require_positive_int("stablemask['hold']", hold, "or None")
+        if not isinstance(hold, int) or isinstance(hold, bool) or hold < 0:
+            raise ValueError(
+                f"stablemask['hold'] must be an integer of at least 0 or None, got {hold!r}"
+            )
         settings["hold"] = hold
+    floor = given.get("floor", 0.0)
+    if not is_number(floor) or floor < 0:
+        raise ValueError(f"stablemask['floor'] must be a number of at least 0, got {floor!r}")
+    layers = given.get("layers")
+    if layers is not None:
+        _require_own_decoder("layers", layers, num_layers)
+        settings["layers"] = _check_layers(layers, num_layers)
+    if floor:
+        settings["floor"] = floor
     if start:
         settings["start"] = start
     if shift:
@@ -74,21 +97,28 @@ def complete_settings(
     return settings
 
 
-def pseudo_sink_logits(settings: dict[str, Any], num_heads: int, positions: Tensor) -> Tensor:
+def pseudo_sink_logits(
+    settings: dict[str, Any], num_heads: int, positions: Tensor, gamma: Tensor | None = None
+) -> Tensor:
     """Log of the pseudo mass of each row, float32, broadcastable to (batch, heads, q_len).
 
     Args:
         settings: from :func:`complete_settings`.
         num_heads: query heads.
         positions: absolute position of each row, int, (q_len,) or (batch, q_len).
+        gamma: the learned one, (heads,), where the settings say so.
     """
-    gamma = settings["gamma"]
-    if gamma == "slopes":
-        gamma = head_decay_rates(num_heads)
-    elif isinstance(gamma, list):
-        gamma = torch.tensor(gamma, dtype=torch.float64)
+    if gamma is None:
+        gamma = settings["gamma"]
+        if gamma == "slopes":
+            gamma = head_decay_rates(num_heads)
+        elif isinstance(gamma, list):
+            gamma = torch.tensor(gamma, dtype=torch.float64)
     falling = positions.clamp(max=settings["hold"]) if "hold" in settings else positions
     sink_logits = pseudo_logsumexp(falling, gamma, settings["horizon"])
+    if "floor" in settings:
+        floor = sink_logits.new_full((), math.log(settings["floor"]))
+        sink_logits = torch.logaddexp(sink_logits, floor)
     if "shift" in settings:
         sink_logits = sink_logits + settings["shift"]
     if "start" in settings:
@@ -110,6 +140,21 @@ def require_positive_int(name: str, value: Any, alternative: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         allowed = f"an integer of at least 1 {alternative}".rstrip()
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _require_own_decoder(name: str, value: Any, num_layers: int | None) -> None:
+    if num_layers is None:
+        raise ValueError(f"stablemask[{name!r}] {value!r} needs our own decoder")
+
+
+def _check_layers(layers: Any, num_layers: int | None) -> list[int]:
+    assert num_layers is not None
+    if not isinstance(layers, (list, tuple)) or not set(layers) <= set(range(num_layers)):
+        raise ValueError(
+            f"stablemask['layers'] must be a list of numbers from 0 to {num_layers - 1}, "
+            f"got {layers!r}"
+        )
+    return sorted(set(layers))
 
 
 def _check_gamma(gamma: Any, horizon: int | None, num_heads: int) -> None:

@@ -194,9 +194,12 @@ class PretrainOptions(TrainingOptions):
     attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)
     position: str = option("rope", "position encoding", choices=POSITION_ENCODINGS)
     gamma: float | str | None = option(
-        None, "decay of the pseudo scores: a number, or slopes; by default 1 / context"
+        None, "decay of the pseudo scores: a number, slopes, or learned; by default 1 / context"
     )
     horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
+    hold: int | None = option(None, "last position at which the mass falls; by default it falls on")
+    floor: float | None = option(None, "a constant added to the mass of every row")
+    layers: list[int] | None = option(None, "the layers that have a mass; by default all")
     utilization: float = option(
         0.4, "with --dry-run, the share of the devices' FLOP/s that the model reaches"
     )
@@ -237,13 +240,16 @@ class PretrainOptions(TrainingOptions):
 
     def model_config(self, **overrides: Any) -> StableMaskConfig:
         """The model these options describe; ``overrides`` are fields of its configuration."""
-        settings = None
-        if self.attention == "stablemask":
-            settings = {"gamma": self.gamma, "horizon": self.horizon}
-        elif self.gamma is not None or self.horizon is not None:
-            raise InputError(
-                f"gamma and horizon go with attention stablemask, not {self.attention}"
-            )
+        names = ("gamma", "horizon", "hold", "floor", "layers")
+        settings: dict[str, Any] | None = {
+            name: getattr(self, name) for name in names if getattr(self, name) is not None
+        }
+        if self.attention != "stablemask":
+            if settings:
+                raise InputError(
+                    f"{' and '.join(settings)} goes with attention stablemask, not {self.attention}"
+                )
+            settings = None
         fields = {
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.context,

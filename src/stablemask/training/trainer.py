@@ -119,6 +119,11 @@ class LanguageModelTrainer(Trainer):
 
     # Steps
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        # Like biases, a sink and a decay rate have no size to keep small.
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith((".sinks", ".log_gamma"))]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.step_loss = torch.zeros((), device=self.args.device)
         return super().get_batch_samples(*args, **kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from ...attention import sink_attention
-from ...models import modeling
+from ...models import layers, modeling
 from ...models.presets import preset_config
 from ..correctness import IncorrectError
 from .trainers import llama_config
@@ -74,7 +74,7 @@ def _reference(
     model.to(workload.device, dtype)
     dense = functools.partial(sink_attention, backend="reference")
     autocast = nullcontext() if dtype == torch.float64 else workload.autocast()
-    with autocast, patch.object(modeling, "sink_attention", dense):
+    with autocast, patch.object(layers, "sink_attention", dense):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     gradients = {
