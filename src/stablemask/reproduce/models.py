@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data import Corpus
 from ..training.options import PretrainOptions
-from ..training.pretrain import METRICS_FILE, OPTIONS_FILE, RUN_FILE, pretrain
+from ..training.pretrain import METRICS_FILE, OPTIONS_FILE, RUN_FILE, prepare_data, pretrain
 
 
 def trained(work: Path, name: str, options: Mapping[str, Any]) -> Path:
@@ -32,6 +33,13 @@ def trained(work: Path, name: str, options: Mapping[str, Any]) -> Path:
     if result.stopped_by is not None:
         raise KeyboardInterrupt
     return folder
+
+
+def corpus_of(options: Mapping[str, Any]) -> Corpus:
+    """The tokens a model of these options is trained on and validated with, from the cache."""
+    corpus = prepare_data(PretrainOptions(out="-", **options).resolved())
+    assert isinstance(corpus, Corpus)
+    return corpus
 
 
 def final_loss(folder: Path) -> float:

@@ -27,6 +27,10 @@ class Estimate(NamedTuple):
     def high(self) -> float:
         return self.mean + self.half_width
 
+    def below(self, limit: float) -> bool | None:
+        """Whether the whole interval is; None where one seed cannot tell."""
+        return None if math.isnan(self.half_width) else self.high < limit
+
     def text(self, digits: int, scale: float = 1.0) -> str:
         mean = f"{scale * self.mean:.{digits}f}"
         return (

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -33,6 +32,16 @@ class Job:
     run: Callable[..., Mapping[str, Any]]
     arguments: Mapping[str, Any]
     cost: float = 1.0
+
+
+def verdict(holds: Sequence[bool | None]) -> Verdict:
+    """Of a claim that holds in every case, in some, or in none; None is a case that cannot be told."""
+    known = [case for case in holds if case is not None]
+    if not known:
+        return "open"
+    if all(known):
+        return "reproduced"
+    return "partly reproduced" if any(known) else "not reproduced"
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,3 @@ class Study:
     title: str
     jobs: Callable[[str, int], list[Job]]
     section: Callable[[list[Record]], Section]
-
-
-# What a job may want to know of where it is.
-Work = Path

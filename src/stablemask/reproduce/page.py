@@ -1,0 +1,107 @@
+"""The page of results, made of what the studies have written, and of nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import InputError
+from .runner import load_study
+from .study import Section, Study
+
+VERSIONS = ("python", "torch", "transformers")
+
+
+def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
+    """Write ``page``, and the figures beside the records in ``out``; the claims with their verdicts, as text.
+
+    The same records give the same page.
+
+    Raises:
+        InputError: ``out`` holds no record of a study, or a damaged one.
+    """
+    documents = {name: found for name in studies if (found := load_study(out, name)) is not None}
+    if not documents:
+        raise InputError(f"{out} holds no results of a study; run one first")
+    sections = {name: _section(studies[name], found) for name, found in documents.items()}
+    figures = os.path.relpath(out, page.parent)
+    parts = [_head(studies, documents, sections)]
+    for name, section in sections.items():
+        body = section.body.strip()
+        for figure, (_, text) in section.figures.items():
+            image = Path(figures, f"{name}-{figure}.png").as_posix()
+            body = body.replace(f"{{{figure}}}", f"![{text}]({image})")
+        parts.append(f"## {studies[name].title}\n\n{_origin(documents[name])}\n\n{body}")
+    _draw(sections, out)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    partial = page.with_name(f".{page.name}.partial")
+    partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    partial.replace(page)
+    return [
+        f"{claim.verdict:<20} {claim.statement}"
+        for section in sections.values()
+        for claim in section.claims
+    ]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _section(study: Study, document: dict[str, Any]) -> Section:
+    try:
+        return study.section(document["records"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"the results of {study.name} are of another version of stablemask than "
+            f"{__version__}: {error!r}"
+        ) from error
+
+
+def _draw(sections: dict[str, Section], out: Path) -> None:
+    import matplotlib
+
+    from ..report.drawing import STYLE
+
+    with matplotlib.rc_context(STYLE):
+        for name, section in sections.items():
+            for figure, (drawn, _) in section.figures.items():
+                drawn.savefig(out / f"{name}-{figure}.png", dpi=130, metadata={"Software": None})
+
+
+def _head(
+    studies: dict[str, Study], documents: dict[str, dict[str, Any]], sections: dict[str, Section]
+) -> str:
+    rows = [
+        [claim.statement, claim.measured, f"**{claim.verdict}**", f"`{name}`"]
+        for name, section in sections.items()
+        for claim in section.claims
+    ]
+    missing = [name for name in studies if name not in documents]
+    commands = "\n".join(dict.fromkeys(found["command"] for found in documents.values()))
+    lines = [
+        "# Results",
+        "What the paper claims, what we measured for it, and whether it held. This page is written by "
+        "`stablemask reproduce` from the records beside its figures; a verdict follows from them by a rule, "
+        "and another run may get another one. Intervals are 95 % by Student's t over seeds; a difference "
+        "is taken seed by seed.",
+        f"```sh\n{commands}\n```",
+        table(["claim", "measured", "verdict", "study"], rows),
+    ]
+    if missing:
+        lines.append(f"Not run here: {', '.join(missing)}.")
+    return "\n\n".join(lines)
+
+
+def _origin(document: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {document['versions'][name]}" for name in VERSIONS)
+    seeds = f"{document['seeds']} seed" + "s" * (document["seeds"] > 1)
+    return (
+        f"<sub>{document['date']}, {document['hardware']}, {document['workers']} at a time; {versions}; "
+        f"scale {document['scale']}, {seeds}; {document['job_seconds'] / 60:.0f} minutes of jobs; "
+        f"`{document['command']}`</sub>"
+    )
