@@ -219,11 +219,7 @@ def _claims(found: _Found, positions: list[str]) -> list[Claim]:
             Claim(
                 statement,
                 f"nats at {FACTOR // 2}x to {FACTOR}x, less theirs: {measured}",
-                "reproduced"
-                if all(holds)
-                else "partly reproduced"
-                if any(holds)
-                else "not reproduced",
+                verdict(holds),
             )
         )
     return claims
