@@ -22,7 +22,7 @@ from .language import jobs as language_jobs
 from .models import corpus_of, trained
 from .page import table
 from .statistics import Estimate, estimate
-from .study import Claim, Job, Record, Section, Study
+from .study import Claim, Job, Record, Section, Study, verdict
 
 POSITIONS = ("rope", "alibi", "nope")
 FACTOR = 16  # times the training length
