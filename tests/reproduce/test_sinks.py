@@ -131,19 +131,27 @@ def test_a_sink_only_of_real_attention_is_mended_in_part():
     assert verdicts(found)[:2] == ["reproduced", "partly reproduced"]
 
 
+def test_delimiters_are_compared_with_softmax():
+    assert verdicts(records(3))[2] == "not reproduced"
+    assert verdicts(records(3, delimiters=[0.9, 1.0]))[2] == "reproduced"
+    assert (
+        verdicts(records(1, delimiters=[0.9, 1.0]))[2] == "open"
+    )  # less than half of 1.2 is wanted
+
+
 def test_outliers_and_int8_are_compared_with_softmax():
-    assert verdicts(records(3))[2:] == ["not reproduced", "not reproduced"]
+    assert verdicts(records(3))[3:] == ["not reproduced", "not reproduced"]
     smaller = {"largest": [1.0, 2.0], "perplexity_int8_static": 20.1}
-    assert verdicts(records(3, **smaller))[2:] == ["partly reproduced", "reproduced"]
+    assert verdicts(records(3, **smaller))[3:] == ["partly reproduced", "reproduced"]
     smaller["kurtosis"] = [3.0, 3.0]
-    assert verdicts(records(3, **smaller))[2:] == ["reproduced", "reproduced"]
+    assert verdicts(records(3, **smaller))[3:] == ["reproduced", "reproduced"]
 
 
 def test_without_torchao_int8_stays_open():
     missing = {"perplexity_int8_dynamic": None, "perplexity_int8_static": None}
     found = [{**one, **missing} for one in records(3)]
-    assert verdicts(found)[3] == "open"
-    assert "not measured" in sinks.section(found).claims[3].measured
+    assert verdicts(found)[4] == "open"
+    assert "not measured" in sinks.section(found).claims[4].measured
 
 
 def test_models_that_disagree_reproduce_in_part():
@@ -178,4 +186,4 @@ def test_a_job_from_text_to_section(tmp_path, monkeypatch):
     assert softmax["mask_ratio"] == [0]
     assert stablemask["mask_ratio"][0] > 0.05
     assert stablemask["first_token_real"][0] > stablemask["first_token"][0]
-    assert len(sinks.section(found).claims) == 4
+    assert len(sinks.section(found).claims) == 5

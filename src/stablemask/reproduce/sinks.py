@@ -7,6 +7,7 @@ import math
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +50,7 @@ Measure = Callable[[Record], "float | None"]
 
 def jobs(scale: str, seeds: int) -> list[Job]:
     plans: list[tuple[dict[str, Any], tuple[str, ...], int, float]]
+    options: dict[str, Any]
     if scale == "gpu":
         options = {"steps": 1500, "batch_size": 32, "learning_rate": 1e-3}
         plans = [
@@ -57,7 +59,7 @@ def jobs(scale: str, seeds: int) -> list[Job]:
             ({"preset": "160m", "start": CUT, **options}, PAIR, 1, 90),
         ]
     else:
-        options = {"preset": "nano", "steps": 3000, "batch_size": 8, "learning_rate": 5e-3}
+        options = {"preset": "nano", "steps": 2400, "batch_size": 8, "learning_rate": 5e-3}
         plans = [
             ({"start": END, **options}, KINDS, seeds, 70),
             ({"start": CUT, **options}, PAIR, seeds, 70),
@@ -111,7 +113,7 @@ def run(
     def watch(step: int) -> None:
         found = attention_by_layer(model, few, delimiters)
         curve["step"].append(step)
-        curve["first_token"].append(_mean("first_token")(found))
+        curve["first_token"].append(float(np.mean(found["first_token"])))
         curve["first_token_head"].append(max(found["first_token_head"]))
 
     torch.manual_seed(seed)
@@ -220,7 +222,9 @@ def attention_by_layer(
     looks = []
     for sequence in input_ids:
         of = delimiters[sequence]
-        looks.append(torch.stack(reduce_attention(model, sequence, lambda a, of=of: _look(a, of))))
+        looks.append(
+            torch.stack(reduce_attention(model, sequence, partial(_look, is_delimiter=of)))
+        )
     even = _even_attention(input_ids.shape[1]).sum(0)[1:]
     mean = torch.stack(looks).mean(0)  # (L, 5, H)
     is_delimiter = delimiters[input_ids][:, 1:].double()
@@ -237,8 +241,8 @@ def attention_by_layer(
 
 
 def _look(attention: LayerAttention, is_delimiter: Tensor) -> Tensor:
-    """Of each head, (5, H): first token, the same of real attention, mask ratio, and the sums of real
-    attention on earlier delimiters and other tokens."""
+    """Of each head, (5, H): attention on the first token, that of real attention, the mask ratio, and
+    the sums of real attention on earlier delimiters and on other tokens."""
     real = attention.real[0].double()
     share = real / real.sum(-1, keepdim=True)
     received = share.tril(-1).sum(-2)[:, 1:].cpu()
@@ -295,20 +299,27 @@ def _int8(
 # Saying what came of it
 
 
-_STARTS = {CUT: "packed blocks", END: "blocks that begin with the end token"}
+_STARTS = {CUT: "packed blocks", END: "end token first"}
 _INTRODUCTION = """\
-Rows of softmax sum to 1, so a head with nothing to say must still look somewhere, and the first token, which every
-row sees, becomes its sink. A model is looked at on validation text it has not seen. *First token* is the mean attention
-that the rows after it give it. Attention that goes to a pseudo mass or a learned sink goes to no token at all (*mask
-ratio*); so that this alone is not taken for a cure, the share of *real* attention is given too: what tokens receive, made
-to sum to 1. *Delimiters* are tokens of punctuation and white space; what they receive of real attention is divided by what
-even attention would give them, in the layer with the most. Activations and kurtosis (3 for a normal distribution) are of
-the hidden states behind a layer, the layer with the most. Int8 is of weights and activations in all layers, the scale of
-activations by token (dynamic) or fixed beforehand (static)."""
+Rows of softmax sum to 1, so a head with nothing to say must still look somewhere, and the first
+token, which every row sees, becomes its sink. *Packed blocks* begin where the text was cut, as in
+all of our training: their first token is arbitrary. With the *end token first* it is the same in
+every block, which is where sinks are known to grow soonest.
+
+*First token* is the mean attention that it gets from the rows after it, on validation text.
+Attention that goes to a pseudo mass or a sink logit goes to no token at all (*mask ratio*). So that
+this alone is not taken for a cure, the share of *real* attention is given too: what tokens receive,
+made to sum to 1. *Delimiters* are tokens of punctuation and white space only; the real attention
+that they receive is divided by what even attention would give them, in the layer with the most.
+Activations and kurtosis (3 for a normal distribution) are of the hidden states behind a layer, the
+layer with the most. Int8 is of weights and activations inside all layers, with a scale of
+activations for each token (dynamic) or fixed beforehand (static)."""
 _RULES = f"""\
-Softmax has a sink where its head with the most gives the first token at least {SINK} times what even attention does;
-StableMask mends it where its own figure is lower, of all attention and of real attention. Lower means that the intervals
-are apart; of a single seed, that it is at most half."""
+Softmax has a sink where its head with the most gives the first token at least {SINK} times what
+even attention does. StableMask mends it where its own figure is lower, of all attention and of real
+attention; in part where of one alone. The other measures are compared likewise. Lower means that
+the intervals are apart; of a single seed, that it is at most half, and what lies between half and
+twice stays open."""
 
 
 @dataclass(frozen=True)
@@ -398,8 +409,10 @@ _COLUMNS: list[tuple[str, Measure, int, float]] = [
 def _table(size: _Size) -> str:
     rows = []
     for kind in size.records:
-        found = [(size.of(kind, measure), digits, scale) for _, measure, digits, scale in _COLUMNS]
-        cells = ["–" if value is None else value.text(*shown) for value, *shown in found]
+        cells = [
+            "–" if (value := size.of(kind, measure)) is None else value.text(digits, scale)
+            for _, measure, digits, scale in _COLUMNS
+        ]
         rows.append([LABELS[kind], *cells])
     return (
         f"**{size.title}**: even attention would give the first token {100 * size.even:.1f} %.\n\n"
@@ -411,6 +424,7 @@ def _claims(sizes: list[_Size]) -> list[Claim]:
     return [
         _claim("Softmax gives disproportionate attention to the first token.", sizes, _judge_sink),
         _claim("StableMask mends it.", sizes, _judge_mended),
+        _claim("Delimiters receive less attention with StableMask.", sizes, _judge_delimiters),
         _claim("Hidden states have smaller outliers with StableMask.", sizes, _judge_outliers),
         _claim("Static int8 costs less perplexity with StableMask.", sizes, _judge_int8),
     ]
@@ -433,7 +447,7 @@ def _joint(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def _is_lower(one: Estimate | None, other: Estimate | None) -> Verdict:
-    """Whether ``one`` is below ``other``, their intervals apart; of a single seed, at most half of it."""
+    """Whether ``one`` is below ``other``: their intervals apart, or at most half for a single seed."""
     if one is None or other is None:
         return "open"
     if math.isnan(one.half_width) or math.isnan(other.half_width):
@@ -470,6 +484,11 @@ def _judge_mended(size: _Size) -> tuple[str, Verdict]:
     return text, _joint([_compare(size, _peak(name)) for name in names])
 
 
+def _judge_delimiters(size: _Size) -> tuple[str, Verdict]:
+    measure = _peak("delimiters")
+    return f"{_pair(size, measure, 2)} times even attention", _compare(size, measure)
+
+
 def _judge_outliers(size: _Size) -> tuple[str, Verdict]:
     text = (
         f"largest activation {_pair(size, _peak('largest'), 1)}, "
@@ -497,14 +516,14 @@ def _steps_figure(sizes: list[_Size]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(5.4, 4.2 * len(sizes)), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    panels = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
     for size, axes in zip(sizes, panels, strict=True):
         for kind, records in size.records.items():
             curves = [record["curve"] for record in records]
             _line(axes, kind, curves[0]["step"], [curve["first_token_head"] for curve in curves])
         _even(axes, 100 * size.even)
         axes.set(title=size.title, xlabel="training step")
-    panels[0].set_ylabel("largest head's attention on the first token (%)")
+    panels[0].set_ylabel("attention on the first token,\nlargest head (%)")
     _legend(figure, panels[0])
     return figure
 
@@ -514,9 +533,9 @@ def _layers_figure(sizes: list[_Size]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     panels = (
-        ("first_token_head", 100.0, "first token: largest head's attention (%)"),
-        ("first_token_real", 100.0, "first token: mean share of real attention (%)"),
-        ("delimiters", 1.0, "delimiters: real attention (× even)"),
+        ("first_token_head", 100.0, "first token, largest head (%)"),
+        ("first_token_real", 100.0, "first token, real attention (%)"),
+        ("delimiters", 1.0, "delimiters (× even attention)"),
     )
     figure = Figure(figsize=(10, 3.6 * len(sizes)), layout="constrained")
     grid = figure.subplots(len(sizes), len(panels), squeeze=False)
@@ -526,8 +545,9 @@ def _layers_figure(sizes: list[_Size]) -> Figure:
                 values = [record[name] for record in records]
                 _line(axes, kind, list(range(len(values[0]))), values, scale)
             _even(axes, 100 * size.even if scale == 100 else 1)
-            axes.set(title=size.title, xlabel="layer", ylabel=label)
+            axes.set(xlabel="layer", ylabel=label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        row[0].set_title(size.title)
     _legend(figure, grid[0, 0])
     return figure
 
@@ -537,8 +557,8 @@ def _line(
 ) -> None:
     """The mean over seeds, and a band from the lowest to the highest."""
     values = scale * np.array(seeds)
-    style = line_style(kind)
-    axes.plot(x, values.mean(0), label=LABELS[kind], markevery=max(1, len(x) // 8), **style)  # type: ignore[arg-type]
+    style: dict[str, Any] = {**line_style(kind)}
+    axes.plot(x, values.mean(0), label=LABELS[kind], markevery=max(1, len(x) // 8), **style)
     if len(seeds) > 1:
         axes.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.12, lw=0)
 
