@@ -12,7 +12,12 @@ settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 
-LONGEST = {"test_tutorial.py", "test_pretraining_guide.py", "test_distributed.py"}
+LONGEST = {
+    "test_tutorial.py",
+    "test_pretraining_guide.py",
+    "test_distributed.py",
+    "test_pretrain_checkpoints.py",
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -23,6 +28,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _corpora(tmp_path_factory):
+    """The user's cache of corpora is neither read nor filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.mktemp("corpora")))
+        yield
 
 
 @pytest.fixture(scope="session")

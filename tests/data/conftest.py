@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from stablemask.data.sources import Source
+
+SMALL = {"block_size": 16, "vocab_size": 300}
+
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch):
@@ -40,6 +44,24 @@ def write_json_lines(path: Path, texts: list[str], column: str = "text") -> Path
     lines = [json.dumps({"id": number, column: text}) for number, text in enumerate(texts)]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def entries(cache: Path, holding: str = "") -> list[Path]:
+    return [path for path in cache.iterdir() if path.is_dir() and (path / holding).exists()]
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The names of the sources whose documents are read, each time they are."""
+    names: list[str] = []
+    original = Source.documents
+
+    def documents(self, text_column):
+        names.append(self.name)
+        return original(self, text_column)
+
+    monkeypatch.setattr(Source, "documents", documents)
+    return names
 
 
 @pytest.fixture

@@ -1,14 +1,20 @@
-"""What finetuning starts from: prose, conversations, and a tiny saved model with its tokenizer."""
+"""What training starts from: prose, conversations, a tiny saved model, a small pretraining run."""
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stablemask.data import train_tokenizer
+from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain import pretrain
+
+STEPS = 40  # of a pretraining run
 
 WORDS = [
     "the",
@@ -30,15 +36,12 @@ TEMPLATE = (
 )
 
 
-def make_prose(seed: int, lines: int) -> str:
-    generator = random.Random(seed)
-    return "\n".join(" ".join(generator.choices(WORDS, k=12)) + "." for _ in range(lines))
-
-
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory) -> Path:
+    """Prose enough for a small run: sentences of a few words in a random order."""
+    generator = random.Random(0)
     path = tmp_path_factory.mktemp("prose") / "prose.txt"
-    path.write_text(make_prose(0, 400))
+    path.write_text("\n".join(" ".join(generator.choices(WORDS, k=12)) + "." for _ in range(1500)))
     return path
 
 
@@ -76,7 +79,28 @@ def chats(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def corpora(tmp_path_factory, monkeypatch):
-    """The user's cache of corpora stays out of it."""
-    monkeypatch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.getbasetemp() / "corpora"))
+@pytest.fixture(scope="session")
+def options(prose) -> PretrainOptions:
+    return PretrainOptions(
+        steps=STEPS, out="", data=str(prose), vocab_size=300, context=32, batch_size=2,
+        dtype="float32", save_every=4, eval_every=20, eval_tokens=64, log_every=5,
+        keep_checkpoints=3,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(options, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    pretrain(replace(options, out=str(folder)))
+    return folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shlex
 import signal
 import socket
@@ -29,36 +28,16 @@ BLOCKS = 4  # in a step, over all processes
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
-    patch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    patch.undo()
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory) -> PretrainOptions:
-    generator = random.Random(0)
-    words = [
-        "the",
-        "a",
-        "model",
-        "row",
-        "mask",
-        "sink",
-        "token",
-        "head",
-        "reads",
-        "writes",
-        "keeps",
-        "gives",
-    ]
-    lines = [" ".join(generator.choices(words, k=12)) + "." for _ in range(1500)]
-    text = tmp_path_factory.mktemp("text") / "prose.txt"
-    text.write_text("\n".join(lines))
+def options(prose) -> PretrainOptions:
     return PretrainOptions(
-        steps=STEPS, data=str(text), vocab_size=300, context=32, batch_size=BLOCKS,
+        steps=STEPS, data=str(prose), vocab_size=300, context=32, batch_size=BLOCKS,
         global_batch_size=BLOCKS, dtype="float32", save_every=10, eval_every=10, eval_tokens=320,
         log_every=1, tensorboard=False,
     )  # fmt: skip

@@ -30,8 +30,6 @@ from stablemask.training.run import command_line
 
 STEPS = 20
 
-pytestmark = pytest.mark.usefixtures("corpora")
-
 
 @pytest.fixture
 def options(base, prose) -> FinetuneOptions:
@@ -50,8 +48,6 @@ def chat_options(options, chats) -> FinetuneOptions:
 @pytest.fixture(scope="module")
 def adapted(base, prose, tmp_path_factory) -> Path:
     """A run with --adapt that was never interrupted."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.getbasetemp() / "corpora"))
     folder = tmp_path_factory.mktemp("runs") / "adapted"
     options = FinetuneOptions(
         model=str(base), data=str(prose), steps=STEPS, out=str(folder), context=32, batch_size=4,
@@ -59,7 +55,6 @@ def adapted(base, prose, tmp_path_factory) -> Path:
         log_every=5, keep_checkpoints=10, tensorboard=False, adapt=True,
     )  # fmt: skip
     finetune(options)
-    patch.undo()
     return folder
 
 

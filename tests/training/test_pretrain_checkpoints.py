@@ -1,0 +1,256 @@
+"""Pretraining that stops, is killed or loses a checkpoint, and goes on to the same weights."""
+
+import errno
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stablemask.errors import InputError
+from stablemask.options import save_yaml
+from stablemask.training import checkpoints
+from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain import command_line, pretrain
+
+from .conftest import STEPS, assert_same_weights, metrics
+
+
+def command(options: PretrainOptions, *more: str) -> list[str]:
+    return [sys.executable, "-m", *shlex.split(command_line(options)), *more]
+
+
+def test_the_best_checkpoint_stays_beside_the_last(options, tmp_path, monkeypatch):
+    from stablemask.training.trainer import LanguageModelTrainer
+
+    evaluate = LanguageModelTrainer.evaluation_loop
+
+    def worse_from_step_8_on(self, *args, **kwargs):
+        output = evaluate(self, *args, **kwargs)
+        output.metrics["eval_loss"] += abs(self.state.global_step - 8)
+        return output
+
+    monkeypatch.setattr(LanguageModelTrainer, "evaluation_loop", worse_from_step_8_on)
+    pretrain(replace(options, out=str(tmp_path), steps=16, eval_every=4, keep_checkpoints=1))
+    kept = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
+    assert kept == ["checkpoint-8", "checkpoint-16"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "async_save"),
+    [
+        ("checkpoint-4", False),
+        ("checkpoint-16", True),
+        ("incomplete", False),
+        ("incomplete", True),
+        ("metrics.jsonl", False),
+    ],
+)
+def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(
+    moment, async_save, uninterrupted, options, tmp_path
+):
+    folder = tmp_path / "run"
+    options = replace(options, out=str(folder), async_save=async_save)
+    process = subprocess.Popen(command(options), stderr=subprocess.DEVNULL)
+    awaited = folder / moment if "." in moment else folder / "checkpoints" / moment
+    while not awaited.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "model.safetensors").exists()
+    for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints"):
+        checkpoints.verify(checkpoint)
+
+    # How the rest is saved need not be how the first part was.
+    result = pretrain(replace(options, resume=True, async_save=not async_save))
+    assert result.step == STEPS
+    assert_same_weights(folder, uninterrupted)
+    steps = [row["step"] for row in metrics(folder) if "loss" in row]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on(
+    number, code, uninterrupted, options, tmp_path
+):
+    folder = tmp_path / "run"
+    options = replace(options, out=str(folder), save_every=1000)
+    process = subprocess.Popen(
+        command(options), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "--resume" in stdout
+    (checkpoint,) = checkpoints.list_checkpoints(folder / "checkpoints")
+    assert 5 <= checkpoints.step_of(checkpoint) < STEPS
+
+    pretrain(replace(options, resume=True))
+    assert_same_weights(folder, uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(uninterrupted, options):
+    before = (uninterrupted / "model.safetensors").stat().st_mtime_ns
+    result = pretrain(replace(options, out=str(uninterrupted), resume=True))
+    assert result.step == STEPS
+    assert (uninterrupted / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path, monkeypatch):
+    from stablemask.training.trainer import Trainer
+
+    save = Trainer._save_optimizer_and_scheduler
+
+    def full(self, output_dir):
+        if "checkpoint-8" in output_dir:
+            # As torch.save puts it, and as the disk then looks.
+            monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0})())
+            raise RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos")
+        return save(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError) as caught:
+        pretrain(replace(options, out=str(tmp_path / "run")))
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["checkpoint-4"]
+    checkpoints.verify(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+
+
+@pytest.fixture(scope="module")
+def written(options, tmp_path_factory) -> Path:
+    """Two checkpoints."""
+    folder = tmp_path_factory.mktemp("runs") / "written"
+    pretrain(replace(options, out=str(folder), steps=8))
+    return folder / "checkpoints"
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[:-7])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_set_aside(file, how, written, tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(written, folder)
+    damage(folder / "checkpoint-8" / file, how)
+    assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
+    assert "checkpoint-8 is damaged" in (said := capsys.readouterr().err)
+    assert file in said
+    assert sorted(os.listdir(folder)) == ["checkpoint-4", "damaged-checkpoint-8"]
+    assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
+
+    damage(folder / "checkpoint-4" / file, how)
+    with pytest.raises(InputError, match=r"checkpoint-4 is damaged.*no checkpoint is whole"):
+        checkpoints.last_whole(folder)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_manifest_that_is_damaged_damages_the_checkpoint(how, written, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(written, folder)
+    damage(folder / "checkpoint-8" / "manifest.json", how)
+    assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Stops a run after a step, as a signal does; None lets it go on to its end."""
+    from stablemask.training.callbacks import StopOnSignal
+
+    def arrange(step: int | None) -> None:
+        def stop(self, args, state, control, **_):
+            if state.global_step == step:
+                self.received = signal.SIGTERM
+                control.should_save = control.should_training_stop = True
+
+        monkeypatch.setattr(StopOnSignal, "on_step_end", stop)
+
+    return arrange
+
+
+@pytest.fixture
+def stopped(options, tmp_path, stop_at) -> PretrainOptions:
+    """A run with two checkpoints that did not finish."""
+    stop_at(8)
+    options = replace(options, out=str(tmp_path / "run"))
+    assert pretrain(options).stopped_by is signal.SIGTERM
+    stop_at(None)
+    return replace(options, resume=True)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, uninterrupted):
+    damage(Path(stopped.out) / "checkpoints" / "checkpoint-8" / "optimizer.pt", "flipped")
+    pretrain(stopped)
+    assert_same_weights(Path(stopped.out), uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["stream", "mixture", "mixture of streams"])
+def test_other_data_goes_on_where_it_stopped(kind, options, uninterrupted, tmp_path, stop_at):
+    """Two sources, with loading processes in one part of the run."""
+    records = tmp_path / "records.jsonl"
+    generator = random.Random(1)
+    lines = [
+        generator.choices(["the", "a", "model", "row", "mask", "sink", "token", "head"], k=30)
+        for _ in range(300)
+    ]
+    records.write_text("".join(json.dumps({"text": " ".join(line)}) + "\n" for line in lines))
+    changes = {"steps": 10, "save_every": 100, "tokenizer": str(uninterrupted)}
+    if "stream" in kind:
+        changes |= {"streaming": True, "shuffle_buffer": 64, "data": str(records)}
+    if "mixture" in kind:
+        other = tmp_path / "other.jsonl"
+        other.write_text(records.read_text().replace("the", "one"))
+        changes |= {"data": "builtin", "mixture": [f"{records}=3", f"{other}=1"]}
+    options = replace(options, **changes)
+    pretrain(replace(options, out=str(tmp_path / "whole")))
+    options = replace(options, out=str(tmp_path / "parts"), workers=2)
+    stop_at(5)
+    assert pretrain(options).step == 5
+    stop_at(None)
+    pretrain(replace(options, resume=True, workers=0))
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_resume_wants_the_same_settings_and_the_same_text(stopped, prose, tmp_path):
+    with pytest.raises(InputError, match="learning_rate"):
+        pretrain(replace(stopped, learning_rate=1e-4))
+    moved = tmp_path / "prose.txt"
+    moved.write_text(prose.read_text())
+    yaml = Path(stopped.out) / "pretrain.yaml"
+    yaml.write_text(yaml.read_text().replace(stopped.data, str(moved)))
+    moved.write_text(prose.read_text().replace("token", "taken"))
+    with pytest.raises(InputError, match="has changed"):
+        pretrain(replace(stopped, data=str(moved)))
+
+
+def test_a_run_killed_as_it_began_goes_on(options, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".pretrain.yaml.7.partial").write_text("preset: ti")
+    options = replace(options, out=str(folder))
+    with pytest.raises(InputError, match="no run to resume"):
+        pretrain(replace(options, resume=True))
+    save_yaml(options.resolved(), folder / "pretrain.yaml")
+    pretrain(replace(options, resume=True))
+    assert_same_weights(folder, uninterrupted)
+    assert json.loads((folder / "run.json").read_text())["result"]["step"] == STEPS
