@@ -6,7 +6,7 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: help setup demo test nightly lint bench clean
+.PHONY: help setup demo test nightly lint bench reproduce clean
 
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make nightly the tests with 500 examples of each property"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmark of speed and memory, about 14 minutes"
+	@echo "make reproduce  the paper's claims, measured again: docs/results.md, about 100 minutes"
 	@echo "make clean   remove .venv and caches"
 
 demo: setup
@@ -36,6 +37,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/stablemask bench --save benchmarks/results
+
+reproduce: setup
+	$(BIN)/stablemask reproduce --out docs/results/reproduce --page docs/results.md --resume
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage
