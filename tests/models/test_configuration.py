@@ -117,6 +117,8 @@ def test_presets_take_overrides_and_unknown_names_list_the_known():
         64,
     )
     assert preset_config("tiny").stablemask == {"gamma": 1 / 256, "horizon": None}
-    with pytest.raises(InputError, match=r"must be one of nano, micro, tiny, 71m, 160m, 410m, 1.4b, got 'huge'"):
+    with pytest.raises(
+        InputError, match=r"must be one of nano, micro, tiny, 71m, 160m, 410m, 1.4b, got 'huge'"
+    ):
         preset_config("huge")
     assert set(PRESETS) == {"nano", "micro", "tiny", "71m", "160m", "410m", "1.4b"}

@@ -92,6 +92,8 @@ def position_sink_logits(
         shared = pseudo_sink_logits(settings, heads, positions)
         masses = [shared for _ in layers]
     else:
-        masses = [pseudo_sink_logits(settings, heads, positions, rates) for rates in log_gamma.exp()]
+        masses = [
+            pseudo_sink_logits(settings, heads, positions, rates) for rates in log_gamma.exp()
+        ]
     with_mass = settings.get("layers", layers)
     return [mass if layer in with_mass else constant for layer, mass in enumerate(masses)]

@@ -255,16 +255,19 @@ def _ablation_claims(ablation: list[Record], grid: list[Record]) -> list[Claim]:
 
 
 def _rate_table(rate: list[Record], grid: list[Record]) -> str:
-    same = {"preset": rate[0]["preset"], "position": rate[0]["position"]}
-    everywhere = [*rate, *(r for r in grid if all(r[k] == v for k, v in same.items()))]
-    rates = sorted({record["learning_rate"] for record in everywhere})
-    rows = []
-    for kind in dict.fromkeys(record["label"] for record in rate):
-        losses = [by_seed(everywhere, label=kind, learning_rate=value) for value in rates]
-        rows.append([LABELS[kind], *(estimate(list(of.values())).text(3) for of in losses)])
+    tables = []
+    for preset in dict.fromkeys(record["preset"] for record in rate):
+        own = {"preset": preset, "position": rate[0]["position"], "seed": rate[0]["seed"]}
+        same = [r for r in (*rate, *grid) if all(r[name] == value for name, value in own.items())]
+        rates = sorted({record["learning_rate"] for record in same})
+        rows = []
+        for kind in dict.fromkeys(r["label"] for r in rate if r["preset"] == preset):
+            losses = [by_seed(same, label=kind, learning_rate=value) for value in rates]
+            rows.append([LABELS[kind], *(f"{loss:.3f}" for of in losses for loss in of.values())])
+        tables.append(table([preset, *(f"{value:g}" for value in rates)], rows))
     return (
-        f"**The learning rate**, the same for every kind, was not chosen for one of them ({rate[0]['preset']}, loss in "
-        f"nats per token):\n\n{table(['', *(f'{value:g}' for value in rates)], rows)}"
+        "**The learning rate** is the same for every kind, and was chosen for softmax. Half and twice of it, one seed, "
+        "loss in nats per token:\n\n" + "\n\n".join(tables)
     )
 
 

@@ -154,8 +154,8 @@ def _stop_on_signals(pool: ProcessPoolExecutor) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once
-        for process in (pool._processes or {}).values():
-            os.kill(process.pid, signal.SIGINT)
+        for pid in pool._processes or ():
+            os.kill(pid, signal.SIGINT)
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

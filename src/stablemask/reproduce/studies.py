@@ -1,8 +1,10 @@
 """All studies by name, in the order they are run and told."""
 
-from . import cost, extrapolation, language, position, sinks, theory
+from .cost import STUDY as COST
+from .extrapolation import STUDY as EXTRAPOLATION
+from .language import STUDY as LANGUAGE
+from .position import STUDY as POSITION
+from .sinks import STUDY as SINKS
+from .theory import STUDY as THEORY
 
-STUDIES = {
-    module.STUDY.name: module.STUDY
-    for module in (theory, position, language, extrapolation, sinks, cost)
-}
+STUDIES = {study.name: study for study in (THEORY, POSITION, LANGUAGE, EXTRAPOLATION, SINKS, COST)}
