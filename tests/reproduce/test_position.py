@@ -121,11 +121,11 @@ def test_jobs_have_one_training_for_all_and_names_fit_for_files(scale):
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
-    by_length = {}
+    trainings = {}
     for job in jobs:
-        assert set(job.arguments["trainings"]) <= set(TASKS)
-        trainings = by_length.setdefault(job.arguments["length"], job.arguments["trainings"])
-        assert job.arguments["trainings"] == trainings
+        for task, training in job.arguments["trainings"].items():
+            assert trainings.setdefault((task, job.arguments["length"]), training) == training
+    assert {task for task, _ in trainings} == set(TASKS)
     designs = {(job.arguments["encoding"], job.arguments["kind"]) for job in jobs}
     assert len(designs) == len(ENCODINGS) * len(KINDS) + len(REFERENCES)
 

@@ -209,7 +209,8 @@ def _halves_table(results: Results, tasks: Sequence[str]) -> str:
 
 
 def _gap_table(results: Results, tasks: Sequence[str]) -> str:
-    pairs = [("stablemask", "softmax"), *((kind, "stablemask") for kind in CONSTANT_OUTLETS)]
+    others = ("stablemask-finite", *CONSTANT_OUTLETS)
+    pairs = [("stablemask", "softmax"), *((kind, "stablemask") for kind in others)]
     head = ["", *(f"{LABELS[kind]} over {LABELS[other]}" for kind, other in pairs)]
     rows = [
         [TASKS[task].title, *(_gaps(results.differences(task, *pair)) for pair in pairs)]
@@ -219,30 +220,42 @@ def _gap_table(results: Results, tasks: Sequence[str]) -> str:
 
 
 def _gaps(gaps: dict[Column, Estimate]) -> str:
+    """In how many cells one kind is ahead and behind, which one seed cannot tell, and the range."""
     if not gaps:
         return ""
-    in_front = sum(ahead(gap) or False for gap in gaps.values())
     points = [100 * gap.mean for gap in gaps.values()]
-    return (
-        f"ahead in {in_front}, behind in {sum(behind(gap) or False for gap in gaps.values())} of "
-        f"{len(gaps)} ({min(points):+.1f} to {max(points):+.1f})"
-    )
+    extent = f"{min(points):+.1f} to {max(points):+.1f}"
+    in_front, at_back = ([rule(gap) for gap in gaps.values()] for rule in (ahead, behind))
+    if None in in_front:
+        return extent
+    return f"ahead in {sum(map(bool, in_front))}, behind in {sum(map(bool, at_back))} of {len(gaps)} ({extent})"
+
+
+def _outlets(results: Results) -> str:
+    """In how many cells an outlet of constant size tells positions of identical tokens."""
+    found = []
+    for kind in CONSTANT_OUTLETS:
+        accuracies = results.of_kind("constant", kind)
+        chances = [TASKS["constant"].chance(length) for _, length in accuracies]
+        above = [a.mean > chance + MARGIN for a, chance in zip(accuracies.values(), chances)]
+        found.append(f"{LABELS[kind]} is above chance in {sum(above)} of {len(above)} cells")
+    return ", ".join(found)
 
 
 def _first_run(results: Results) -> str:
     """How much is found of the first run of a symbol, before anything has changed."""
     (length,) = results.lengths("runs")
     parts = SHORTEST_RUN * PARTS // length
-    found = []
-    for kind in ("softmax", "stablemask"):
+    extremes = []
+    for kind, name, extreme in (("softmax", "at most", max), ("stablemask", "at least", min)):
         shares = [
             sum(result["by_position"][:parts]) / parts
             for encoding in ENCODINGS
             for result in results.of("runs", encoding, kind, length)
         ]
         if shares:
-            found.append(f"{LABELS[kind]} {_percent(min(shares))} to {_percent(max(shares))} %")
-    return _listed(found)
+            extremes.append(f"{name} {_percent(extreme(shares))} % with {LABELS[kind]}")
+    return _listed(extremes)
 
 
 def _body(records: Sequence[Record], results: Results) -> str:
@@ -264,7 +277,7 @@ def _body(records: Sequence[Record], results: Results) -> str:
     return "\n\n".join(
         (
             f"Decoders of 3 layers, width 64 and 4 heads, trained from scratch on each task and tested on fresh "
-            f"sequences; {seeds} seeds, training lengths {_listed([str(length) for length in lengths])}. All "
+            f"sequences; {seeds} seed{'s' * (seeds > 1)}, training lengths {_listed([str(length) for length in lengths])}. All "
             "encodings and kinds have the same steps, batches and learning rate, at length "
             f"{lengths[0]}: {', '.join(steps)}; a training ends sooner where a fixed check reaches 99.9 %. For "
             "copying and even-token prediction the sequences grow to the training length, from 8 tokens. A task is "
@@ -273,22 +286,22 @@ def _body(records: Sequence[Record], results: Results) -> str:
             "that holds at every relative encoding and length is reproduced; at some, partly.",
             "**Identical tokens.** With relative positions every row of plain softmax averages equal values: the "
             "same output at every position, in every layer. A row with a sink logit c leaves its tokens the share "
-            "Z / (Z + exp c), and Z, a sum over the i + 1 tokens it sees, grows with i. So an outlet of constant size "
-            "(softmax-off-by-one, a learned sink) breaks the symmetry too, and the decay of StableMask's mass is not "
-            "what it takes. Largest deviation of final hidden states from those of the first token, over seeds: "
-            "untrained / trained on one token repeated / trained on random tokens.",
+            "Z / (Z + exp c), and Z, a sum over the i + 1 tokens it sees, grows with i. So it is the outlet that breaks "
+            f"the symmetry, also one of constant size, and not the decay alone: {_outlets(results)}. What the decay "
+            "adds to that, tables below tell. Largest deviation of final hidden states from those of the first token, "
+            "over seeds: untrained / trained on one token repeated / trained on random tokens.",
             _spread_table(records),
             "**Position identification**: name the index of each token, from inputs that tell more and more of it. "
             f"In runs of {SHORTEST_RUN} to {LONGEST_RUN} tokens softmax can count from the first change of symbol, not "
-            "before it; of random tokens it can recognise the first, which alone sees nothing but itself, and count "
-            "from there.",
+            "before it (dotted: the earliest); of random tokens it can recognise the first, which alone sees nothing "
+            "but itself, and count from there. These are accuracies after so many steps, not limits.",
             "{position}",
             *(_accuracy_table(results, task) for task in IDENTIFICATION if task in tasks),
-            f"Of the first {SHORTEST_RUN} tokens of the runs, where nothing has changed yet, are named right: "
-            f"{_first_run(results)}; who knows the symbol alone names at most {100 / SHORTEST_RUN:.1f} %.",
+            f"Of the first {SHORTEST_RUN} tokens of the runs, where nothing has changed yet, each model names "
+            f"{_first_run(results)}; one that knows the symbol alone, {100 / SHORTEST_RUN:.1f} % at most.",
             *(
-                f"Steps taken, {inputs}:\n\n{_steps_table(results, task)}"
-                for task, inputs in IDENTIFICATION.items()
+                f"Steps taken, {IDENTIFICATION[task]}:\n\n{_steps_table(results, task)}"
+                for task in ("constant", "random")
                 if task in tasks
             ),
             "**Tasks that use the position.** Even-token prediction asks each token for the one at the latest even "
@@ -318,6 +331,8 @@ def _figure(results: Results, length: int) -> tuple[Figure, str]:
         for axes, encoding in zip(row, ENCODINGS, strict=True):
             _draw(axes, results, task, encoding, length)
             axes.set_title(f"{inputs}; {encoding}")
+            if task == "runs":
+                axes.axvline(SHORTEST_RUN, color=GRAY, lw=1, ls=":")
         row[0].set_ylabel("positions named right (%)")
     for axes in panels[-1]:
         axes.set_xlabel("position (tokens)")
