@@ -17,6 +17,7 @@ from transformers import (
 
 from stablemask.hf import apply_stablemask
 
+from ..models.tiny import tiny_model
 from .dense import densely
 from .families import SIZES, Family
 
@@ -53,6 +54,8 @@ def test_saved_and_loaded_it_runs_without_being_named(tmp_path):
         ({"horizon": 0}, "must be an integer of at least 1 or None"),
         ({"shift": "low"}, "must be a finite number"),
         ("slopes", "must be a dict"),
+        ({"gamma": "learned"}, "'learned' needs our own decoder"),
+        ({"layers": [0]}, r"\['layers'\] \[0\] needs our own decoder"),
     ],
 )
 def test_what_no_model_can_run_is_refused_when_it_is_loaded(settings, match, tmp_path):
@@ -61,6 +64,19 @@ def test_what_no_model_can_run_is_refused_when_it_is_loaded(settings, match, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"stablemask": settings}))
     with pytest.raises(ValueError, match=match):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_our_own_decoder_keeps_what_it_alone_can_have(tmp_path):
+    settings = {"gamma": "learned", "layers": [1], "floor": 0.5, "hold": 0}
+    model = tiny_model(stablemask=settings)
+    with torch.no_grad():
+        model.model.log_gamma.uniform_(-3, -1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.stablemask == settings | {"horizon": None}
+    ids = torch.randint(0, 61, (1, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["eager", "flash_attention_2", "flex_attention"])

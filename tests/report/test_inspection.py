@@ -21,7 +21,11 @@ from stablemask.evaluation import attention_maps
 from stablemask.hf import apply_stablemask
 from stablemask.report.drawing import COLORS
 from stablemask.report.inspection import SHADES, HeadMaps, Inspection, inspect_model
-from stablemask.report.inspection_page import render_inspection, summary_rows
+from stablemask.report.inspection_page import (
+    attention_in_words,
+    render_inspection,
+    summary_rows,
+)
 from stablemask.report.page import PAPER
 
 from ..evaluation.families import tiny_transformer
@@ -254,3 +258,12 @@ def test_damaged_weights(tokenizer):
     model.lm_head.weight.data[0] = math.nan
     with pytest.raises(InputError, match="not finite"):
         inspect_model(model, tokenizer, TEXT, label="a", progress=False)
+
+
+def test_every_setting_of_the_mass_is_told(tokenizer):
+    settings = {"gamma": "learned", "layers": [1], "floor": 2.0, "hold": 7}
+    model = tiny_model(stablemask=settings, vocab_size=len(tokenizer))
+    inspection = inspect_model(model, tokenizer, TEXT, label="own", progress=False)
+    assert attention_in_words(inspection) == (
+        "stablemask: learned gamma, infinite horizon, constant from position 7, floor 2, in layers 1"
+    )

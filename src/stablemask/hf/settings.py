@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..models.configuration import StableMaskConfig
 from ..models.settings import complete_settings
 
 
@@ -25,7 +26,8 @@ def model_settings(config: PreTrainedConfig, given: dict[str, Any] | None = None
         raise ValueError(
             f"StableMask needs one num_attention_heads, which {type(config).__name__} does not name"
         )
-    return complete_settings(given, num_heads, _context(config))
+    own_layers = config.num_hidden_layers if isinstance(config, StableMaskConfig) else None
+    return complete_settings(given, num_heads, _context(config), own_layers)
 
 
 def _context(config: PreTrainedConfig) -> int | None:

@@ -90,6 +90,7 @@ def attention_in_words(inspection: Inspection) -> str:
     words = [
         f"gamma {gamma:.4g}" if isinstance(gamma, float | int)
         else "gamma of ALiBi's slopes" if gamma == "slopes"
+        else "learned gamma" if gamma == "learned"
         else f"gamma {min(gamma):.4g} to {max(gamma):.4g} by head",
         "infinite horizon" if settings["horizon"] is None else f"horizon {settings['horizon']:,}",
     ]  # fmt: skip
@@ -97,6 +98,12 @@ def attention_in_words(inspection: Inspection) -> str:
         words.append(f"from position {settings['start']}")
     if settings.get("shift"):
         words.append(f"log mass shifted by {settings['shift']:.4g}")
+    if "hold" in settings:
+        words.append(f"constant from position {settings['hold']}")
+    if "floor" in settings:
+        words.append(f"floor {settings['floor']:.4g}")
+    if "layers" in settings:
+        words.append(f"in layers {', '.join(map(str, settings['layers']))}")
     return f"{inspection.attention}: {', '.join(words)}"
 
 

@@ -9,7 +9,7 @@ from .figures import even_attention
 
 # Outputs of unit scale that differ by less than this differ by the rounding of float32.
 ROUNDING = 1e-4
-ATTENTION_OPTIONS = {"attention", "gamma", "horizon"}
+ATTENTION_OPTIONS = {"attention", "gamma", "horizon", "hold", "floor", "layers"}
 
 
 @dataclass(frozen=True)
