@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from .. import __version__
 from ..errors import InputError
+from ..report.drawing import STYLE
 from .runner import load_study
 from .study import Section, Study
 
@@ -25,7 +28,9 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
     documents = {name: found for name in studies if (found := load_study(out, name)) is not None}
     if not documents:
         raise InputError(f"{out} holds no results of a study; run one first")
-    sections = {name: _section(studies[name], found) for name, found in documents.items()}
+    with matplotlib.rc_context(STYLE):
+        sections = {name: _section(studies[name], found) for name, found in documents.items()}
+        _draw(sections, out)
     figures = os.path.relpath(out, page.parent)
     parts = [_head(studies, documents, sections)]
     for name, section in sections.items():
@@ -34,7 +39,6 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
             image = Path(figures, f"{name}-{figure}.png").as_posix()
             body = body.replace(f"{{{figure}}}", f"![{text}]({image})")
         parts.append(f"## {studies[name].title}\n\n{_origin(documents[name])}\n\n{body}")
-    _draw(sections, out)
     page.parent.mkdir(parents=True, exist_ok=True)
     partial = page.with_name(f".{page.name}.partial")
     partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -63,14 +67,9 @@ def _section(study: Study, document: dict[str, Any]) -> Section:
 
 
 def _draw(sections: dict[str, Section], out: Path) -> None:
-    import matplotlib
-
-    from ..report.drawing import STYLE
-
-    with matplotlib.rc_context(STYLE):
-        for name, section in sections.items():
-            for figure, (drawn, _) in section.figures.items():
-                drawn.savefig(out / f"{name}-{figure}.png", dpi=130, metadata={"Software": None})
+    for name, section in sections.items():
+        for figure, (drawn, _) in section.figures.items():
+            drawn.savefig(out / f"{name}-{figure}.png", dpi=130, metadata={"Software": None})
 
 
 def _head(
