@@ -27,7 +27,7 @@ from .study import Claim, Job, Record, Section, Study, verdict
 POSITIONS = ("rope", "alibi", "nope")
 FACTOR = 16  # times the training length
 SINKS = 4  # first tokens that StreamingLLM keeps
-SAME = 0.01  # as well as another: so many nats are not lost, beyond doubt
+SAME = 0.01  # nats; as well as another is who does not lose so many, beyond doubt
 TEXTS = {"small": 24, "gpu": 64}
 ALL, WINDOW, HELD, STREAMING = "all keys", "window", "window, mass held", "StreamingLLM"
 # One token at a time, so these are not for every model.
@@ -213,7 +213,7 @@ def _claims(found: _Found, positions: list[str]) -> list[Claim]:
     ):
         differences = {p: found.difference(ours, theirs, p) for p in positions}
         better = "extrapolates better" in statement
-        holds = [d.below(0 if better else SAME) for d in differences.values()]
+        holds = [d.below(0 if better else SAME, SAME) for d in differences.values()]
         measured = "; ".join(f"{p} {d.text(3)}" for p, d in differences.items())
         claims.append(
             Claim(

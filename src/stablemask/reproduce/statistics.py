@@ -27,9 +27,14 @@ class Estimate(NamedTuple):
     def high(self) -> float:
         return self.mean + self.half_width
 
-    def below(self, limit: float) -> bool | None:
-        """Whether the whole interval is; None where one seed cannot tell."""
-        return None if math.isnan(self.half_width) else self.high < limit
+    def below(self, limit: float, margin: float = math.inf) -> bool | None:
+        """Whether it is below ``limit`` beyond doubt, the whole interval.
+
+        None where only the mean is, by more than ``margin``, or where there is one seed.
+        """
+        if math.isnan(self.half_width):
+            return None
+        return True if self.high < limit else None if self.mean < limit - margin else False
 
     def text(self, digits: int, scale: float = 1.0) -> str:
         mean = f"{scale * self.mean:.{digits}f}"

@@ -36,12 +36,11 @@ class Job:
 
 def verdict(holds: Sequence[bool | None]) -> Verdict:
     """Of a claim that holds in every case, in some, or in none; None is a case that cannot be told."""
-    known = [case for case in holds if case is not None]
-    if not known:
-        return "open"
-    if all(known):
+    if holds and all(holds):
         return "reproduced"
-    return "partly reproduced" if any(known) else "not reproduced"
+    if any(holds):
+        return "partly reproduced"
+    return "not reproduced" if False in holds else "open"
 
 
 @dataclass(frozen=True)
