@@ -333,7 +333,9 @@ def _gamma_figure(gamma: list[Record]) -> Figure:
         here = [record for record in gamma if record["context"] == context]
         base = by_seed(here, label="softmax")
         points = _gamma_points(gamma, context)
-        look = {"color": line_style("stablemask")["color"], "alpha": 1 - 0.35 * number}
+        look: dict[str, Any] = {
+            "color": line_style("stablemask")["color"], "alpha": 1 - 0.35 * number,
+        }  # fmt: skip
         look |= {"marker": "os^D"[number % 4], "ls": ("-", "--", ":", "-.")[number % 4]}
         means = [less.mean for less in points.values()]
         axes.plot(list(points), means, label=f"StableMask, context {context}", **look)
