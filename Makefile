@@ -20,8 +20,8 @@ help:
 demo: setup
 	$(BIN)/stablemask demo --out $(DEMO_OUT) $(if $(wildcard $(DEMO_OUT)),--resume)
 
-# Two files at a time, on a thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two files at a time, on a thread each, in the order of tests/conftest.py: the longest first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) --cov=stablemask --cov-report=term
