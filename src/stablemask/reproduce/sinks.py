@@ -60,11 +60,11 @@ def jobs(scale: str, seeds: int) -> list[Job]:
     else:
         # The smallest in which softmax was seen to grow a sink (docs/log.md).
         sizes = {"vocab_size": 512, "max_position_embeddings": 256}
-        options = {"preset": "nano", "steps": 3000, "batch_size": 4, "learning_rate": 5e-3, **sizes}
+        options = {"preset": "nano", "steps": 5000, "batch_size": 4, "learning_rate": 5e-3, **sizes}
         plans = [
-            ({"start": END, **options}, KINDS, seeds, 100),
+            ({"start": END, **options}, KINDS, seeds, 170),
             # One seed is all there is time for.
-            ({"start": CUT, **options}, PAIR, 1, 100),
+            ({"start": CUT, **options}, PAIR, 1, 170),
         ]
     return [
         Job(
