@@ -24,11 +24,11 @@ demo: setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
-	$(PYTEST) --cov=stablemask --cov-report=term
+	$(PYTEST)
 
-# The same tests with 500 examples of each property, at random.
+# The same tests with 500 examples of each property, at random, and what they cover.
 nightly: setup
-	HYPOTHESIS_PROFILE=nightly $(PYTEST)
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) --cov=stablemask --cov-report=term
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -244,6 +245,10 @@ def _draw(found: _Found, positions: list[str], context: int) -> Figure:
             axes.axvline(context, color="#6b7280", lw=1, ls=":")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda perplexity, _: f"{perplexity:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.set_title(f"{position}, {cache}")
     figure.supxlabel("position (tokens from the start); dotted: the training length", fontsize=10)
     figure.supylabel("perplexity of the validation text", fontsize=10)
