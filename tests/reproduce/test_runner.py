@@ -49,11 +49,12 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(tmp_path):
 def test_a_job_that_fails_is_named_and_the_others_are_kept(tmp_path):
     refused = Job("refuse", made.refuse, {"number": 7})
     with pytest.raises(InputError, match="squares, refuse: 7 is not wanted"):
-        run(tmp_path, study_of(*squares(1), refused))
-    assert (tmp_path / "work/records/squares/square-1.json").exists()
+        run(tmp_path, study_of(made.waiting(7), refused, *squares(1)))
+    assert (tmp_path / "work/records/squares/wait-7.json").exists()
+    assert not (tmp_path / "work/records/squares/square-1.json").exists()
     assert not (tmp_path / "squares.json").exists()
     with pytest.raises(RunError, match="the process of squares, die died"):
-        run(tmp_path, study_of(*squares(1), Job("die", made.die, {})))
+        run(tmp_path, study_of(Job("die", made.die, {})))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

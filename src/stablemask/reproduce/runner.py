@@ -77,6 +77,7 @@ def run_studies(
     ):
         running: dict[Future, tuple[Study, Job]] = {}
         waiting = iter(todo)
+        failure: InputError | RunError | None = None
         while True:
             # No more than can begin at once, so that a stop leaves nothing half begun.
             while len(running) < workers and (following := next(waiting, None)) is not None:
@@ -88,11 +89,20 @@ def run_studies(
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 study, job = running.pop(future)
-                record = {"job": job.name, **job.arguments, **_result(future, study, job, out)}
+                try:
+                    result = _result(future, study, job, out)
+                except (InputError, RunError) as error:
+                    # Nothing more begins; what runs beside it ends and is kept.
+                    failure, waiting = failure or error, iter(())
+                    bar.set_postfix_str(f"{study.name} {job.name} failed")
+                    continue
+                record = {"job": job.name, **job.arguments, **result}
                 _write(_record_file(out, study, job), record)
                 done[id(job)] = record
                 bar.update(job.cost)
                 finish(study)
+        if failure is not None:
+            raise failure
 
 
 def load_study(out: Path, name: str) -> dict[str, Any] | None:
@@ -214,7 +224,19 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(_as_json(content), encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    """One line for each field and each record, so that a study can be compared with an older one."""
+    text = json.dumps(content, indent=1)
+    if "records" in content:
+        records = ",\n".join(json.dumps(record) for record in content["records"])
+        text = (
+            json.dumps(content | {"records": []}, indent=1).removesuffix("[]\n}")
+            + f"[\n{records}\n]\n}}"
+        )
+    return text + "\n"
