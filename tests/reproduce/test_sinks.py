@@ -7,13 +7,15 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from stablemask.data import train_tokenizer
+from stablemask.evaluation.sinks import even_first_token
 from stablemask.reproduce import sinks
+from stablemask.reproduce.kinds import LABELS
 from stablemask.reproduce.study import SCALES
 
 from ..models.tiny import random_ids, tiny_model
 
 KINDS = sinks.KINDS
-EVEN = sinks.even_first_token(128)
+EVEN = even_first_token(128)
 
 
 def record(kind, seed, first_token=0.4, **replaced):
@@ -61,7 +63,7 @@ def verdicts(found):
 
 
 def test_even_attention_is_the_harmonic_mean():
-    assert sinks.even_first_token(3) == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert even_first_token(3) == pytest.approx((1 / 2 + 1 / 3) / 2)
     # The approximation that the probe of a training gives.
     assert pytest.approx((math.log(128) - 0.42) / 127, rel=0.01) == EVEN
 
@@ -72,7 +74,7 @@ def test_a_model_that_attends_evenly_has_no_sink():
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.zero_()
     found = sinks.attention_by_layer(model, random_ids(3, 16), torch.arange(61) % 3 == 0)
-    even = pytest.approx([sinks.even_first_token(16)] * 2)
+    even = pytest.approx([even_first_token(16)] * 2)
     for name in ("first_token", "first_token_head", "first_token_real", "first_token_real_head"):
         assert found[name] == even
     assert found["delimiters"] == pytest.approx([1, 1])
@@ -103,7 +105,7 @@ def test_delimiters_are_marks_white_space_and_the_end_of_a_document():
 def test_the_section_shows_every_kind_and_draws(seeds):
     section = sinks.section(records(seeds))
     for kind in KINDS:
-        assert f"| {sinks.LABELS[kind]} |" in section.body
+        assert f"| {LABELS[kind]} |" in section.body
     assert ("±" in section.body) == (seeds > 1)
     for name, (figure, text) in section.figures.items():
         assert f"{{{name}}}" in section.body.split("\n")

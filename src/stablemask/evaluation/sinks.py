@@ -52,6 +52,11 @@ class IdenticalTokens(NamedTuple):
     spread: float
 
 
+def even_first_token(length: int) -> float:
+    """The mean attention on token 0 of rows that attend evenly, row 0 left out; ``length`` > 1."""
+    return sum(1 / row for row in range(2, length + 1)) / (length - 1)
+
+
 def layer_statistics(model: PreTrainedModel, input_ids: Tensor) -> list[LayerStatistics]:
     """The statistics of each layer on one sequence, in the memory of one layer's weights, H n^2.
 

@@ -18,6 +18,7 @@ COLORS = {
     "softmax1": "#009e73",
     "learned-sink": "#cc79a7",
 }
+MARKERS = {"softmax": "s", "stablemask": "o", "softmax1": "^", "learned-sink": "D"}
 LINES = ("-", "--", ":", "-.")
 GRAY = "#6b7280"
 

@@ -11,10 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..evaluation.sinks import even_first_token
 from .comparison import Comparison, RunMeasurement
-from .drawing import COLORS, GRAY, LINES, MAP_COLORS, MAP_NORM, STYLE, svg_uri, visible_token
+from .drawing import (
+    COLORS,
+    GRAY,
+    LINES,
+    MAP_COLORS,
+    MAP_NORM,
+    MARKERS,
+    STYLE,
+    svg_uri,
+    visible_token,
+)
 
-MARKERS = {"softmax": "s", "stablemask": "o", "softmax1": "^", "learned-sink": "D"}
 WIDTH = 9.6  # inches
 
 
@@ -168,7 +178,7 @@ def attention_by_layer(comparison: Comparison) -> Figure:
         of_real.plot(run.first_token_of_real, **style)
         share.plot(run.real_share, **style)
     for axes in (first, of_real):
-        axes.axhline(even_attention(comparison.context), color=GRAY, ls=":", lw=1.4)
+        axes.axhline(even_first_token(comparison.context), color=GRAY, ls=":", lw=1.4)
     first.set_ylim(bottom=0)
     share.set_ylim(0, 1.05)
     first.set(title="First token", ylabel="share of all attention")
@@ -199,11 +209,6 @@ def identical_tokens(comparison: Comparison) -> Figure:
         axes.set_ylabel("largest difference of a feature")
     linear.legend()
     return figure
-
-
-def even_attention(length: int) -> float:
-    """What token 0 would get if every row but the first spread its attention evenly."""
-    return float(np.mean(1 / np.arange(2, length + 1)))
 
 
 def _styled(comparison: Comparison) -> list[tuple[str, RunMeasurement, dict[str, str]]]:

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from .. import __version__
-from .figures import even_attention
+from ..evaluation.sinks import even_first_token
 from .inspection import HeadMaps, Inspection
 from .inspection_figures import (
     PANEL_WIDTH,
@@ -362,4 +362,4 @@ def _activation(peak: tuple[float, int]) -> str:
 
 
 def _even(inspection: Inspection) -> float:
-    return even_attention(len(inspection.tokens))
+    return even_first_token(len(inspection.tokens))

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
+from ..evaluation.sinks import even_first_token
 from .comparison import Comparison, RunMeasurement
-from .figures import even_attention
 
 # Outputs of unit scale that differ by less than this differ by the rounding of float32.
 ROUNDING = 1e-4
@@ -172,7 +172,7 @@ def _perplexity(comparison: Comparison) -> list[str]:
 
 
 def _map(comparison: Comparison) -> list[str]:
-    head, even = comparison.head, even_attention(len(comparison.snippet))
+    head, even = comparison.head, even_first_token(len(comparison.snippet))
     shares = []
     for label, run in comparison.runs.items():
         first = fmean(row[0] for row in run.map_real[head][1:])
@@ -238,7 +238,7 @@ def _layers(comparison: Comparison) -> list[str]:
         runs = comparison.runs.items()
         return _listed([f"{fmean(values(run)):.1%} in {label}" for label, run in runs])
 
-    even = even_attention(comparison.context)
+    even = even_first_token(comparison.context)
     sinks = [
         label for label, run in comparison.runs.items() if max(run.first_token_of_real) > 2 * even
     ]

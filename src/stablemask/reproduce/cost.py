@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ..benchmarks.figure import LABELS, RATIO_TICKS
+from ..benchmarks.figure import LABELS, RATIO_TICKS, STYLES
 from ..errors import InputError
+from ..report.drawing import COLORS
 from .kinds import line_style
 from .page import table
-from .study import Claim, Job, Record, Section, Study, Verdict
+from .study import Claim, Job, Record, Section, Study, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,15 +32,15 @@ MOST_TIME, MOST_MEMORY, LEAST_SPEED = 1.05, 1.05, 0.98
 
 _FILE = re.compile(r"(attention|training|generation)-(\w+)-(\d{4}-\d{2}-\d{2})\.json")
 _KEPT = ("benchmark", "date", "command", "hardware")
-# Colours by what is computed, as in every figure; ours drawn through, others' dotted.
+# What the other rows compute, which gives them their colours here.
 _OTHERS = {
-    "definition": ("stablemask", "D", "--"),
-    "softmax-n flash": ("softmax1", "<", ":"),
-    "softmax-n slow": ("softmax1", ">", ":"),
-    "x-transformers": ("learned-sink", "P", ":"),
-    "gpt-oss eager": ("learned-sink", "X", ":"),
-    "flex lse": ("learned-sink", "^", ":"),
-    "flex zero key": ("learned-sink", "v", ":"),
+    "definition": "stablemask",
+    "softmax-n flash": "softmax1",
+    "softmax-n slow": "softmax1",
+    "x-transformers": "learned-sink",
+    "gpt-oss eager": "learned-sink",
+    "flex lse": "learned-sink",
+    "flex zero key": "learned-sink",
 }
 _SDPA = "softmax, stock SDPA"
 _TITLES = {"ratio": "forward and backward", "mib": "peak memory"}
@@ -148,12 +149,12 @@ def _claims(
             "It integrates easily with existing attention optimisation (FlashAttention).",
             f"on the stock kernels {time_text}, peak memory {_range(memory)}; the formula as "
             f"written, dense: {_range(dense, 1)} of the time",
-            _verdict([*fast, *small] if small else []),
+            verdict([*fast, *small] if small else []),
         ),
         Claim(
             "It costs nothing in training.",
             f"{time_text}; training {_range(trained)} of softmax's tokens per second",
-            _verdict([*fast, *(speed >= LEAST_SPEED for speed in trained)] if trained else []),
+            verdict([*fast, *(speed >= LEAST_SPEED for speed in trained)] if trained else []),
         ),
     ]
     if generated:
@@ -161,18 +162,10 @@ def _claims(
             Claim(
                 "It costs nothing in generating (a question of ours).",
                 f"{_range(generated)} of stock SDPA's tokens per second",
-                _verdict([speed >= LEAST_SPEED for speed in generated]),
+                verdict([speed >= LEAST_SPEED for speed in generated]),
             )
         )
     return claims
-
-
-def _verdict(holds: Sequence[bool]) -> Verdict:
-    if not holds:
-        return "open"
-    if all(holds):
-        return "reproduced"
-    return "partly reproduced" if any(holds) else "not reproduced"
 
 
 def _range(values: Sequence[float], digits: int = 2) -> str:
@@ -335,8 +328,8 @@ def _draw_lines(axes: Axes, records: list[Record], field: str, handles: dict[str
         "sdpa": line_style("softmax"),
         "stablemask": line_style("stablemask"),
         **{
-            row: {"color": line_style(kind)["color"], "marker": marker, "ls": line}
-            for row, (kind, marker, line) in _OTHERS.items()
+            row: {"color": COLORS[kind], "marker": STYLES[row][1], "ls": STYLES[row][2]}
+            for row, kind in _OTHERS.items()
         },
     }
     lengths = sorted({record["kv_len"] for record in records})

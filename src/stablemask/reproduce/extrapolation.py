@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..evaluation.streaming import position_bins, sink_cache, streaming_losses
 from ..hf.loading import load_model
 from ..inference.streaming import mass_held, window_cache
+from ..report.drawing import GRAY
 from .kinds import KINDS, LABELS, line_style
 from .language import GRID, PAIR, PLANS, model_name, training_options
 from .language import jobs as language_jobs
@@ -242,7 +243,7 @@ def _draw(found: _Found, positions: list[str], context: int) -> Figure:
                 ]
                 shown = [(x, y) for x, y in zip(middle, means, strict=True) if x >= 8]
                 (handles[kind],) = axes.plot(*zip(*shown, strict=True), **line_style(kind))
-            axes.axvline(context, color="#6b7280", lw=1, ls=":")
+            axes.axvline(context, color=GRAY, lw=1, ls=":")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..report.drawing import COLORS
+from ..report.drawing import COLORS, MARKERS
 
 # Yin et al.'s training form has a finite horizon; their code draws ALiBi's slopes.
 KINDS = (
@@ -28,7 +28,6 @@ _VARIANTS = {
     "stablemask-finite": ("#56b4e9", "v", "--"),
     "stablemask-slopes": ("#003b5c", "P", ":"),
 }
-_MARKERS = {"softmax": "s", "stablemask": "o", "softmax1": "^", "learned-sink": "D"}
 
 
 def settings_of(kind: str, context: int) -> dict[str, Any]:
@@ -52,5 +51,5 @@ def config_fields(kind: str, context: int) -> dict[str, Any]:
 
 def line_style(kind: str) -> dict[str, str]:
     """Colour, marker and line of a kind, the same in every figure."""
-    color, marker, line = _VARIANTS.get(kind) or (COLORS[kind], _MARKERS[kind], "-")
+    color, marker, line = _VARIANTS.get(kind) or (COLORS[kind], MARKERS[kind], "-")
     return {"color": color, "marker": marker, "ls": line}

@@ -9,13 +9,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..report.drawing import GRAY
 from .kinds import KINDS, LABELS, line_style
 from .language import ABLATION, GAMMA, GRID, POSITIONS, RATE, TEXT
 from .page import table
 from .statistics import Estimate, estimate
 from .study import Claim, Record, Section, verdict
 
-GRAY = "#6b7280"
 # Two losses closer than this are called the same, in nats per token.
 SAME = 0.01
 

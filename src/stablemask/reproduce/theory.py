@@ -13,7 +13,7 @@ from typing import Any
 from .kinds import KINDS, LABELS, config_fields
 from .page import table
 from .proofs import STATEMENTS
-from .study import Claim, Job, Record, Section, Study, Verdict
+from .study import Claim, Job, Record, Section, Study, verdict
 
 ENCODINGS = ("rope", "alibi", "nope")
 LENGTH = 64
@@ -94,18 +94,18 @@ def section(records: list[Record]) -> Section:
             "Softmax with relative positions alone cannot encode absolute position.",
             "proved for identical tokens; real decoders (RoPE, ALiBi, none; float64) give outputs at "
             f"most {softmax:.0e} apart",
-            _verdict(blind),
+            verdict([blind]),
         ),
         Claim(
             "The mask ratio falls strictly, which encodes absolute position.",
             "proved for equal scores and those of identical tokens; real decoders give outputs at "
             f"least {stablemask:.1f} apart. Not the decay's alone: a constant sink has it too",
-            _verdict(rises and holds["norm"] and stablemask > DIFFERENT),
+            verdict([rises and holds["norm"] and stablemask > DIFFERENT]),
         ),
         Claim(
             "StableMask is parameter-free.",
             f"as many parameters as softmax in {sum(same_size)} of {len(same_size)} presets",
-            _verdict(all(same_size)),
+            verdict(same_size),
         ),
     ]
     body = "\n\n".join(
@@ -148,10 +148,6 @@ def section(records: list[Record]) -> Section:
 
 
 STUDY = Study("theory", "Theory, checked by machine", jobs, section)
-
-
-def _verdict(holds: bool) -> Verdict:
-    return "reproduced" if holds else "not reproduced"
 
 
 def _worst(spreads: Sequence[dict[str, dict[str, float]]], encoding: str, kind: str) -> str:
