@@ -17,7 +17,6 @@ def test_the_commands_of_the_guide_run_as_they_stand(tmp_path):
         (tmp_path / recipe.name).symlink_to(recipe)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "STABLEMASK_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
     }
     blocks = BLOCK.findall((ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8"))

@@ -24,14 +24,6 @@ def text(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def demo(text, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """A demo that Ctrl-C stopped in its first training, and that was gone on with."""

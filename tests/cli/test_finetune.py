@@ -15,11 +15,6 @@ from .conftest import TEXT, save_model
 QUICK = ["--steps", "4", "--context", "16", "--batch-size", "2", "--dtype", "float32"]
 
 
-@pytest.fixture(autouse=True)
-def corpora(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.getbasetemp() / "corpora"))
-
-
 @pytest.fixture(scope="session")
 def softmax_folder(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("softmax"), attention="softmax")

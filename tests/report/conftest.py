@@ -13,14 +13,6 @@ TEXT = "\n".join(f"the row {i} gives token {i * i % 97} its own mask" for i in r
 COMMAND = "stablemask demo --data 'a & b'"
 
 
-@pytest.fixture(scope="package", autouse=True)
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="package")
 def options(tmp_path_factory) -> PretrainOptions:
     text = tmp_path_factory.mktemp("text") / "text.txt"

@@ -173,8 +173,7 @@ def test_jobs_have_names_of_their_own(scale):
     assert {"softmax", "stablemask"} <= {job.arguments["kind"] for job in jobs}
 
 
-def test_a_job_from_text_to_section(tmp_path, monkeypatch):
-    monkeypatch.setenv("STABLEMASK_CACHE", str(tmp_path / "cache"))
+def test_a_job_from_text_to_section(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x + 1\n" * 400)
     sizes = {"vocab_size": 280, "hidden_size": 16, "num_hidden_layers": 1}

@@ -99,8 +99,8 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_weights(folder: Path, other: Path) -> None:
-    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+def assert_same_weights(folder: Path, other: Path, file: str = "model.safetensors") -> None:
+    ours, theirs = (load_file(path / file) for path in (folder, other))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name

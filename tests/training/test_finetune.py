@@ -28,6 +28,8 @@ from stablemask.training.finetune import describe_finetuning, finetune
 from stablemask.training.options import FinetuneOptions
 from stablemask.training.run import command_line
 
+from .conftest import assert_same_weights, metrics
+
 STEPS = 20
 
 
@@ -56,16 +58,6 @@ def adapted(base, prose, tmp_path_factory) -> Path:
     )  # fmt: skip
     finetune(options)
     return folder
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(folder: Path, other: Path, name: str = "model.safetensors") -> None:
-    ours, theirs = (load_file(path / name) for path in (folder, other))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def stop_at(step: int, monkeypatch) -> None:

@@ -80,12 +80,15 @@ def position_sink_logits(
         log_gamma: logarithm of the learned decay rates, (layers, heads), where there are any.
     """
     layers = range(config.num_hidden_layers)
+
+    def constant(value: float) -> Tensor:
+        return torch.full((1, 1, 1), value, device=positions.device)
+
     if config.attention == "learned-sink":
         return [None for _ in layers]
-    value = 0.0 if config.attention == "softmax1" else -torch.inf
-    constant = torch.full((1, 1, 1), value, device=positions.device)
     if config.attention != "stablemask":
-        return [constant for _ in layers]
+        same = constant(0.0 if config.attention == "softmax1" else -torch.inf)
+        return [same for _ in layers]
     settings, heads = config.stablemask, config.num_attention_heads
     assert settings is not None
     if log_gamma is None:
@@ -95,5 +98,7 @@ def position_sink_logits(
         masses = [
             pseudo_sink_logits(settings, heads, positions, rates) for rates in log_gamma.exp()
         ]
-    with_mass = settings.get("layers", layers)
-    return [mass if layer in with_mass else constant for layer, mass in enumerate(masses)]
+    if "layers" not in settings:
+        return masses
+    none = constant(-torch.inf)
+    return [mass if layer in settings["layers"] else none for layer, mass in enumerate(masses)]
