@@ -50,7 +50,9 @@ def test_a_recipe_describes_its_preset(path, tmp_path):
     assert path.stem.endswith(options.preset)
     config = options.model_config()
     assert options.context == config.max_position_embeddings
-    assert config.stablemask == {"gamma": 1 / options.context, "horizon": None}
+    assert config.stablemask == {
+        "gamma": 1 / options.context, "horizon": None, "hold": options.context - 1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)

@@ -44,8 +44,9 @@ def dense_attention(positions: Tensor, settings: dict | None):
     return forward
 
 
-def _pseudo_columns(positions, heads, gamma, horizon=None, start=0, shift=0.0):
-    """(batch, heads, q, horizon): ``-gamma * j`` behind a row's place, nothing up to it."""
+def _pseudo_columns(positions, heads, gamma, horizon=None, start=0, shift=0.0, hold=None):
+    """(batch, heads, q, horizon): ``-gamma * j`` behind a row's place, nothing up to it; past
+    ``hold`` those of that place."""
     if gamma == "slopes":
         gamma = head_decay_rates(heads)
     rate = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1, 1, 1)
@@ -53,7 +54,8 @@ def _pseudo_columns(positions, heads, gamma, horizon=None, start=0, shift=0.0):
         horizon = int(positions.max()) + 2 + int(FAR / rate.min())
     column = torch.arange(horizon)
     place = positions[:, None, :, None]
-    return torch.where((column > place) & (place >= start), shift - rate * column, -torch.inf)
+    falls_to = place if hold is None else place.clamp(max=hold)
+    return torch.where((column > falls_to) & (place >= start), shift - rate * column, -torch.inf)
 
 
 def densely(model, positions: Tensor, settings: dict | None):

@@ -8,7 +8,7 @@ from .tiny import tiny_config
 
 def test_defaults():
     config = tiny_config(num_key_value_heads=None)
-    assert config.stablemask == {"gamma": 1 / 32, "horizon": None}
+    assert config.stablemask == {"gamma": 1 / 32, "horizon": None, "hold": 31}
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     assert (config.num_key_value_heads, config.head_dim) == (4, 8)
     assert tiny_config(attention="softmax").stablemask is None
@@ -20,6 +20,7 @@ def test_defaults():
     [
         {},
         {"stablemask": {"gamma": 0.003, "horizon": None}},
+        {"stablemask": {"hold": None}},
         {"stablemask": {"gamma": "slopes", "horizon": 77}},
         {"stablemask": {"gamma": [0.1, 0.2, 0.0, 0.4], "horizon": 12}},
         {"stablemask": {"gamma": "learned", "hold": 0, "floor": 0.5, "layers": [1, 0]}},
@@ -38,7 +39,7 @@ def test_settings_survive_saving(settings, tmp_path):
 def test_gamma_stays_when_the_context_is_overridden_on_loading(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     config = StableMaskConfig.from_pretrained(tmp_path, max_position_embeddings=128)
-    assert config.stablemask["gamma"] == 1 / 32
+    assert config.stablemask == {"gamma": 1 / 32, "horizon": None, "hold": 31}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_presets_take_overrides_and_unknown_names_list_the_known():
         "softmax",
         64,
     )
-    assert preset_config("tiny").stablemask == {"gamma": 1 / 256, "horizon": None}
+    assert preset_config("tiny").stablemask == {"gamma": 1 / 256, "horizon": None, "hold": 255}
     with pytest.raises(
         InputError, match=r"must be one of nano, micro, tiny, 71m, 160m, 410m, 1.4b, got 'huge'"
     ):

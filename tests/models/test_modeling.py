@@ -75,11 +75,17 @@ def test_a_floor_a_hold_and_layers_are_what_they_say():
     falling = sums_of_columns(gamma, length)
     for settings, expected in (
         ({"floor": 2.5}, falling + 2.5),
+        ({}, falling),  # the context is 32
         ({"hold": 0}, falling[0].expand(length)),
         ({"hold": 4, "floor": 0.5}, falling[[0, 1, 2, 3] + [4] * 8] + 0.5),
         ({"floor": 1.0, "start": 3}, (falling + 1.0) * (torch.arange(length) >= 3)),
     ):
         model = tiny_model(stablemask={"gamma": gamma, **settings})
+        mass = masses_of_layers(model, length).double()
+        torch.testing.assert_close(mass, expected.expand_as(mass), rtol=1e-6, atol=0)
+
+    for settings, expected in (({}, falling[[0, 1, 2, 3, 4] + [5] * 7]), ({"hold": None}, falling)):
+        model = tiny_model(max_position_embeddings=6, stablemask={"gamma": gamma, **settings})
         mass = masses_of_layers(model, length).double()
         torch.testing.assert_close(mass, expected.expand_as(mass), rtol=1e-6, atol=0)
 

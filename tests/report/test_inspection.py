@@ -160,7 +160,8 @@ def test_the_table_holds_what_was_measured(page, pair):
     assert shown["perplexity of them"] == [f"{one.perplexity:.2f}" for one in pair]
     assert shown["attention"] == [
         "softmax",
-        "stablemask: gamma 0.1, infinite horizon, from position 1, log mass shifted by -0.5",
+        "stablemask: gamma 0.1, infinite horizon, from position 1, log mass shifted by -0.5, "
+        "constant from position 63",
     ]
     assert shown["layers × heads"] == ["3 × 4"] * 2
 

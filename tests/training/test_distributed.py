@@ -123,7 +123,7 @@ def test_devices_that_share_sequences_have_the_losses_of_one(options, alone, tol
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder, alone))
     assert ours.keys() == theirs.keys()
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.config.stablemask == {"gamma": 1 / 32, "horizon": None}
+    assert model.config.stablemask == {"gamma": 1 / 32, "horizon": None, "hold": 31}
 
 
 @pytest.mark.skipif(

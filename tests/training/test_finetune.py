@@ -88,7 +88,7 @@ def test_the_pseudo_mass_comes_in_over_the_first_part(adapted, base):
         expected = first * (1 - step / 12) if step < 12 else None
         assert settings.get("shift") == (expected and pytest.approx(expected))
     model = AutoModelForCausalLM.from_pretrained(adapted)
-    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None}
+    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None, "hold": 127}
     assert model.config.use_cache
 
 
@@ -215,7 +215,8 @@ def test_an_adapter_keeps_its_settings_and_the_merged_model_is_the_same(
         logits = expected(ids).logits.float()
         for folder in ("adapter", "merged"):
             model = stablemask.hf.load_model(str(tmp_path / folder))
-            assert model.config.stablemask == {"gamma": 0.05, "horizon": None, "start": 1}
+            settings = {"gamma": 0.05, "horizon": None, "hold": 127, "start": 1}
+            assert model.config.stablemask == settings
             torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
@@ -250,7 +251,7 @@ def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_p
     assert "shift" not in metrics(plain.folder)[0]
     further = replace(options, model=str(adapted), out=str(tmp_path / "further"), steps=2)
     model = stablemask.hf.load_model(str(finetune(further).folder))
-    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None}
+    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None, "hold": 127}
     assert model.config._attn_implementation == "stablemask"
 
 

@@ -25,7 +25,7 @@ from .conftest import STEPS, assert_same_weights, metrics
 def test_a_run_leaves_everything_a_user_needs(uninterrupted, options):
     model = AutoModelForCausalLM.from_pretrained(uninterrupted)
     tokenizer = AutoTokenizer.from_pretrained(uninterrupted)
-    assert model.config.stablemask == {"gamma": 1 / 32, "horizon": None}
+    assert model.config.stablemask == {"gamma": 1 / 32, "horizon": None, "hold": 31}
     assert model.config.eos_token_id == tokenizer.eos_token_id
     written = load_yaml(uninterrupted / "pretrain.yaml")
     assert written["warmup"] == STEPS // 10
@@ -114,7 +114,9 @@ def test_the_run_folder_is_guarded(uninterrupted, options, tmp_path):
         ({"gamma": -1.0}, "gamma"),
         ({"gamma": "fast"}, "gamma"),
         ({"horizon": 0}, "horizon"),
+        ({"hold": "soon"}, "hold"),
         ({"attention": "softmax", "gamma": 0.1}, "gamma"),
+        ({"attention": "softmax", "hold": "never"}, "hold"),
         ({"batch_size": 0}, "batch_size"),
         ({"context": 1}, "context"),
         ({"learning_rate": 0.0}, "learning_rate"),
@@ -150,11 +152,14 @@ def test_the_command_line_gives_the_same_options(options):
     from stablemask.cli.parser import parse_options
 
     options = replace(
-        options, out="runs/a b", tensorboard=False, gamma="slopes", data="builtin",
+        options, out="runs/a b", tensorboard=False, gamma="slopes", hold="never", data="builtin",
         mixture=["some text.txt=0.5", "builtin=1"],
     )  # fmt: skip
     words = shlex.split(command_line(options))[2:]
-    assert parse_options(PretrainOptions, words, prog="p", description="") == options
+    parsed = parse_options(PretrainOptions, words, prog="p", description="")
+    assert parsed == options
+    settings = {"gamma": "slopes", "horizon": None, "hold": None}
+    assert parsed.resolved().model_config().stablemask == settings
 
 
 @pytest.mark.parametrize("attention", ["softmax", "softmax1", "learned-sink"])

@@ -25,6 +25,7 @@ from transformers.generation import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..hf.settings import model_settings
 
 
 def window_cache(model: PreTrainedModel, window: int) -> Cache:
@@ -114,7 +115,9 @@ def mass_held(model: PreTrainedModel, window: int) -> Iterator[None]:
     if given is None:
         yield
         return
-    config.stablemask = {**given, "hold": min(window - 1, given.get("hold", window - 1))}
+    hold = model_settings(config).get("hold")
+    hold = window - 1 if hold is None else min(window - 1, hold)
+    config.stablemask = {**given, "hold": hold}
     try:
         yield
     finally:

@@ -91,6 +91,7 @@ def position_sink_logits(
         return [same for _ in layers]
     settings, heads = config.stablemask, config.num_attention_heads
     assert settings is not None
+    masses: list[Tensor | None]
     if log_gamma is None:
         shared = pseudo_sink_logits(settings, heads, positions)
         masses = [shared for _ in layers]

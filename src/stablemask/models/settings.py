@@ -32,8 +32,9 @@ def complete_settings(
               which sees only itself, is left alone;
             - ``shift``: added to the log of the mass; default 0. Far below 0 the model is plain softmax,
               so a rising shift brings the mass in gradually;
-            - ``hold``: the last position at which the mass falls, later ones keep it; default None,
-              it falls for ever. With 0 every row has the same mass, that of row 0;
+            - ``hold``: the last position at which the mass falls, later ones keep it; default with an
+              infinite horizon ``context - 1``, so that rows past the training context have the outlet
+              they were trained with. None: it falls for ever. With 0 every row has the mass of row 0;
             - ``floor``: a constant added to the mass of every row, so that late ones keep an outlet;
               default 0;
             - ``layers``: numbers of the layers that have a mass, in our own decoder; default all.
@@ -42,7 +43,8 @@ def complete_settings(
         num_layers: layers of our own decoder; None for another model.
 
     Returns:
-        All of ``gamma`` and ``horizon``, and the others where they are not their defaults.
+        All of ``gamma`` and ``horizon``, ``hold`` where it says anything, and the others where they
+        are not their defaults.
 
     Raises:
         ValueError: the message names the setting, its value and what is allowed.
@@ -74,12 +76,14 @@ def complete_settings(
     shift = given.get("shift", 0.0)
     if not is_number(shift):
         raise ValueError(f"stablemask['shift'] must be a finite number, got {shift!r}")
-    hold = given.get("hold")
-    if hold is not None:
-        if not isinstance(hold, int) or isinstance(hold, bool) or hold < 0:
-            raise ValueError(
-                f"stablemask['hold'] must be an integer of at least 0 or None, got {hold!r}"
-            )
+    # A finite horizon ends the mass by itself.
+    by_default = {} if context is None or horizon is not None else {"hold": context - 1}
+    hold = given.get("hold", by_default.get("hold"))
+    if hold is not None and (not isinstance(hold, int) or isinstance(hold, bool) or hold < 0):
+        raise ValueError(
+            f"stablemask['hold'] must be an integer of at least 0 or None, got {hold!r}"
+        )
+    if hold is not None or by_default:
         settings["hold"] = hold
     floor = given.get("floor", 0.0)
     if not is_number(floor) or floor < 0:
@@ -114,7 +118,8 @@ def pseudo_sink_logits(
             gamma = head_decay_rates(num_heads)
         elif isinstance(gamma, list):
             gamma = torch.tensor(gamma, dtype=torch.float64)
-    falling = positions.clamp(max=settings["hold"]) if "hold" in settings else positions
+    hold = settings.get("hold")
+    falling = positions if hold is None else positions.clamp(max=hold)
     sink_logits = pseudo_logsumexp(falling, gamma, settings["horizon"])
     if "floor" in settings:
         floor = sink_logits.new_full((), math.log(settings["floor"]))

@@ -98,7 +98,7 @@ def attention_in_words(inspection: Inspection) -> str:
         words.append(f"from position {settings['start']}")
     if settings.get("shift"):
         words.append(f"log mass shifted by {settings['shift']:.4g}")
-    if "hold" in settings:
+    if settings.get("hold") is not None:
         words.append(f"constant from position {settings['hold']}")
     if "floor" in settings:
         words.append(f"floor {settings['floor']:.4g}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..evaluation.streaming import position_bins, sink_cache, streaming_losses
 from ..hf.loading import load_model
-from ..inference.streaming import mass_held, window_cache
+from ..inference.streaming import window_cache
 from ..report.drawing import GRAY
 from .kinds import KINDS, LABELS, line_style
 from .language import GRID, PAIR, PLANS, model_name, training_options
@@ -33,31 +34,30 @@ SINKS = 4  # first tokens that StreamingLLM keeps
 SAME = 0.01  # nats; as well as another is who does not lose so many, beyond doubt
 TEXTS = {"small": 24, "gpu": 64}
 ALL, WINDOW, STREAMING = "all keys", "window", "StreamingLLM"
-HELD = ", mass held"  # at the end of the training length, as `stablemask generate --window` does
+FALLING = ", mass falling on"  # past the training length, where `hold` is None
+SHOWN = (ALL, ALL + FALLING, WINDOW, WINDOW + FALLING, STREAMING)
 
 
 def jobs(scale: str, seeds: int) -> list[Job]:
-    """One for each model of the first size that the language study trains, and whose positions go on."""
-    first = PLANS[scale].sizes[0]
-    return [
-        Job(
-            job.name.removeprefix(f"{GRID}-"),
-            read_past_the_context,
-            {**job.arguments, "texts": TEXTS[scale], "caches": _caches(job.arguments["label"])},
-            30 if job.arguments["label"] in PAIR else 4,
-        )
-        for job in language_jobs(scale, seeds)
-        if job.arguments["group"] == GRID
-        and job.arguments["preset"] == first.preset
-        and job.arguments["position"] in POSITIONS
-    ]
+    """One for each model that the language study compares, and whose positions go on."""
+    found = []
+    for job in language_jobs(scale, seeds):
+        run = job.arguments
+        if run["group"] == GRID and run["position"] in POSITIONS:
+            caches = _caches(run["label"], run["preset"] == PLANS[scale].sizes[0].preset)
+            arguments = {**run, "texts": TEXTS[scale], "caches": caches}
+            name = job.name.removeprefix(f"{GRID}-")
+            cost = 30 if STREAMING in caches else 5
+            found.append(Job(name, read_past_the_context, arguments, cost))
+    return found
 
 
-def _caches(kind: str) -> list[str]:
+def _caches(kind: str, first: bool) -> list[str]:
+    """``first`` is the first size, for the others have no time to read one token after another."""
     caches = [ALL, WINDOW]
-    if kind.startswith("stablemask"):
-        caches += [ALL + HELD, WINDOW + HELD]
-    if kind in PAIR:  # one token at a time, so not for every model
+    if kind in ("stablemask", "stablemask-slopes"):  # a finite horizon ends the mass by itself
+        caches += [ALL + FALLING, WINDOW + FALLING]
+    if kind in PAIR and first:
         caches.append(STREAMING)
     return caches
 
@@ -72,14 +72,25 @@ def read_past_the_context(
     tokens = _texts(run, texts, FACTOR * context + 1)
     nats = {}
     for name in caches:
-        cache, chunk = _CACHES[name.removesuffix(HELD)](model, context)
-        with mass_held(model, context) if name.endswith(HELD) else nullcontext():
+        cache, chunk = _CACHES[name.removesuffix(FALLING)](model, context)
+        with _falling(model) if name.endswith(FALLING) else nullcontext():
             losses = streaming_losses(model, tokens, cache, chunk_size=chunk).double().mean(0)
         # The loss at index i is that of the token at position i + 1.
         nats[name] = [
             round(losses[start - 1 : end - 1].mean().item(), 5) for start, end in _bins(context)
         ]
     return {"bins": _bins(context), "nats": nats}
+
+
+@contextmanager
+def _falling(model: PreTrainedModel) -> Iterator[None]:
+    config: Any = model.config
+    given = config.stablemask
+    config.stablemask = {**given, "hold": None}
+    try:
+        yield
+    finally:
+        config.stablemask = given
 
 
 def _full(model: PreTrainedModel, context: int) -> tuple[Cache, int]:
@@ -97,7 +108,6 @@ def _streaming(model: PreTrainedModel, context: int) -> tuple[Cache, int]:
 _CACHES: dict[str, Callable[[PreTrainedModel, int], tuple[Cache, int]]] = {
     ALL: _full, WINDOW: _window, STREAMING: _streaming,
 }  # fmt: skip
-SHOWN = (ALL, ALL + HELD, WINDOW, WINDOW + HELD, STREAMING)
 
 
 def _bins(context: int) -> list[tuple[int, int]]:
@@ -115,46 +125,54 @@ def _texts(run: Record, count: int, length: int) -> Tensor:
 
 
 def section(records: list[Record]) -> Section:
-    """A table a cache, a figure by position, and the paper's claim about extrapolation."""
-    found = _Found(records)
-    kinds = [kind for kind in KINDS if any(record["label"] == kind for record in records)]
-    positions = [name for name in POSITIONS if any(r["position"] == name for r in records)]
-    context = records[0]["context"]
-    steps = f"{FACTOR // 2}x to {FACTOR}x"
+    """A table a cache and size, a figure by position, and the paper's claim about extrapolation."""
+    presets = dict.fromkeys(record["preset"] for record in records)
+    found = [_Found([r for r in records if r["preset"] == preset]) for preset in presets]
+    first = records[0]
     parts = [
-        f"The {records[0]['preset']} models of the study of language modelling, trained at {context} tokens, read "
-        f"{records[0]['texts']} texts of {FACTOR * context:,} tokens from their first token on: with all keys; "
-        f"from a cache of the latest {context} keys (*window*); with StreamingLLM's recipe, {SINKS} first tokens and "
-        f"the latest keys, {context} in all, positions counted within the cache. A pseudo mass goes on falling past the "
-        "training length, or is *held* where it was at its end. Each text is read once, and every token is scored.",
-        f"Perplexity within the training length, and at {steps} of it:",
+        f"The models of the study of language modelling, trained at {first['context']} tokens, read "
+        f"{first['texts']} texts of {FACTOR * first['context']:,} tokens from their first token on: with all keys; "
+        f"from a cache of the latest {first['context']} keys (*window*); with StreamingLLM's recipe, {SINKS} first "
+        f"tokens and the latest keys, {first['context']} in all, positions counted within the cache. Past the training "
+        "length a pseudo mass stays what it was at its end, or goes on *falling* (`hold` None). Each text is read "
+        "once, and every token is scored.",
+        f"Perplexity within the training length, and at {_STEPS} of it:",
+        *(text for of in found for text in of.tables()),
+        "{positions}",
     ]
-    head = ["", *(f"{position}, {part}" for position in positions for part in ("1x", steps))]
-    for cache in SHOWN:
-        rows = []
-        for kind in kinds:
-            cells = [
-                found.text(cache, kind, position, last)
-                for position in positions
-                for last in (False, True)
-            ]
-            if any(cell != "" for cell in cells):
-                rows.append([LABELS[kind], *cells])
-        if rows:
-            parts.append(f"**{cache}**\n\n{table(head, rows)}")
-    parts.append("{positions}")
-    figure = _draw(found, positions, context)
     alt = "Perplexity by position, a panel for each position encoding and cache, softmax and StableMask"
-    return Section(_claims(found, positions), "\n\n".join(parts), {"positions": (figure, alt)})
+    return Section(_claims(found), "\n\n".join(parts), {"positions": (_draw(found[0]), alt)})
+
+
+_STEPS = f"{FACTOR // 2}x to {FACTOR}x"
 
 
 class _Found:
-    """Nats of every cache, kind and position encoding, by range of positions and seed."""
+    """Nats of every cache, kind and position encoding, by range of positions and seed, of one size."""
 
     def __init__(self, records: list[Record]) -> None:
         self.records = records
         self.bins: list[tuple[int, int]] = [tuple(b) for b in records[0]["bins"]]
         self.context = records[0]["context"]
+        self.preset = records[0]["preset"]
+        self.positions = [name for name in POSITIONS if any(r["position"] == name for r in records)]
+
+    def tables(self) -> list[str]:
+        """Markdown, one a cache."""
+        head = ["", *(f"{name}, {part}" for name in self.positions for part in ("1x", _STEPS))]
+        tables = []
+        for cache in SHOWN:
+            rows = [
+                [LABELS[kind], *(self.text(cache, kind, *place) for place in self._places())]
+                for kind in KINDS
+            ]
+            shown = [row for row in rows if any(row[1:])]
+            if shown:
+                tables.append(f"**{self.preset}, {cache}**\n\n{table(head, shown)}")
+        return tables
+
+    def _places(self) -> Iterator[tuple[str, bool]]:
+        return product(self.positions, (False, True))
 
     def curves(self, cache: str, kind: str, position: str) -> list[list[float]]:
         """Of each seed."""
@@ -191,43 +209,50 @@ class _Found:
         return estimate([a - b for a, b in pairs])
 
 
-def _claims(found: _Found, positions: list[str]) -> list[Claim]:
-    claims = []
-    plain, held = (ALL, "stablemask"), (ALL + HELD, "stablemask")
-    window_held = (WINDOW + HELD, "stablemask")
-    recipe = (STREAMING, "softmax")
+def _claims(found: list[_Found]) -> list[Claim]:
+    held, falling = (ALL, "stablemask"), (ALL + FALLING, "stablemask")
+    window, window_falling = (WINDOW, "stablemask"), (WINDOW + FALLING, "stablemask")
+    softmax, recipe = (ALL, "softmax"), (STREAMING, "softmax")
+    as_published, ours = "its mass falling on, as published", "its mass held, our default"
     better = "StableMask extrapolates better than softmax, all keys kept"
-    for statement, ours, theirs in (
-        (better, plain, (ALL, "softmax")),
-        (f"{better} and its mass held", held, (ALL, "softmax")),
-        (
-            "StableMask with a plain window does as well as softmax with StreamingLLM's first tokens",
-            (WINDOW, "stablemask"),
-            recipe,
-        ),
-        ("It does so with its mass held", window_held, recipe),
-        (
+    as_well = (
+        "StableMask with a plain window does as well as softmax with StreamingLLM's first tokens"
+    )
+    return [
+        _claim(f"{better}, {as_published}", found, falling, softmax, 0),
+        _claim(f"{better}, {ours}", found, held, softmax, 0),
+        _claim("Holding the mass is better than letting it fall on", found, held, falling, 0),
+        _claim(f"{as_well}, {as_published}", found, window_falling, recipe, SAME),
+        _claim(f"{as_well}, {ours}", found, window, recipe, SAME),
+        _claim(
             "With its mass held StableMask needs no first tokens: they gain it nothing",
-            window_held,
+            found,
+            window,
             (STREAMING, "stablemask"),
+            SAME,
         ),
-    ):
-        differences = {p: found.difference(ours, theirs, p) for p in positions}
-        limit = 0 if statement.startswith(better) else SAME
-        holds = [d.below(limit, SAME) for d in differences.values()]
-        measured = "; ".join(f"{p} {d.text(3)}" for p, d in differences.items())
-        claims.append(
-            Claim(
-                statement,
-                f"nats at {FACTOR // 2}x to {FACTOR}x, less theirs: {measured}",
-                verdict(holds),
-            )
-        )
-    return claims
+    ]
 
 
-def _draw(found: _Found, positions: list[str], context: int) -> Figure:
-    caches = SHOWN
+def _claim(
+    statement: str,
+    found: list[_Found],
+    ours: tuple[str, str],
+    theirs: tuple[str, str],
+    limit: float,
+) -> Claim:
+    holds, measured = [], []
+    for of in found:
+        if of.curves(*theirs, of.positions[0]):
+            differences = {name: of.difference(ours, theirs, name) for name in of.positions}
+            holds += [difference.below(limit, SAME) for difference in differences.values()]
+            texts = (f"{name} {difference.text(3)}" for name, difference in differences.items())
+            measured.append(f"{of.preset}: {', '.join(texts)}")
+    return Claim(statement, f"nats at {_STEPS}, less theirs: {'; '.join(measured)}", verdict(holds))
+
+
+def _draw(found: _Found) -> Figure:
+    caches, positions = SHOWN, found.positions
     figure = Figure((3.3 * len(positions), 2.1 * len(caches) + 0.6), layout="constrained")
     panels = figure.subplots(len(caches), len(positions), sharex=True, sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
@@ -243,7 +268,7 @@ def _draw(found: _Found, positions: list[str], context: int) -> Figure:
                 ]
                 shown = [(x, y) for x, y in zip(middle, means, strict=True) if x >= 8]
                 (handles[kind],) = axes.plot(*zip(*shown, strict=True), **line_style(kind))
-            axes.axvline(context, color=GRAY, lw=1, ls=":")
+            axes.axvline(found.context, color=GRAY, lw=1, ls=":")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))

@@ -105,7 +105,7 @@ def section(records: list[Record]) -> Section:
         Claim(
             "StableMask is parameter-free.",
             f"as many parameters as softmax in {sum(same_size)} of {len(same_size)} presets",
-            verdict(same_size),
+            verdict([all(same_size)]),
         ),
     ]
     body = "\n\n".join(

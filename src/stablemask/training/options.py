@@ -197,7 +197,9 @@ class PretrainOptions(TrainingOptions):
         None, "decay of the pseudo scores: a number, slopes, or learned; by default 1 / context"
     )
     horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
-    hold: int | None = option(None, "last position at which the mass falls; by default it falls on")
+    hold: int | str | None = option(
+        None, "last position at which the mass falls, or never; by default context - 1"
+    )
     floor: float | None = option(None, "a constant added to the mass of every row")
     layers: list[int] | None = option(None, "the layers that have a mass; by default all")
     utilization: float = option(
@@ -241,21 +243,19 @@ class PretrainOptions(TrainingOptions):
     def model_config(self, **overrides: Any) -> StableMaskConfig:
         """The model these options describe; ``overrides`` are fields of its configuration."""
         names = ("gamma", "horizon", "hold", "floor", "layers")
-        settings: dict[str, Any] | None = {
-            name: getattr(self, name) for name in names if getattr(self, name) is not None
-        }
-        if self.attention != "stablemask":
-            if settings:
-                raise InputError(
-                    f"{' and '.join(settings)} goes with attention stablemask, not {self.attention}"
-                )
-            settings = None
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if given and self.attention != "stablemask":
+            raise InputError(
+                f"{' and '.join(given)} goes with attention stablemask, not {self.attention}"
+            )
+        if self.hold == "never":
+            given["hold"] = None
         fields = {
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.context,
             "attention": self.attention,
             "position_encoding": self.position,
-            "stablemask": settings,
+            "stablemask": given or None,
         }
         try:
             return preset_config(self.preset, **{**fields, **overrides})
