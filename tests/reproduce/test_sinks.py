@@ -116,9 +116,12 @@ def test_the_section_shows_every_kind_and_draws(seeds):
             assert len(axes.lines) == len(KINDS) + 1  # and even attention
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_a_sink_that_stablemask_mends(seeds):
-    assert verdicts(records(seeds))[:2] == ["reproduced", "reproduced"]
+def test_a_sink_that_stablemask_mends():
+    assert verdicts(records(3))[:2] == ["reproduced", "reproduced"]
+
+
+def test_one_seed_decides_nothing():
+    assert verdicts(records(1)) == ["open"] * 5
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -126,9 +129,24 @@ def test_no_sink_leaves_the_claims_open(seeds):
     assert verdicts(records(seeds, sink=2 * EVEN))[:2] == ["open", "open"]
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_a_sink_that_stablemask_has_too(seeds):
-    assert verdicts(records(seeds, mended=0.9))[:2] == ["reproduced", "not reproduced"]
+def test_a_sink_in_some_seeds_is_a_part_and_none_that_is_mended():
+    found = [one for one in records(3) if (one["kind"], one["seed"]) != ("softmax", 1)]
+    found.insert(5, record("softmax", 1, EVEN))
+    section = sinks.section(found)
+    assert [claim.verdict for claim in section.claims[:2]] == ["partly reproduced", "open"]
+    assert "a sink in 2 of 3 seeds" in section.claims[0].measured
+
+
+def test_a_sink_that_stablemask_has_too():
+    assert verdicts(records(3, mended=0.9))[:2] == ["reproduced", "not reproduced"]
+
+
+def test_a_sink_that_seeds_disagree_about_stays_open():
+    found = records(3)
+    for one in found:
+        if one["kind"] == "stablemask":
+            one["first_token_head"] = one["first_token_real_head"] = [(0.01, 0.3, 0.8)[one["seed"]]]
+    assert verdicts(found)[1] == "open"
 
 
 def test_a_sink_only_of_real_attention_is_mended_in_part():
@@ -139,9 +157,6 @@ def test_a_sink_only_of_real_attention_is_mended_in_part():
 def test_delimiters_are_compared_with_softmax():
     assert verdicts(records(3))[2] == "not reproduced"
     assert verdicts(records(3, delimiters=[0.9, 1.0]))[2] == "reproduced"
-    assert (
-        verdicts(records(1, delimiters=[0.9, 1.0]))[2] == "open"
-    )  # less than half of 1.2 is wanted
 
 
 def test_outliers_and_int8_are_compared_with_softmax():
