@@ -159,7 +159,8 @@ def test_the_settings_of_an_adapter_are_its_own(adapter):
     apply_stablemask(model.get_base_model(), gamma=0.3, start=1)
     model.config.save_pretrained(folder)
     loaded = load_model(str(folder))
-    assert loaded.config.stablemask == {"gamma": 0.3, "horizon": None, "start": 1}
+    settings = {"gamma": 0.3, "horizon": None, "hold": model.config.max_position_embeddings - 1}
+    assert loaded.config.stablemask == settings | {"start": 1}
     ids = random_ids(2, 9)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert load_config(str(folder)).stablemask == loaded.config.stablemask

@@ -206,6 +206,7 @@ def test_it_compiles_into_one_graph():
     model(ids, labels=ids).loss.backward()
     expected = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(ids, labels=ids, use_cache=False).loss.backward()
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)

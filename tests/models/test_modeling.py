@@ -303,6 +303,7 @@ def test_bfloat16_sink_logits_and_angles_stay_float32():
 def test_compiles_into_one_graph(position, kind):
     model = tiny_model(position_encoding=position, attention=kind)
     input_ids = random_ids(2, 9)
+    torch.compiler.reset()  # all models share the code that is counted against its limit
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(input_ids, labels=input_ids, use_cache=False).loss
     torch.testing.assert_close(loss, model(input_ids, labels=input_ids).loss)
@@ -315,6 +316,7 @@ def test_compiled_decoding_with_a_static_cache():
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     input_ids = random_ids(1, 5)
     expected = model.generate(input_ids, **options)
+    torch.compiler.reset()
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     tokens = model.generate(input_ids, cache_implementation="static", **options)
     assert torch.equal(tokens, expected)
