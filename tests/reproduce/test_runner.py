@@ -20,8 +20,8 @@ from .jobs import squares, study_of
 ROOT = Path(__file__).parents[2]
 
 
-def run(out, *studies, seeds=1):
-    run_studies(studies, scale="small", seeds=seeds, workers=2, out=out, command="the command")
+def run(out, *studies, workers=1):
+    run_studies(studies, scale="small", seeds=1, workers=workers, out=out, command="the command")
 
 
 def squared(out):
@@ -49,7 +49,7 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(tmp_path):
 def test_a_job_that_fails_is_named_and_the_others_are_kept(tmp_path):
     refused = Job("refuse", made.refuse, {"number": 7})
     with pytest.raises(InputError, match="squares, refuse: 7 is not wanted"):
-        run(tmp_path, study_of(made.waiting(7), refused, *squares(1)))
+        run(tmp_path, study_of(made.waiting(7), refused, *squares(1)), workers=2)
     assert (tmp_path / "work/records/squares/wait-7.json").exists()
     assert not (tmp_path / "work/records/squares/square-1.json").exists()
     assert not (tmp_path / "squares.json").exists()

@@ -171,7 +171,7 @@ def _gamma_table(gamma: list[Record]) -> str:
     head = ["gamma x context", *(f"{product:g}" for product in products)]
     return (
         f"**Which gamma** ({gamma[0]['preset']}, RoPE, infinite horizon): validation loss less softmax's at the same "
-        f"context, nats per token:\n\n{table(head, rows)}"
+        f"context, nats per token; of one seed where no interval is given:\n\n{table(head, rows)}"
     )
 
 

@@ -310,7 +310,8 @@ def _body(records: Sequence[Record], results: Results) -> str:
             *(_accuracy_table(results, task) for task in USES if task in tasks),
             "**Twice the training length.** A classifier that was never shown the larger indices as answers names "
             f"none of them ({100 * max(beyond, default=0.0):.1f} % at most), and in the first half a decoder does what "
-            "it does at the training length. Learned positions are not defined past it. The other tasks have answers "
+            "it does at the training length. Learned positions are not defined past it, and a mass without a finite "
+            "horizon stays what it was at its end. The other tasks have answers "
             f"there. Accuracy in %, trained at {lengths[0]} tokens, on the first / the second half of twice as many:",
             _halves_table(results, [task for task in USES if task in tasks]),
             "**Where the gap is real**: relative encodings and lengths in which one kind is ahead of another, and "
