@@ -35,7 +35,7 @@ def decode_step(
             horizon; else the result is None.
         scale: of the scores, or None.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not nothing_watches():
         return None
     if not (type(query) is type(key) is type(value) is Tensor):
         return None
@@ -71,23 +71,40 @@ def decode_step(
         scale = head_dim**-0.5
     elif type(scale) is not float or not math.isfinite(scale):
         return None
-    if (
-        torch.is_autocast_enabled("cpu")
+    out = unchecked_decode_step(query, key, value, sink_logits, scale)
+    return out if heads == kv_heads else out.reshape(batch, heads, 1, head_dim)
+
+
+def nothing_watches() -> bool:
+    """Whether a kernel may be called as it is: no gradient, transform, autocast or compiler on the CPU."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return None
-    groups = heads // kv_heads
-    if groups > 1:
+    )
+
+
+def unchecked_decode_step(
+    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | float, scale: float
+) -> Tensor:
+    """What :func:`decode_step` computes of arguments that are known to pass its checks.
+
+    Returns:
+        ``(batch, kv_heads, heads // kv_heads, head_dim)``.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if heads != kv_heads:
         # The heads that share a key head become its rows, so that each key is read once.
-        query = query.reshape(batch, kv_heads, groups, head_dim)
+        query = query.reshape(batch, kv_heads, -1, head_dim)
         if isinstance(sink_logits, Tensor) and sink_logits.shape[-2] == heads:
-            sink_logits = sink_logits.reshape(-1, kv_heads, groups)
+            sink_logits = sink_logits.reshape(-1, kv_heads, heads // kv_heads)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=None, scale=scale
     )
-    out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
-    return out if groups == 1 else out.reshape(batch, heads, 1, head_dim)
+    return out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
 
 
 def _broadcasts(shape: torch.Size, batch: int, heads: int) -> bool:

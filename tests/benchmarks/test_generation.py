@@ -22,6 +22,8 @@ def test_the_model_comes_back_as_it_was(monkeypatch):
     (sdpa, ours) = generation.measure_generation(model, quick=True)
     assert (sdpa["row"], sdpa["of_sdpa"], ours["row"]) == ("sdpa", 1.0, "stablemask")
     assert ours["tokens_per_second"] > 0
+    assert ours["prompt_ms"] > 0
+    assert sdpa["prompt_of_sdpa"] == 1.0
     assert model.config._attn_implementation == "sdpa"
     assert model.config.stablemask is None
     with pytest.raises(InputError, match="give a model that runs stock SDPA"):

@@ -59,10 +59,14 @@ def _training_rows(records: list[Record]) -> str:
 
 
 def generation_table(records: list[Record]) -> str:
-    lines = ["| row | dtype | batch | prompt | tokens/s | of sdpa |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| row | dtype | batch | prompt | tokens/s | of sdpa | prompt, ms | of sdpa |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {r['row']} | {r['dtype']} | {r['batch']} | {r['prompt']:,} "
-        f"| {r['tokens_per_second']:,.1f} | {r['of_sdpa']:.3f} |"
+        f"| {r['tokens_per_second']:,.1f} | {r['of_sdpa']:.3f} "
+        f"| {r['prompt_ms']:,.1f} | {r['prompt_of_sdpa']:.3f} |"
         for r in records
     ]
     return "\n".join(lines)

@@ -214,7 +214,8 @@ def _generation(result: dict[str, Any]) -> dict[str, Any]:
         for record in result["generation"]
         if record["row"] == "stablemask" and record["of_sdpa"] is not None
     ]
-    return {"rows": _keep(rows, "dtype", "batch", "prompt", "tokens_per_second", "of_sdpa")}
+    kept = ("dtype", "batch", "prompt", "tokens_per_second", "of_sdpa", "prompt_ms", "prompt_of_sdpa")
+    return {"rows": _keep(rows, *kept)}
 
 
 _PARTS = {"attention": _attention, "training": _training, "generation": _generation}
@@ -292,10 +293,13 @@ def _generation_text(part: Record) -> str:
             record["dtype"],
             f"{record['tokens_per_second']:,.1f}",
             f"{record['of_sdpa']:.3f}",
+            f"{record['prompt_ms']:,.0f}",
+            f"{record['prompt_of_sdpa']:.3f}",
         ]
         for record in part["rows"]
     ]
-    return table(["prompts", "", "tokens/s", "of stock SDPA"], rows)
+    speed = "of stock SDPA's speed"
+    return table(["prompts", "", "tokens/s", speed, "prompt, ms", speed], rows)
 
 
 def _figure(part: Record) -> Figure:
