@@ -14,6 +14,9 @@ from torch.nn import Parameter
 from .pseudo import log_pseudo_mass
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# For several rows the kernel packs keys of half precision first, which takes longer than reading them
+# twice or three times.
+_PACKED, _WORTH_PACKING = (torch.bfloat16, torch.float16), 4
 
 
 def decode_step(
@@ -72,7 +75,7 @@ def decode_step(
     elif type(scale) is not float or not math.isfinite(scale):
         return None
     out = unchecked_decode_step(query, key, value, sink_logits, scale)
-    return out if heads == kv_heads else out.reshape(batch, heads, 1, head_dim)
+    return out.reshape(batch, heads, 1, head_dim)
 
 
 def nothing_watches() -> bool:
@@ -92,15 +95,17 @@ def unchecked_decode_step(
     """What :func:`decode_step` computes of arguments that are known to pass its checks.
 
     Returns:
+        ``(batch, heads, 1, head_dim)``, or with heads that share keys as rows,
         ``(batch, kv_heads, heads // kv_heads, head_dim)``.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    if heads != kv_heads:
+    groups = heads // kv_heads
+    if groups > 1 and (groups >= _WORTH_PACKING or query.dtype not in _PACKED):
         # The heads that share a key head become its rows, so that each key is read once.
-        query = query.reshape(batch, kv_heads, -1, head_dim)
+        query = query.reshape(batch, kv_heads, groups, head_dim)
         if isinstance(sink_logits, Tensor) and sink_logits.shape[-2] == heads:
-            sink_logits = sink_logits.reshape(-1, kv_heads, heads // kv_heads)
+            sink_logits = sink_logits.reshape(-1, kv_heads, groups)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=None, scale=scale
     )

@@ -214,7 +214,15 @@ def _generation(result: dict[str, Any]) -> dict[str, Any]:
         for record in result["generation"]
         if record["row"] == "stablemask" and record["of_sdpa"] is not None
     ]
-    kept = ("dtype", "batch", "prompt", "tokens_per_second", "of_sdpa", "prompt_ms", "prompt_of_sdpa")
+    kept = (
+        "dtype",
+        "batch",
+        "prompt",
+        "tokens_per_second",
+        "of_sdpa",
+        "prompt_ms",
+        "prompt_of_sdpa",
+    )
     return {"rows": _keep(rows, *kept)}
 
 
