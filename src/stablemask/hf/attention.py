@@ -198,6 +198,7 @@ def _same_decode_step(
     window = kwargs.get("sliding_window")
     like = (
         memo.shapes == (query.shape, key.shape, value.shape)
+        and type(query) is type(key) is type(value) is Tensor
         and query.dtype is key.dtype is value.dtype is memo.dtype
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and memo.holds(module.config, positions, query)

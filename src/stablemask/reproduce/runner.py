@@ -231,12 +231,10 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _as_json(content: dict[str, Any]) -> str:
-    """One line for each field and each record, so that a study can be compared with an older one."""
-    text = json.dumps(content, indent=1)
+    """A line for each field and, at the end, each record, so that a study can be compared with an older one."""
+    fields = {name: value for name, value in content.items() if name != "records"}
+    text = json.dumps(fields, indent=1)
     if "records" in content:
-        records = ",\n".join(json.dumps(record) for record in content["records"])
-        text = (
-            json.dumps(content | {"records": []}, indent=1).removesuffix("[]\n}")
-            + f"[\n{records}\n]\n}}"
-        )
+        lines = ",\n".join(map(json.dumps, content["records"]))
+        text = f'{text[:-2]},\n "records": [\n{lines}\n]\n}}'
     return text + "\n"
