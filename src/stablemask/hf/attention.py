@@ -54,14 +54,14 @@ def stablemask_attention_forward(
     Raises:
         ValueError: the layer asks for what this attention does not compute, or hides its positions.
     """
-    row = _same_decode_step(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if row is not None:
-        return row, None
     if not getattr(module, "is_causal", True):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse_unknown_terms(module, kwargs)
+    row = _same_decode_step(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    if row is not None:
+        return row, None
     if kwargs.get("cache") is not None:  # continuous batching leaves the cache to the attention
         key, value = kwargs["cache"].update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
@@ -205,11 +205,8 @@ def _same_decode_step(
         and (not window or window >= key.shape[2])
         and kwargs.get("s_aux") is None
         and kwargs.get("cache") is None
-        and kwargs.get("softcap") is None
-        and kwargs.get("position_bias") is None
         and type(scaling) is float
         and not dropout
-        and getattr(module, "is_causal", True)
     )
     if not like:
         return None

@@ -1,5 +1,7 @@
 """``config.stablemask`` of a Transformers model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -28,6 +30,17 @@ def model_settings(config: PreTrainedConfig, given: dict[str, Any] | None = None
         )
     own_layers = config.num_hidden_layers if isinstance(config, StableMaskConfig) else None
     return complete_settings(given, num_heads, _context(config), own_layers)
+
+
+@contextmanager
+def changed_settings(config: Any, **changes: Any) -> Iterator[None]:
+    """``config.stablemask``, which there is, with other values for a while."""
+    given = config.stablemask
+    config.stablemask = {**given, **changes}
+    try:
+        yield
+    finally:
+        config.stablemask = given
 
 
 def _context(config: PreTrainedConfig) -> int | None:

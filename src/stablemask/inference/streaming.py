@@ -25,7 +25,7 @@ from transformers.generation import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
-from ..hf.settings import model_settings
+from ..hf.settings import changed_settings, model_settings
 
 
 def window_cache(model: PreTrainedModel, window: int) -> Cache:
@@ -111,17 +111,12 @@ def _sliding_masks(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> A
 def mass_held(model: PreTrainedModel, window: int) -> Iterator[None]:
     """StableMask's mass falls no further than at the last position whose whole past is in the window."""
     config: Any = model.config.get_text_config(decoder=True)
-    given = getattr(config, "stablemask", None)
-    if given is None:
+    if getattr(config, "stablemask", None) is None:
         yield
         return
     hold = model_settings(config).get("hold")
-    hold = window - 1 if hold is None else min(window - 1, hold)
-    config.stablemask = {**given, "hold": hold}
-    try:
+    with changed_settings(config, hold=window - 1 if hold is None else min(window - 1, hold)):
         yield
-    finally:
-        config.stablemask = given
 
 
 def decode_with_window(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..evaluation.streaming import position_bins, sink_cache, streaming_losses
 from ..hf.loading import load_model
+from ..hf.settings import changed_settings
 from ..inference.streaming import window_cache
 from ..report.drawing import GRAY
 from .kinds import KINDS, LABELS, line_style
@@ -73,24 +74,14 @@ def read_past_the_context(
     nats = {}
     for name in caches:
         cache, chunk = _CACHES[name.removesuffix(FALLING)](model, context)
-        with _falling(model) if name.endswith(FALLING) else nullcontext():
+        falling = name.endswith(FALLING)
+        with changed_settings(model.config, hold=None) if falling else nullcontext():
             losses = streaming_losses(model, tokens, cache, chunk_size=chunk).double().mean(0)
         # The loss at index i is that of the token at position i + 1.
         nats[name] = [
             round(losses[start - 1 : end - 1].mean().item(), 5) for start, end in _bins(context)
         ]
     return {"bins": _bins(context), "nats": nats}
-
-
-@contextmanager
-def _falling(model: PreTrainedModel) -> Iterator[None]:
-    config: Any = model.config
-    given = config.stablemask
-    config.stablemask = {**given, "hold": None}
-    try:
-        yield
-    finally:
-        config.stablemask = given
 
 
 def _full(model: PreTrainedModel, context: int) -> tuple[Cache, int]:
