@@ -2,7 +2,8 @@
 
 import signal
 
-from stablemask.training.options import TrainingOptions, world_size
+from stablemask.training.machine import world_size
+from stablemask.training.options import TrainingOptions
 from stablemask.training.processes import is_main, leave_processes
 from stablemask.training.run import RunResult, command_line
 

@@ -3,11 +3,9 @@
 import dataclasses
 import importlib.util
 import math
-import os
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
-import torch
 from typing_extensions import Self
 
 from ..data.mixture import parse_mixture
@@ -16,6 +14,7 @@ from ..errors import InputError
 from ..models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS, StableMaskConfig
 from ..models.presets import PRESETS, preset_config
 from ..options import option
+from .machine import default_dtype, world_size
 
 # Options that may differ between the parts of a run that was interrupted: they change nothing that
 # is computed.
@@ -366,18 +365,6 @@ class FinetuneOptions(TrainingOptions):
         for name in names:
             if not getattr(self, switch) and getattr(self, name) != defaults[name]:
                 raise InputError(f"{name} goes with --{switch}")
-
-
-def world_size() -> int:
-    """How many processes a launcher such as torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def default_dtype() -> str:
-    """``bfloat16`` where the hardware multiplies it faster than float32, else ``float32``."""
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def _context_of(model: str) -> int:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError
-from .options import TrainingOptions, world_size
+from .machine import world_size
+from .options import TrainingOptions
 
 Value = TypeVar("Value")
 

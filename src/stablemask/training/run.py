@@ -36,7 +36,8 @@ from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
 from . import checkpoints
 from .callbacks import Probe, Record, SkipBadSteps, StopOnSignal, training_flops
-from .options import FREE_ON_RESUME, TrainingOptions, world_size
+from .machine import world_size
+from .options import FREE_ON_RESUME, TrainingOptions
 from .processes import is_main, join_processes, on_main, rank
 from .sequences import SequenceGroup
 from .sharding import is_sharded
