@@ -1,4 +1,5 @@
-"""The CUDA kernels: their shapes on the meta device anywhere, their numbers where there is a GPU."""
+"""The stock kernels: the CPU's backward in either precision, the shapes of CUDA's on the meta device
+anywhere, and their numbers where there is a GPU."""
 
 import itertools
 
@@ -13,10 +14,17 @@ from stablemask import (
     sink_attention,
     stable_mask_attention,
 )
+from stablemask.backends import kernels
 from stablemask.backends.flash import kernel_for
 from stablemask.backends.kernels import KERNELS
 from tests import marks
-from tests.oracle import gradients, sink_definition
+from tests.oracle import (
+    assert_no_further_than_twice,
+    doubled,
+    gradients,
+    make_inputs,
+    sink_definition,
+)
 
 
 # The flash kernel takes no bias; calls that have one go to the efficient kernel.
@@ -71,6 +79,47 @@ def test_cudnn_says_what_it_cannot_do():
         sink = torch.zeros(1, 1, device="cuda")
         with pytest.raises(ValueError, match="float16 and bfloat16"):
             sink_attention(query, query, query, sink, backend="cudnn")
+
+
+@pytest.mark.parametrize("in_float32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masks", [{}, {"window": 40}, {"alibi_slopes": head_decay_rates(4)}])
+def test_backward_of_half_precision_on_the_cpu(masks, dtype, in_float32, monkeypatch):
+    monkeypatch.setattr(kernels, "_faster_in_float32", lambda query, key: in_float32)
+    inputs = make_inputs(2, 4, 2, 96, 96, 32, dtype)
+    exact_inputs = doubled(inputs)
+    distance = torch.arange(96).unsqueeze(-1) - torch.arange(96)
+    visible = distance < masks.get("window", 96)
+    slopes = masks.get("alibi_slopes", torch.zeros(4)).double()
+    bias = -slopes.view(4, 1, 1) * distance
+    exact = sink_definition(
+        *exact_inputs, torch.zeros(1, 1, dtype=torch.float64), visible=visible, bias=bias
+    )
+    grad = torch.randn_like(exact).to(dtype)
+    truth = gradients(exact, exact_inputs, grad)
+    ours, dense = (
+        gradients(sink_attention(*inputs, 0.0, backend=backend, **masks), inputs, grad)
+        for backend in ("flash", "reference")
+    )
+    assert [gradient.dtype for gradient in ours] == [dtype] * 3
+    assert_no_further_than_twice(ours, dense, truth, (grad * exact).abs().sum(-1).max())
+
+
+def test_when_the_backward_of_half_precision_is_in_float32(monkeypatch):
+    def converts(length, head_dim, dtype=torch.bfloat16):
+        query = torch.empty(1, 1, length, head_dim, dtype=dtype)
+        return kernels._faster_in_float32(query, query)
+
+    monkeypatch.setattr(kernels, "_has_matrix_units", lambda: True)
+    assert [converts(length, 64) for length in (1, 256, 257, 4096)] == [True, True, False, False]
+    assert [converts(256, 64, d) for d in (torch.float16, torch.float32, torch.float64)] == [
+        True,
+        False,
+        False,
+    ]
+    monkeypatch.setattr(kernels, "_has_matrix_units", lambda: False)
+    assert converts(4096, 64)
+    assert not converts(4096, 64, torch.float32)
 
 
 class TestOnGpu:

@@ -11,6 +11,7 @@ Kernels differ in the layout and padding of lse, in grouped heads, and in what a
 differences end in this file. None is called with dropout, so their random states are placeholders.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,9 +35,30 @@ def _cpu_forward(query, key, value, bias, causal, scale):
 
 
 def _cpu_backward(grad, query, key, value, out, lse, bias, causal, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
-    )
+    tensors = (grad, query, key, value, out)
+    in_float32 = _faster_in_float32(query, key)
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(tensor.float() if in_float32 else tensor for tensor in tensors),
+        lse, 0.0, causal, attn_mask=bias, scale=scale,
+    )  # fmt: skip
+    return tuple(gradient.to(query.dtype) for gradient in gradients)
+
+
+# In half precision the CPU's backward packs every block for the matrix units, which short sequences never
+# earn back; and where there are no such units (AMX), its products are slow at any length.
+_SHORT = 16384  # keys * head_dim
+
+
+def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
+    """Whether converting everything and back is faster, by 1.1 to 15 times; docs/log.md has the figures."""
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return key.shape[2] * key.shape[3] <= _SHORT or not _has_matrix_units()
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _no_random_state(like: Tensor) -> tuple[Tensor, Tensor]:

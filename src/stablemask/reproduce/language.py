@@ -54,10 +54,10 @@ class Plan(NamedTuple):
 PAIR = ("softmax", "stablemask")
 PLANS = {
     "small": Plan(
-        sizes=(Size("nano", 500, 1024, 3e-3, 22), Size("micro", 500, 1024, 2e-3, 45)),
+        sizes=(Size("nano", 500, 1024, 3e-3, 21), Size("micro", 500, 1024, 2e-3, 38)),
         grid={
             "nano": dict.fromkeys(POSITIONS, KINDS),
-            "micro": {"rope": PAIR, "alibi": PAIR, "nope": PAIR},
+            "micro": {"rope": KINDS, "alibi": PAIR, "nope": PAIR, "learned": PAIR},
         },
         contexts=(64, 256),
         rates=(0.5, 2.0),
