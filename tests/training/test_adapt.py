@@ -108,6 +108,14 @@ def test_a_shift_that_is_given_is_taken():
     assert schedule.settings["horizon"] == 64
 
 
+@pytest.mark.parametrize("hold", [None, 40, "never"])
+def test_how_long_the_mass_falls_can_be_chosen(hold):
+    model = neox(0.02)
+    stands = {None: model.config.max_position_embeddings - 1, "never": None}.get(hold, hold)
+    schedule = adapt(model, options(hold=hold), {"input_ids": random_ids(1, 9)})
+    assert schedule.settings["hold"] == stands
+
+
 def test_our_own_softmax_model_can_be_adapted(tmp_path):
     model = tiny_model(attention="softmax")
     input_ids = random_ids(2, 9)
@@ -137,6 +145,7 @@ def bloom():
         (lambda: neox(0.02), {"gamma": 0.0}, "gamma"),
         (lambda: neox(0.02), {"gamma": "fast"}, "gamma"),
         (lambda: neox(0.02), {"horizon": 0}, "horizon"),
+        (lambda: neox(0.02), {"hold": "often"}, "hold"),
     ],
 )
 def test_what_cannot_be_adapted_says_so(model, changes, match):

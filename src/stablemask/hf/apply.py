@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
+from ..models.settings import given_settings
 from .guard import check_family, check_layers
 from .settings import model_settings
 
@@ -18,6 +19,7 @@ def apply_stablemask(
     horizon: int | None = None,
     start: int = 0,
     shift: float = 0.0,
+    hold: int | str | None = None,
 ) -> Model:
     """Give a model StableMask, at once; its weights stay as they are.
 
@@ -26,7 +28,8 @@ def apply_stablemask(
 
     Args:
         model: any Transformers decoder whose layers call the attention interface, or ours.
-        gamma, horizon, start, shift: see :func:`~stablemask.models.settings.complete_settings`.
+        gamma, horizon, start, shift, hold: see :func:`~stablemask.models.settings.complete_settings`;
+            ``hold="never"`` lets the mass fall for ever, as published.
 
     Returns:
         ``model``.
@@ -38,7 +41,7 @@ def apply_stablemask(
     config: Any = model.config.get_text_config(decoder=True)
     check_family(type(model))
     check_layers(model, config)
-    given = {"gamma": gamma, "horizon": horizon, "start": start, "shift": shift}
+    given = given_settings(gamma=gamma, horizon=horizon, start=start, shift=shift, hold=hold)
     settings = model_settings(config, given)
     if isinstance(model, StableMaskPreTrainedModel):
         if config.attention == "learned-sink":

@@ -10,6 +10,7 @@ from ..pseudo import head_decay_rates, pseudo_logsumexp
 
 _KEYS = ("gamma", "horizon", "start", "shift", "hold", "floor", "layers")
 LEARNED = "learned"
+NEVER = "never"
 
 
 def complete_settings(
@@ -99,6 +100,12 @@ def complete_settings(
     if shift:
         settings["shift"] = shift
     return settings
+
+
+def given_settings(**options: Any) -> dict[str, Any]:
+    """Settings from options, of which None is not given; so a ``hold`` of None is ``"never"`` there."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**given, "hold": None} if given.get("hold") == NEVER else given
 
 
 def pseudo_sink_logits(

@@ -89,7 +89,13 @@ def adapt(
     if not softmax or getattr(config, "stablemask", None) is not None:
         raise InputError(f"{options.model} is no softmax model to adapt; leave out --adapt")
     try:
-        apply_stablemask(model, gamma=options.gamma, horizon=options.horizon, start=options.start)
+        apply_stablemask(
+            model,
+            gamma=options.gamma,
+            horizon=options.horizon,
+            start=options.start,
+            hold=options.hold,
+        )
         harmless = harmless_shift(model, config.stablemask, batch)
     except ValueError as error:
         raise InputError(f"{options.model} cannot be adapted: {error}") from error

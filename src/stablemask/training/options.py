@@ -13,6 +13,7 @@ from ..data.sources import BUILTIN
 from ..errors import InputError
 from ..models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS, StableMaskConfig
 from ..models.presets import PRESETS, preset_config
+from ..models.settings import given_settings
 from ..options import option
 from .machine import default_dtype, world_size
 
@@ -242,13 +243,11 @@ class PretrainOptions(TrainingOptions):
     def model_config(self, **overrides: Any) -> StableMaskConfig:
         """The model these options describe; ``overrides`` are fields of its configuration."""
         names = ("gamma", "horizon", "hold", "floor", "layers")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = given_settings(**{name: getattr(self, name) for name in names})
         if given and self.attention != "stablemask":
             raise InputError(
                 f"{' and '.join(given)} goes with attention stablemask, not {self.attention}"
             )
-        if self.hold == "never":
-            given["hold"] = None
         fields = {
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.context,
@@ -296,6 +295,10 @@ class FinetuneOptions(TrainingOptions):
     horizon: int | None = option(
         None, "with --adapt, columns of the pseudo mask; by default infinitely many"
     )
+    hold: int | str | None = option(
+        None, "with --adapt, last position at which the mass falls, or never; by default the model's "
+        "context - 1"
+    )  # fmt: skip
     start: int = option(
         0, "with --adapt, first position with a pseudo mass; 1 leaves the first row alone"
     )
@@ -329,7 +332,7 @@ class FinetuneOptions(TrainingOptions):
     def _check(self) -> None:
         super()._check()
         self._check_group(
-            "adapt", ("gamma", "horizon", "start", "shift_from", "shift_to", "shift_steps")
+            "adapt", ("gamma", "horizon", "hold", "start", "shift_from", "shift_to", "shift_steps")
         )
         self._check_group("lora", ("lora_rank", "lora_alpha", "merge"))
         _check_least(self, lora_rank=1, lora_alpha=1, start=0, shift_steps=0, first_layer=0)
