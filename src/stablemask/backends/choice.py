@@ -20,8 +20,7 @@ from . import BACKENDS, Backend
 from .calls import constant_while_compiling, needs_gradient
 
 MEASURED = Path(__file__).with_name("measured")
-# Taken by name only. The dense definition may win at one short sequence and lose five to one at a
-# batch of longer ones, and keeps every score. FlexAttention on the CPU would have a C++ compiler run
+# Taken by name only. The dense definition keeps every score. FlexAttention on the CPU would have a C++ compiler run
 # for seconds in the midst of a call.
 _BY_NAME = {"cpu": ("reference", "flex")}
 _BY_NAME_ELSEWHERE = ("reference",)

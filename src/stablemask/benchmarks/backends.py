@@ -15,6 +15,7 @@ from .cases import HEADS, Case
 from .environment import describe
 from .masks import MASKS
 from .measure import DECODE, FORWARD, TRAINING, measure
+from .plan import TOKENS
 from .rows import own_rows
 from .timing import Budget
 
@@ -36,12 +37,13 @@ def measure_backends(
 ) -> list[dict[str, Any]]:
     """Median time of every backend that can serve, each first checked against the definition.
 
-    One sequence, 8 heads of 64, as many key heads.
+    8 heads of 64, as many key heads; as many sequences as make up ``plan.TOKENS``, and one behind a
+    cache. A batch is where a wrong choice costs most: at one short sequence every backend is quick.
 
     Returns:
         One dict a shape, dtype, mask and pass: ``device`` (its type), ``dtype`` ("float32", ...),
         ``kind`` ("causal", "mask", "alibi", "window", "documents"), ``pass`` ("inference", "training"
-        for forward and backward, "decode" for one token behind a cache), ``q_len``, ``kv_len``, and
+        for forward and backward, "decode" for one token behind a cache), ``batch``, ``q_len``, ``kv_len``, and
         ``milliseconds``, a dict from the name of a backend to its median; a backend that cannot
         serve, keeps every score of more than 2,048 queries, or compiles on the CPU, is not in it.
     """
@@ -50,11 +52,12 @@ def measure_backends(
     own = [row for row in own_rows(device.type) if row.name in rows]
     if device.type == "cpu":  # "auto" never takes what must first run a C++ compiler
         own = [row for row in own if not row.compiled]
-    shapes = [(n, n) for n in lengths] + [(1, m) for m in caches]
+    tokens = TOKENS.get(device.type, TOKENS["cpu"])
+    shapes = [(max(1, tokens // n), n, n) for n in lengths] + [(1, 1, m) for m in caches]
     cells = list(product(dtypes, MASKS, shapes))
     found: dict[tuple, dict[str, Any]] = {}
-    for dtype, kind, (q_len, kv_len) in tqdm(cells, unit="cell", leave=False, disable=None):
-        case = Case(device.type, dtype, 1, q_len, kv_len, HEAD_DIM, mask=kind)
+    for dtype, kind, (batch, q_len, kv_len) in tqdm(cells, unit="cell", leave=False, disable=None):
+        case = Case(device.type, dtype, batch, q_len, kv_len, HEAD_DIM, mask=kind)
         cell = measure(case, own, _BUDGET)
         for skipped in cell.not_timed:
             if skipped["incorrect"]:
@@ -62,7 +65,7 @@ def measure_backends(
         for timing in cell.timings:
             labels = {
                 "device": device.type, "dtype": dtype, "kind": kind,
-                "pass": _PASSES[timing["pass"]], "q_len": q_len, "kv_len": kv_len,
+                "pass": _PASSES[timing["pass"]], "batch": batch, "q_len": q_len, "kv_len": kv_len,
             }  # fmt: skip
             entry = found.setdefault(tuple(labels.values()), {**labels, "milliseconds": {}})
             entry["milliseconds"][rows[timing["row"]]] = timing["ms"]
@@ -74,7 +77,7 @@ def write_measurements(measurements: list[dict[str, Any]], device: torch.device)
     from .. import backends
 
     folder = Path(backends.__file__).parent / "measured"
-    shape = {"batch": 1, "heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM}
+    shape = {"heads": HEADS, "kv_heads": HEADS, "head_dim": HEAD_DIM}
     result = {**describe(device), "shape": shape, "measurements": measurements}
     return save_json(result, folder / f"{device.type}.json")
 
