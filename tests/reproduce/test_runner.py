@@ -124,6 +124,34 @@ def test_the_page_is_made_of_the_records_alone(tmp_path):
         write_page({"squares": study}, out, page)
 
 
+def test_verdicts_are_compared_with_those_of_another_machine(tmp_path, capsys):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    text = (ROOT / "docs" / "results" / "reproduce" / "theory.json").read_text()
+    for folder in (ours, theirs):
+        folder.mkdir()
+        (folder / "theory.json").write_text(text)
+    command = ["reproduce", "page", "--out", str(ours), "--against", str(theirs)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    claims = said.count("reproduced ")
+    assert claims > 1
+    assert f"verdicts {claims} of {claims} as in {theirs}" in said
+
+    document = json.loads(text)
+    for record in document["records"]:
+        if "holds" in record:
+            record["holds"] = False
+    (theirs / "theory.json").write_text(json.dumps(document))
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "differs  theory: " in said
+    assert ": reproduced, there not reproduced" in said
+
+    (theirs / "theory.json").unlink()
+    assert main(command) == 2
+    assert f"{theirs} holds no results" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -132,6 +160,7 @@ def test_the_page_is_made_of_the_records_alone(tmp_path):
         (["--scale", "huge"], "'huge' is not one of small, gpu"),
         (["--text", "nowhere.txt"], "no file or folder 'nowhere.txt'"),
         (["page"], "holds no results"),
+        (["--against", "nowhere"], "against must be a folder of results, nowhere is none"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, words, message):

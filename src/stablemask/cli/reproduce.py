@@ -12,7 +12,15 @@ import torch
 from stablemask.data.sources import open_source
 from stablemask.errors import InputError
 from stablemask.options import option, option_fields
-from stablemask.reproduce import PAGE, Stopped, Study, language, run_studies, write_page
+from stablemask.reproduce import (
+    PAGE,
+    Stopped,
+    Study,
+    differing_verdicts,
+    language,
+    run_studies,
+    write_page,
+)
 from stablemask.reproduce.studies import STUDIES
 from stablemask.reproduce.study import SCALES
 
@@ -34,6 +42,9 @@ class ReproduceOptions:
     page: str | None = option(None, "Markdown file to write; by default results.md in --out")
     text: str | None = option(
         None, "one more source to model: a file or folder of text, or hub:OWNER/NAME[:CONFIG]"
+    )
+    against: str | None = option(
+        None, "folder of other results, say another machine's: tell which verdicts differ"
     )
     seeds: int = option(3, "seeds of every comparison")
     workers: int | None = option(None, "jobs at a time; by default one a core, or one on a GPU")
@@ -61,7 +72,15 @@ def run(options: ReproduceOptions) -> int:
     for line in write_page(STUDIES, out, page):
         print(line)
     print(f"\npage     {page}")
-    return 0
+    return 0 if options.against is None else _compare(out, Path(options.against))
+
+
+def _compare(out: Path, other: Path) -> int:
+    claims, lines = differing_verdicts(STUDIES, out, other)
+    for line in lines:
+        print(f"differs  {line}")
+    print(f"verdicts {claims - len(lines)} of {claims} as in {other}")
+    return 1 if lines else 0
 
 
 def _study(name: str, options: ReproduceOptions) -> Study:
@@ -77,6 +96,8 @@ def _check(options: ReproduceOptions, out: Path) -> None:
     for name in ("seeds", "workers"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if options.against is not None and not Path(options.against).is_dir():
+        raise InputError(f"against must be a folder of results, {options.against} is none")
     if out.exists() and not out.is_dir():
         raise InputError(f"out must be a folder, {out} is a file")
     only_page = options.names == [PAGE]
@@ -92,6 +113,6 @@ def _command(options: ReproduceOptions) -> str:
     words = ["stablemask", "reproduce", *options.names]
     for field in option_fields(ReproduceOptions):
         value = getattr(options, field.name)
-        if value != field.default and field.name not in ("names", "resume", "page"):
+        if value != field.default and field.name not in ("names", "resume", "page", "against"):
             words += [field.flag, str(value)]
     return shlex.join(words)

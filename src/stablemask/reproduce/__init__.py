@@ -3,10 +3,20 @@
 Read ``study.py`` first, then any study, say ``position.py``; ``runner.py`` runs them.
 """
 
-from .page import write_page
+from .page import differing_verdicts, write_page
 from .runner import Stopped, run_studies
 from .study import Claim, Job, Section, Study
 
 PAGE = "page"
 
-__all__ = ["PAGE", "Claim", "Job", "Section", "Stopped", "Study", "run_studies", "write_page"]
+__all__ = [
+    "PAGE",
+    "Claim",
+    "Job",
+    "Section",
+    "Stopped",
+    "Study",
+    "differing_verdicts",
+    "run_studies",
+    "write_page",
+]

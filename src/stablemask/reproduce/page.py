@@ -25,9 +25,7 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
     Raises:
         InputError: ``out`` holds no record of a study, or a damaged one.
     """
-    documents = {name: found for name in studies if (found := load_study(out, name)) is not None}
-    if not documents:
-        raise InputError(f"{out} holds no results of a study; run one first")
+    documents = _documents(studies, out)
     with matplotlib.rc_context(STYLE):
         sections = {name: _section(studies[name], found) for name, found in documents.items()}
         _draw(sections, out)
@@ -50,10 +48,48 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
     ]
 
 
+def differing_verdicts(
+    studies: dict[str, Study], ours: Path, theirs: Path
+) -> tuple[int, list[str]]:
+    """Where two folders of results come to different verdicts, in the studies that both have.
+
+    Returns:
+        How many claims both have, and a line for each whose verdicts differ.
+
+    Raises:
+        InputError: they have no claim in common, or one holds no results or damaged ones.
+    """
+    found = [
+        {
+            (name, claim.statement): claim.verdict
+            for name, document in _documents(studies, folder).items()
+            for claim in _section(studies[name], document).claims
+        }
+        for folder in (ours, theirs)
+    ]
+    both = [key for key in found[0] if key in found[1]]
+    if not both:
+        raise InputError(f"{ours} and {theirs} have no claim in common")
+    here, there = found
+    lines = [
+        f"{name}: {statement}: {here[name, statement]}, there {there[name, statement]}"
+        for name, statement in both
+        if here[name, statement] != there[name, statement]
+    ]
+    return len(both), lines
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _documents(studies: dict[str, Study], out: Path) -> dict[str, dict[str, Any]]:
+    documents = {name: found for name in studies if (found := load_study(out, name)) is not None}
+    if not documents:
+        raise InputError(f"{out} holds no results of a study; run one first")
+    return documents
 
 
 def _section(study: Study, document: dict[str, Any]) -> Section:
