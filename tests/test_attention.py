@@ -352,6 +352,27 @@ def test_same_inputs_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(
+    "lengths", [(2, 0, 0), (2, 0, 4), (1, 1, 1), (2, 3, 9), (2, 70, 70), (3, 1500, 1500)]
+)
+@pytest.mark.parametrize("value_dim", [8, 24])
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_without_gradients_the_same_bits(tokens_first, value_dim, lengths, dtype):
+    """A call that nothing watches takes a shorter way to the same kernel."""
+    batch, q_len, kv_len = lengths
+    inputs = make_inputs(batch, 4, 2, q_len, kv_len, 8, dtype, value_dim)
+    if tokens_first:
+        inputs = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+        inputs = [t.requires_grad_() for t in inputs]
+    for sink in (0.0, -torch.inf, torch.inf, torch.randn(4, 1), torch.randn(batch, 1, q_len)):
+        watched = sink_attention(*inputs, sink)
+        with torch.no_grad():
+            alone = sink_attention(*inputs, sink)
+        assert alone.dtype == dtype
+        assert alone.equal(watched)
+
+
 def test_scale_reaches_the_kernel():
     inputs = make_inputs(1, 2, 2, 9, 9, 8, torch.float64)
     scaled = (inputs[0] * 0.3 * 8**0.5, *inputs[1:])

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..call import Call
+from ..decode import nothing_watches
 from ..masks import NO_MASKS, Masks
 from . import functional
 from .calls import is_exporting, needs_gradient, under_torch_func
 from .kernels import KERNELS
-from .operators import flash_forward
+from .operators import flash_forward, scale_rows
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
@@ -85,13 +86,18 @@ def _attend(call: Call, kernel: str) -> Tensor:
     one_call = masks is NO_MASKS and (one_row or past == 0)
     # Not in an exported program: what decomposes the kernel there, ONNX's exporter too, gives no true lse.
     in_sight = torch.compiler.is_compiling() and not is_exporting()
-    if in_sight and one_call and not needs_gradient(call):
-        # In sight of the compiler, which makes the factor part of what comes next.
+    plain = type(query) is type(key) is type(value) is Tensor and query.numel() > 0
+    alone = plain and nothing_watches()
+    if one_call and (alone or (in_sight and not needs_gradient(call))):
+        # Without an operator around it, which takes as long to enter as a short kernel.
         query, key, value, value_dim = fit(query, key, value, kernel)
         causal = False if one_row else True  # noqa: SIM211 (a bool, where the length is a symbol)
         out, lse = KERNELS[kernel].forward(query, key, value, None, causal, scale)
-        factor = torch.sigmoid(lse - sink_logits).unsqueeze(-1)
-        return (out[..., :value_dim].to(lse.dtype) * factor).to(query.dtype)
+        factor = torch.sigmoid(lse - sink_logits)
+        if alone:
+            return scale_rows(out, factor)[..., :value_dim]
+        # In sight of the compiler, which makes the factor part of what comes next.
+        return (out[..., :value_dim].to(lse.dtype) * factor.unsqueeze(-1)).to(query.dtype)
     return attend_with_lse(query, key, value, sink_logits, masks, past, scale, kernel)[0]
 
 
