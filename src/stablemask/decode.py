@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .backends.calls import nothing_watches
 from .pseudo import log_pseudo_mass
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -76,17 +77,6 @@ def decode_step(
         return None
     out = unchecked_decode_step(query, key, value, sink_logits, scale)
     return out.reshape(batch, heads, 1, head_dim)
-
-
-def nothing_watches() -> bool:
-    """Whether a kernel may be called as it is: no gradient, transform, autocast or compiler on the CPU."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def unchecked_decode_step(

@@ -160,7 +160,7 @@ def test_verdicts_are_compared_with_those_of_another_machine(tmp_path, capsys):
         (["--scale", "huge"], "'huge' is not one of small, gpu"),
         (["--text", "nowhere.txt"], "no file or folder 'nowhere.txt'"),
         (["page"], "holds no results"),
-        (["--against", "nowhere"], "against must be a folder of results, nowhere is none"),
+        (["--against", "nowhere"], "nowhere holds no results of a study"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, words, message):

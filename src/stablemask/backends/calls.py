@@ -25,6 +25,17 @@ def needs_gradient(call: Call) -> bool:
     )
 
 
+def nothing_watches() -> bool:
+    """Whether a kernel may be called as it is: no gradient, transform, autocast or compiler on the CPU."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 # Asked once: the compiler of PyTorch 2.9 cannot trace the question.
 _WITH_AUTOCAST = frozenset(
     device

@@ -20,8 +20,8 @@ from . import BACKENDS, Backend
 from .calls import constant_while_compiling, needs_gradient
 
 MEASURED = Path(__file__).with_name("measured")
-# Taken by name only. The dense definition keeps every score. FlexAttention on the CPU would have a C++ compiler run
-# for seconds in the midst of a call.
+# Taken by name only. The dense definition keeps every score. FlexAttention on the CPU would have a
+# C++ compiler run for seconds in the midst of a call.
 _BY_NAME = {"cpu": ("reference", "flex")}
 _BY_NAME_ELSEWHERE = ("reference",)
 # A lead smaller than this is noise on a shared machine, and does not change the default order.

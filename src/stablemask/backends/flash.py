@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..call import Call
-from ..decode import nothing_watches
 from ..masks import NO_MASKS, Masks
 from . import functional
-from .calls import is_exporting, needs_gradient, under_torch_func
+from .calls import is_exporting, needs_gradient, nothing_watches, under_torch_func
 from .kernels import KERNELS
 from .operators import flash_forward, scale_rows
 

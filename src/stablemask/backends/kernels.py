@@ -50,7 +50,7 @@ _SHORT = 16384  # keys * head_dim
 
 
 def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
-    """Whether converting everything and back is faster, by 1.1 to 15 times; docs/log.md has the figures."""
+    """Whether converting everything and back is faster, by 1.1 to 16 times here; docs/log.md has the figures."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False
     return key.shape[2] * key.shape[3] <= _SHORT or not _has_matrix_units()

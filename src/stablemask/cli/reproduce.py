@@ -18,6 +18,7 @@ from stablemask.reproduce import (
     Study,
     differing_verdicts,
     language,
+    load_documents,
     run_studies,
     write_page,
 )
@@ -96,8 +97,8 @@ def _check(options: ReproduceOptions, out: Path) -> None:
     for name in ("seeds", "workers"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if options.against is not None and not Path(options.against).is_dir():
-        raise InputError(f"against must be a folder of results, {options.against} is none")
+    if options.against is not None:  # before hours of work
+        load_documents(STUDIES, Path(options.against))
     if out.exists() and not out.is_dir():
         raise InputError(f"out must be a folder, {out} is a file")
     only_page = options.names == [PAGE]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
-from ..decode import decode_step, nothing_watches, unchecked_decode_step
+from ..backends.calls import nothing_watches
+from ..decode import decode_step, unchecked_decode_step
 from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import pseudo_sink_logits
 from .settings import model_settings

@@ -3,7 +3,7 @@
 Read ``study.py`` first, then any study, say ``position.py``; ``runner.py`` runs them.
 """
 
-from .page import differing_verdicts, write_page
+from .page import differing_verdicts, load_documents, write_page
 from .runner import Stopped, run_studies
 from .study import Claim, Job, Section, Study
 
@@ -17,6 +17,7 @@ __all__ = [
     "Stopped",
     "Study",
     "differing_verdicts",
+    "load_documents",
     "run_studies",
     "write_page",
 ]

@@ -25,7 +25,7 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
     Raises:
         InputError: ``out`` holds no record of a study, or a damaged one.
     """
-    documents = _documents(studies, out)
+    documents = load_documents(studies, out)
     with matplotlib.rc_context(STYLE):
         sections = {name: _section(studies[name], found) for name, found in documents.items()}
         _draw(sections, out)
@@ -62,7 +62,7 @@ def differing_verdicts(
     found = [
         {
             (name, claim.statement): claim.verdict
-            for name, document in _documents(studies, folder).items()
+            for name, document in load_documents(studies, folder).items()
             for claim in _section(studies[name], document).claims
         }
         for folder in (ours, theirs)
@@ -85,7 +85,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _documents(studies: dict[str, Study], out: Path) -> dict[str, dict[str, Any]]:
+def load_documents(studies: dict[str, Study], out: Path) -> dict[str, dict[str, Any]]:
+    """What a folder holds of the studies, by name.
+
+    Raises:
+        InputError: nothing, or a damaged record.
+    """
     documents = {name: found for name in studies if (found := load_study(out, name)) is not None}
     if not documents:
         raise InputError(f"{out} holds no results of a study; run one first")
