@@ -17,8 +17,6 @@ def square(work: Path, *, number: int) -> dict:
 
 
 def refuse(work: Path, *, number: int) -> dict:
-    """Fail, and only then let ``wait`` of the same number end."""
-    (work / f"stopped-{number}").touch()
     raise InputError(f"{number} is not wanted")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from stablemask.cli.main import main
 from stablemask.errors import InputError, RunError
-from stablemask.reproduce import Job, run_studies, write_page
+from stablemask.reproduce import Job, run_studies, runner, write_page
 
 from . import jobs as made
 from .jobs import squares, study_of
@@ -46,7 +46,16 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(tmp_path):
     assert "squaring 5" in logs
 
 
-def test_a_job_that_fails_is_named_and_the_others_are_kept(tmp_path):
+def test_a_job_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
+    def result(*arguments):
+        try:
+            return runner_result(*arguments)
+        finally:
+            # What waits beside the failure ends only after the runner has seen it.
+            (tmp_path / "work" / "stopped-7").touch()
+
+    runner_result = runner._result
+    monkeypatch.setattr(runner, "_result", result)
     refused = Job("refuse", made.refuse, {"number": 7})
     with pytest.raises(InputError, match="squares, refuse: 7 is not wanted"):
         run(tmp_path, study_of(made.waiting(7), refused, *squares(1)), workers=2)
