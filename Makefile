@@ -47,8 +47,8 @@ clean:
 setup: $(VENV)/.ready
 
 # A machine without an NVIDIA driver takes PyTorch's CPU build, which is a tenth of the download;
-# where that index cannot be reached, the default one serves.
-$(VENV)/.ready: pyproject.toml src/stablemask/__init__.py
+# where that index cannot be reached, the default one serves. A C++ compiler is used where there is one.
+$(VENV)/.ready: pyproject.toml src/stablemask/__init__.py src/stablemask/native/decode.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stablemask needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -59,4 +59,5 @@ $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py
 	  || $(BIN)/python -m pip install "$(TORCH)"; \
 	fi
 	$(BIN)/python -m pip install --editable ".[dev]"
+	$(BIN)/stablemask build || echo "Decode steps will run in Python, a little slower."
 	touch $@

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stablemask import native
 from stablemask.backends import flash_attn, flex
 
 gpu = [
@@ -42,6 +43,10 @@ flash_attn_on_gpu = [
 ]
 cpp_compiler = pytest.mark.skipif(
     flex.cpu_problem() is not None, reason=flex.cpu_problem() or "FlexAttention works on this CPU"
+)
+
+native_library = pytest.mark.skipif(
+    native.load() is None, reason="needs the library that `stablemask build` compiles"
 )
 
 torchao = pytest.mark.skipif(

@@ -1,19 +1,28 @@
-"""A cached step of one token: that it takes its short way, and that nothing else does."""
+"""A cached step of one token: that it takes its short way, in either language, and that nothing else does."""
 
 import math
+import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablemask import sink_attention, stable_mask_attention
+from stablemask import decode, sink_attention, stable_mask_attention
 from stablemask.decode import decode_step
+from tests.marks import native_library
 from tests.oracle import doubled, make_inputs, sink_definition
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
+@pytest.fixture(autouse=True, params=["Python", pytest.param("C++", marks=native_library)], ids=str)
+def language(request, monkeypatch):
+    """Without gradients, with the step in that language."""
+    if request.param == "Python":
+        monkeypatch.setattr(decode, "NATIVE", None)
     with torch.no_grad():
-        yield
+        yield request.param
 
 
 def tensors(dtype=torch.float32, q_len=1, kv_len=19, **kwargs):
@@ -21,7 +30,7 @@ def tensors(dtype=torch.float32, q_len=1, kv_len=19, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["number", "heads", "gamma"])
+@pytest.mark.parametrize("kind", ["number", "heads", "rows", "expanded", "gamma"])
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "cache view"])
 def test_it_is_the_definition(dtype, kind, layout):
     query, key, value = tensors(dtype)
@@ -32,7 +41,8 @@ def test_it_is_the_definition(dtype, kind, layout):
     if layout == "cache view":
         cache = torch.randn(2, 2, 2, 50, 8).to(dtype)
         key, value = cache[0, :, :, :19], cache[1, :, :, :19]
-    sink = {"number": 0.3, "heads": torch.randn(4, 1), "gamma": None}[kind]
+    sink = {"number": 0.3, "heads": torch.randn(4, 1), "rows": torch.randn(2, 1, 1).double(),
+            "expanded": torch.randn(4, 3).t()[1:2].t().expand(2, 4, 1), "gamma": None}[kind]  # fmt: skip
     if kind == "gamma":
         step = decode_step(query, key, value, gamma=0.05)
         public = stable_mask_attention(query, key, value, gamma=0.05)
@@ -92,3 +102,109 @@ def test_scale_is_used():
     query, key, value = tensors()
     scaled = sink_attention(query, key, value, 0.0, scale=0.7, backend="flash")
     torch.testing.assert_close(sink_attention(query, key, value, 0.0, scale=0.7), scaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [3, 6, 12, 24])
+def test_heads_that_share_keys(dtype, heads):
+    """One, two, four and eight query heads to a key head, which are rows of one call or are not."""
+    query, key, value = make_inputs(2, heads, 3, 1, 33, 16, dtype)
+    sinks = torch.randn(2, heads, 1)
+    step = decode_step(query, key, value, sink_logits=sinks)
+    exact = sink_definition(*doubled((query, key, value)), sinks.double())
+    assert step.shape == query.shape
+    assert (step.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+def test_sinks_that_take_nothing_and_all():
+    query, key, value = tensors()
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(decode_step(query, key, value, sink_logits=-math.inf), plain)
+    sinks = torch.tensor([[-math.inf], [math.inf], [200.0], [-200.0]])
+    step = decode_step(query, key, value, sink_logits=sinks)
+    torch.testing.assert_close(step[:, ::3], plain[:, ::3])
+    assert not step[:, 1:3].any()
+
+
+def test_tensors_that_are_more_than_their_memory():
+    query, key, value = tensors()
+    sinks = torch.nn.Parameter(torch.randn(4, 1))
+    expected = sink_attention(query, key, value, sinks.detach(), backend="flash")
+    torch.testing.assert_close(decode_step(query, key, value, sink_logits=sinks), expected)
+
+    class Marked(torch.Tensor):
+        pass
+
+    for changed in (
+        (query.as_subclass(Marked), key, value),
+        (query, key.as_subclass(Marked), value),
+        (query, key, value.to_sparse()),
+    ):
+        assert decode_step(*changed) is None
+    assert decode_step(query, key, value, sink_logits=sinks.as_subclass(Marked)) is None
+    negated = torch._neg_view(query)  # a view whose sign is not in memory
+    torch.testing.assert_close(
+        sink_attention(negated, key, value, sinks),
+        sink_attention(-query, key, value, sinks, backend="flash"),
+    )
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        out = sink_attention(dual, key, value, sinks)
+        assert forward_ad.unpack_dual(out).tangent is not None
+
+
+def test_modes_see_the_call():
+    query, key, value = tensors()
+    seen = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    expected = sink_attention(query, key, value, 0.5, backend="flash")
+    for mode in (Functions, Operators):
+        with mode():
+            out = sink_attention(query, key, value, 0.5)
+        assert any("flash_attention" in str(function) for function in seen)
+        torch.testing.assert_close(out, expected)
+        seen.clear()
+    with FakeTensorMode() as fake:
+        imagined = [fake.from_tensor(t) for t in (query, key, value)]
+        assert sink_attention(*imagined, 0.5).shape == query.shape
+
+
+def test_it_is_compiled_into_graphs_and_serves_inference_mode():
+    query, key, value = tensors()
+    expected = sink_attention(query, key, value, 0.5)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda *args: sink_attention(*args, 0.5), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(query, key, value), expected)
+    with torch.inference_mode():
+        assert decode_step(query, key, value, sink_logits=0.5) is not None
+
+
+def test_threads_share_it():
+    """Calls of several threads at a time, which let go of the interpreter's lock, do not disturb each other."""
+    inputs = [make_inputs(1, 4, 4, 1, 2000, 64, torch.float32) for _ in range(4)]
+    expected = [sink_attention(*each, 0.5) for each in inputs]
+    found: dict[int, list] = {}
+
+    def work(i):
+        with torch.no_grad():
+            found[i] = [sink_attention(*inputs[i], 0.5) for _ in range(50)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, steps in found.items():
+        assert all(torch.equal(step, expected[i]) for step in steps)

@@ -5,12 +5,15 @@ tolerance is derived as there: twice the distance of the dense backend in the sa
 roundings of the largest term that is summed. ``HYPOTHESIS_PROFILE=nightly`` draws 500 examples.
 """
 
+from unittest import mock
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stablemask import pseudo_logsumexp, sink_attention
+from stablemask import decode, native, pseudo_logsumexp, sink_attention, stable_mask_attention
 from stablemask.backends import BACKENDS
+from stablemask.pseudo import log_pseudo_mass
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
 
 # FlexAttention compiles anew for each structure, and has tests of its own.
@@ -106,3 +109,44 @@ def test_any_call_equals_the_dense_float64(data):
     term = (grad * exact[0]).abs().sum(-1).max()
     term = term * max(1.0, *(dim**-0.5 * t.detach().abs().max() for t in inputs[:2]))
     assert_no_further_than_twice(attend(leaves, backend), attend(leaves, "reference"), exact, term)
+
+
+@given(data=st.data())
+def test_any_decode_step_equals_the_dense_float64(data):
+    """Without gradients, in Python and, where it was compiled, in C++."""
+    torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    dtype = data.draw(st.sampled_from(dtypes), "dtype")
+    batch, kv_heads = (data.draw(st.integers(1, 3)) for _ in range(2))
+    groups = data.draw(st.integers(1, 9), "groups")
+    kv_len, dim = data.draw(st.integers(1, 600), "kv_len"), data.draw(st.integers(1, 70), "dim")
+    heads = kv_heads * groups
+    query, key, value = make_inputs(batch, heads, kv_heads, 1, kv_len + 3, dim, dtype)
+    start = data.draw(st.integers(0, 3), "start")  # a view into a longer cache
+    inputs = query, key[:, :, start:][:, :, :kv_len], value[:, :, start:][:, :, :kv_len]
+    scale = data.draw(st.sampled_from([None, 0.3]), "scale")
+    gamma = data.draw(st.sampled_from([None, 1e-3, 0.1, 5.0]), "gamma")
+    shape = [data.draw(st.sampled_from([1, size])) for size in (batch, heads)]
+    sinks = torch.randn(*shape[data.draw(st.integers(0, 1), "axes left out") :], 1)
+    sinks = sinks.to(data.draw(st.sampled_from([torch.float32, torch.float64]), "sink dtype"))
+
+    if gamma is not None:
+        sinks = log_pseudo_mass(kv_len - 1, gamma)
+
+    def attend(inputs, **keywords):
+        if gamma is not None and not keywords:
+            return stable_mask_attention(*inputs, gamma=gamma, scale=scale)
+        return sink_attention(*inputs, sinks, scale=scale, **keywords)
+
+    with torch.no_grad():
+        exact = attend(doubled(inputs), backend="reference")
+        dense = attend(inputs, backend="reference")
+        for library in {None, native.load()}:
+            with mock.patch.object(decode, "NATIVE", library):
+                ours = attend(inputs)
+            assert ours.dtype == dtype
+            if dtype == torch.float64:  # sums of so many numbers of the size of a drawn one
+                allowed = 4 * (kv_len + dim) * torch.finfo(dtype).eps
+                torch.testing.assert_close(ours, exact, rtol=0, atol=allowed)
+            else:
+                assert_no_further_than_twice([ours], [dense], [exact], value.abs().max())

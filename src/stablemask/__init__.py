@@ -33,4 +33,6 @@ def __getattr__(name: str) -> Any:
     module = "pseudo"
     if name.endswith("_attention"):
         module = "merging" if name in ("merge_attention", "partial_attention") else "attention"
-    return getattr(importlib.import_module(f".{module}", __name__), name)
+    function = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = function  # found without this function from now on
+    return function

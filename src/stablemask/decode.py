@@ -3,16 +3,22 @@
 One row over a short cache takes the stock kernel some tens of microseconds, and checking the arguments,
 choosing a backend and entering an operator would take as long again. So the plainest such call is known
 by its own signs. Whatever else a call may be, wrong arguments included, it goes the general way.
+
+``native/decode.cpp`` is the same step for machines where ``stablemask build`` compiled it.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import native
 from .backends.calls import nothing_watches
 from .pseudo import log_pseudo_mass
+
+NATIVE: Any = native.load()
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # For several rows the kernel packs keys of half precision first, which takes longer than reading them
@@ -39,6 +45,8 @@ def decode_step(
             horizon; else the result is None.
         scale: of the scores, or None.
     """
+    if NATIVE is not None and not torch.compiler.is_compiling():
+        return NATIVE.decode_step(query, key, value, sink_logits, gamma, scale)
     if not nothing_watches():
         return None
     if not (type(query) is type(key) is type(value) is Tensor):
@@ -75,19 +83,23 @@ def decode_step(
         scale = head_dim**-0.5
     elif type(scale) is not float or not math.isfinite(scale):
         return None
-    out = unchecked_decode_step(query, key, value, sink_logits, scale)
+    out = _unchecked(query, key, value, sink_logits, scale)
     return out.reshape(batch, heads, 1, head_dim)
 
 
-def unchecked_decode_step(
+def repeated_decode_step(
+    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, scale: float
+) -> Tensor | None:
+    """:func:`decode_step` of arguments like those of a call it served, in eager mode; None if it is not."""
+    if NATIVE is not None:  # which checks at no cost
+        return NATIVE.decode_step(query, key, value, sink_logits, None, scale)
+    return _unchecked(query, key, value, sink_logits, scale)
+
+
+def _unchecked(
     query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | float, scale: float
 ) -> Tensor:
-    """What :func:`decode_step` computes of arguments that are known to pass its checks.
-
-    Returns:
-        ``(batch, heads, 1, head_dim)``, or with heads that share keys as rows,
-        ``(batch, kv_heads, heads // kv_heads, head_dim)``.
-    """
+    """The step, with the heads that share keys possibly as rows of one: (B, kv_heads, groups, head_dim)."""
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads

@@ -32,7 +32,7 @@ def test_memory_is_linear_in_length_and_the_definition_is_not():
 def options(**changes):
     small = {
         "lengths": [32, 64], "dtypes": ["float32"], "head_dims": [16], "groups": [1],
-        "rows": CHEAP, "memory": False, "training": False, "masks": False,
+        "rows": CHEAP, "memory": False, "masks": False,
     }  # fmt: skip
     return BenchOptions(**small | changes)
 

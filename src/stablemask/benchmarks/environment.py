@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, native
 
 # Whatever is timed, or compiles what is timed.
 PACKAGES = (
@@ -24,6 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": shlex.join(["stablemask", *sys.argv[1:]]),
         "hardware": hardware(device),
+        "decode_steps": native.language(),
         "versions": versions(),
     }
 

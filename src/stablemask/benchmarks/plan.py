@@ -65,7 +65,7 @@ def length_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
             batch = max(1, TOKENS.get(scope.device, TOKENS["cpu"]) // length)
             case = Case(scope.device, dtype, batch, length, length, head_dim, groups)
             seconds = 5 if first and not scope.quick else 2
-            rounds = 3 if length > MAX_DETAIL_LENGTH else 7
+            rounds = 7 if length <= 2 * MAX_DETAIL_LENGTH else 5
             yield Planned(case, _chosen(rows, case, first), Budget(seconds, min_rounds=rounds))
 
 

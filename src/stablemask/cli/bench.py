@@ -1,4 +1,4 @@
-"""Time the attention against stock SDPA, the definition and what others offer, and training.
+"""Time the attention against stock SDPA, the definition and what others offer.
 
 Every row is first checked against the definition in float64; ratios are to stock SDPA in the same
 rounds. With --table, time the backends against each other instead, for backend="auto" to choose by;
@@ -8,7 +8,7 @@ with --model, a Transformers model that generates; with --train, whole training 
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,6 @@ class BenchOptions:
     decode: bool = option(True, "time one token behind a cache")
     masks: bool = option(True, "time ALiBi, a window and packed documents")
     memory: bool = option(True, "measure peak memory too, each in a process of its own")
-    training: bool = option(True, "time training the tiny preset too")
     table: bool = option(False, "instead: time every backend and store what 'auto' chooses by")
     model: str | None = option(
         None, "instead: time generating with this Transformers model, with StableMask and without"
@@ -91,10 +90,6 @@ def run(options: BenchOptions) -> None:
         with _clock(result, "memory"):
             result["memory"] = _memory(scope, {row.name for row in rows})
         _print(tables.memory_table(result["memory"]))
-    if options.training:
-        with _clock(result, "training"):
-            result["training"] = _training(options, device, result)
-        _print(tables.training_table(result["training"]))
     _report_checks(
         result, "outputs and gradients of every row timed are those of its definition in float64"
     )
@@ -161,13 +156,7 @@ def _memory(scope: plan.Scope, chosen: set[str]) -> list[dict[str, Any]]:
 
 
 def _training(
-    options: BenchOptions,
-    device: torch.device,
-    result: dict[str, Any],
-    *,
-    presets: Sequence[str] = ("tiny",),
-    rows: Sequence[str] | None = None,
-    memory: bool = False,
+    options: BenchOptions, device: torch.device, result: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from stablemask.benchmarks.training import BATCH_SIZES, ROWS, Workload, measure_training
 
@@ -175,7 +164,7 @@ def _training(
         Workload(
             preset, dtype, BATCH_SIZES[device.type][preset], device.type, device.type == "cuda"
         )
-        for preset in presets
+        for preset in options.presets
         for dtype in (options.dtypes[:1] if options.quick else options.dtypes)
         if dtype
         != "float16"  # which wants its loss scaled, and nobody trains in where there is bfloat16
@@ -184,7 +173,7 @@ def _training(
     for workload in _progress(workloads, "training"):
         seconds = 5.0 if options.quick else 30.0
         measured = measure_training(
-            workload, names=rows or tuple(ROWS), seconds=seconds, memory=memory
+            workload, names=options.rows or tuple(ROWS), seconds=seconds, memory=options.memory
         )
         records += measured.rows
         result["not_timed"] += measured.not_timed
@@ -206,10 +195,7 @@ def _train(options: BenchOptions, device: torch.device) -> None:
     result |= {"not_timed": [], "share_of_tolerance": 0.0, "seconds": {}}
     print(f"{result['hardware']}; torch {torch.__version__}\n")
     with _clock(result, "training"):
-        result["training"] = _training(
-            options, device, result,
-            presets=options.presets, rows=options.rows, memory=options.memory,
-        )  # fmt: skip
+        result["training"] = _training(options, device, result)
     _print(tables.training_table(result["training"]))
     _report_checks(
         result, "the loss and gradients of every row timed are those of its model in float64"

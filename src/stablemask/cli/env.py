@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablemask import __version__
+from stablemask import __version__, native
 from stablemask.attention import sink_attention
 from stablemask.backends import BACKENDS
 from stablemask.backends.choice import KINDS, PASSES, choose, rank
@@ -86,6 +86,7 @@ def describe_environment() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "decode_steps": native.language(),
         },
         "devices": devices,
         "backends": [
@@ -187,10 +188,12 @@ def _version(package: str) -> str | None:
 
 def _as_table(report: dict[str, Any]) -> str:
     cpu = report["cpu"]
+    hint = "" if cpu["decode_steps"] == "C++" else ", until `stablemask build` compiles them"
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [
         ("platform", report["platform"]),
         ("cpu", f"{cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads"),
+        ("decode steps", f"in {cpu['decode_steps']}{hint}"),
     ]
     rows += [(f"device {name}", text) for name, text in report["devices"].items()]
     lines = [f"{name:<14} {text}" for name, text in rows]

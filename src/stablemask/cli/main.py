@@ -17,8 +17,8 @@ from stablemask.errors import InputError, RunError
 
 # In the order a new user meets them. Each is the module of that name in this folder.
 COMMANDS = (
-    "env", "demo", "pretrain", "finetune", "generate", "serve", "evaluate", "inspect", "export", "bench",
-    "reproduce",
+    "env", "build", "demo", "pretrain", "finetune", "generate", "serve", "evaluate", "inspect", "export",
+    "bench", "reproduce",
 )  # fmt: skip
 
 FAILED_RUN = 1

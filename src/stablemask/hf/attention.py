@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
 from ..backends.calls import nothing_watches
-from ..decode import decode_step, unchecked_decode_step
+from ..decode import decode_step, repeated_decode_step
 from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import pseudo_sink_logits
 from .settings import model_settings
@@ -212,8 +212,8 @@ def _same_decode_step(
     if not like:
         return None
     assert scaling is not None
-    out = unchecked_decode_step(query, key, value, memo.sink_logits, scaling)
-    return out.reshape(query.shape[0], 1, query.shape[1], -1)
+    out = repeated_decode_step(query, key, value, memo.sink_logits, scaling)
+    return None if out is None else out.reshape(query.shape[0], 1, query.shape[1], -1)
 
 
 def _remember_decode_step(
