@@ -93,6 +93,21 @@ def test_the_best_gamma_is_told_and_judged_at_each_context():
     assert off.measured.count("the best is 0.1") == 2
 
 
+def test_each_kind_is_given_its_best_learning_rate():
+    """StableMask is ahead at the size's rate, softmax catches up at twice that of nano."""
+
+    def loss(record):
+        ahead = 0.1 * (record["label"] == "stablemask")
+        fast = record["preset"] == "nano" and record["learning_rate"] > 3e-3
+        return 3 + noisy(record) - ahead - 0.2 * (fast and record["label"] == "softmax")
+
+    found = claim(made_up(loss), "It does so where either has the best")
+    assert found.verdict == "partly reproduced"
+    assert "against 0.006" in found.measured.split(";")[0]
+    assert " -0.1" in found.measured.split("micro")[1]
+    assert claim(made_up(loss, seeds=1), "It does so where either").verdict == "open"
+
+
 def test_the_decay_is_judged_against_a_constant_mass_and_the_default_against_floors():
     records = made_up(lambda r: 3 + noisy(r) - 0.1 * (r["label"] in ("constant mass", "floor 10")))
     assert claim(records, "The decay helps").verdict == "not reproduced"

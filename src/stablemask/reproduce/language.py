@@ -16,8 +16,7 @@ from .study import SOURCE, Job, Record, Section, Study
 
 POSITIONS = ("rope", "alibi", "nope", "learned")
 GRID, TEXT, RATE, GAMMA, ABLATION = "grid", "text", "rate", "gamma", "ablation"
-GAMMA_X_CONTEXT = (0.1, 0.3, 1.0, 3.0)
-EXTREMES = (0.03, 10.0, 100.0)  # by one seed
+GAMMA_X_CONTEXT = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 
 class Size(NamedTuple):
@@ -42,7 +41,7 @@ class Plan(NamedTuple):
         sizes: the first is that of every ablation.
         grid: kinds by size and position encoding.
         contexts: of the ablation of gamma x context.
-        rates: learning rates, as multiples of the size's, at which one seed is trained too.
+        rates: learning rates, as multiples of the size's, at which a pair of kinds is trained too.
     """
 
     sizes: tuple[Size, ...]
@@ -92,7 +91,7 @@ def _runs(plan: Plan, seeds: int, text: str | None) -> Iterator[tuple[Size, Reco
                 place = {"source": text, "label": kind, "context": context}
                 yield first, base | place | {"group": TEXT, "settings": settings_of(kind, context)}
         for length in plan.contexts:
-            for product in GAMMA_X_CONTEXT + EXTREMES * (seed == 0):
+            for product in GAMMA_X_CONTEXT:
                 settings = {"attention": "stablemask", "gamma": product / length}
                 place = {"label": f"{product:g}", "context": length}
                 yield first, base | place | {"group": GAMMA, "settings": settings}
@@ -103,15 +102,14 @@ def _runs(plan: Plan, seeds: int, text: str | None) -> Iterator[tuple[Size, Reco
                 place = {"label": label, "context": context}
                 settings = {"attention": "stablemask", **settings}
                 yield first, base | place | {"group": ABLATION, "settings": settings}
-    for size in plan.sizes:
-        own = PRESETS[size.preset]["max_position_embeddings"]
-        for factor in plan.rates:
-            for kind in PAIR:
-                yield size, {
-                    "source": SOURCE, "position": "rope", "seed": 0, "label": kind, "context": own,
-                    "group": RATE, "settings": settings_of(kind, own),
-                    "learning_rate": factor * size.learning_rate,
-                }  # fmt: skip
+        for size in plan.sizes:
+            own = PRESETS[size.preset]["max_position_embeddings"]
+            for factor in plan.rates:
+                for kind in PAIR:
+                    place = {"label": kind, "context": own}
+                    rate = {"learning_rate": factor * size.learning_rate}
+                    settings = {"settings": settings_of(kind, own)}
+                    yield size, base | place | rate | {"group": RATE} | settings
 
 
 def ablations(preset: str) -> dict[str, dict[str, Any]]:
