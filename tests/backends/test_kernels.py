@@ -106,20 +106,24 @@ def test_backward_of_half_precision_on_the_cpu(masks, dtype, in_float32, monkeyp
 
 
 def test_when_the_backward_of_half_precision_is_in_float32(monkeypatch):
-    def converts(length, head_dim, dtype=torch.bfloat16):
+    def converts(length, head_dim, dtype=torch.bfloat16, *, amx=False, dot_products=False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dot_products)
+        kernels._longest_in_float32.cache_clear()
         query = torch.empty(1, 1, length, head_dim, dtype=dtype)
         return kernels._faster_in_float32(query, query)
 
-    monkeypatch.setattr(kernels, "_has_matrix_units", lambda: True)
-    assert [converts(length, 64) for length in (1, 256, 257, 4096)] == [True, True, False, False]
-    assert [converts(256, 64, d) for d in (torch.float16, torch.float32, torch.float64)] == [
-        True,
-        False,
-        False,
-    ]
-    monkeypatch.setattr(kernels, "_has_matrix_units", lambda: False)
-    assert converts(4096, 64)
-    assert not converts(4096, 64, torch.float32)
+    half = (torch.bfloat16, torch.float16)
+    for dtype in half:
+        assert converts(256, 64, dtype, amx=True, dot_products=True)
+        assert not converts(257, 64, dtype, amx=True, dot_products=True)
+        assert converts(4096, 64, dtype)
+    # A CPU that multiplies bfloat16 need not multiply float16.
+    assert [converts(128, 64, dtype, dot_products=True) for dtype in half] == [True, True]
+    assert [converts(129, 64, dtype, dot_products=True) for dtype in half] == [False, True]
+    for dtype in (torch.float32, torch.float64):
+        assert not converts(16, 64, dtype)
+    kernels._longest_in_float32.cache_clear()
 
 
 class TestOnGpu:

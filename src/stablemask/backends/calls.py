@@ -36,6 +36,20 @@ def nothing_watches() -> bool:
     )
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def only_autograd_watches(*tensors: Tensor | None) -> bool:
+    """Whether an operator may give way to what it is made of: plain tensors, in eager mode, in no mode."""
+    return (
+        all(type(tensor) in _PLAIN for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
 # Asked once: the compiler of PyTorch 2.9 cannot trace the question.
 _WITH_AUTOCAST = frozenset(
     device

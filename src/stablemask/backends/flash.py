@@ -10,9 +10,15 @@ from torch.nn import functional as F
 from ..call import Call
 from ..masks import NO_MASKS, Masks
 from . import functional
-from .calls import is_exporting, needs_gradient, nothing_watches, under_torch_func
+from .calls import (
+    is_exporting,
+    needs_gradient,
+    nothing_watches,
+    only_autograd_watches,
+    under_torch_func,
+)
 from .kernels import KERNELS
-from .operators import flash_forward, scale_rows
+from .operators import eager_forward, flash_forward, scale_rows
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
@@ -112,11 +118,14 @@ def attend_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, n, V) and lse (B, H, n), as :func:`~.operators.forward` has them, for any value_dim."""
     query, key, value, value_dim = fit(query, key, value, kernel)
-    operator = functional.flash_forward if under_torch_func() else flash_forward
-    out, lse = operator(
-        query, key, value, sink_logits,
-        masks.attn_mask, masks.alibi_slopes, masks.window, masks.documents, past, scale, kernel,
-    )  # fmt: skip
+    tensors = (query, key, value, sink_logits, masks.attn_mask, masks.alibi_slopes)
+    if under_torch_func():
+        operator = functional.flash_forward
+    elif only_autograd_watches(*tensors, masks.documents):
+        operator = eager_forward
+    else:
+        operator = flash_forward
+    out, lse = operator(*tensors, masks.window, masks.documents, past, scale, kernel)
     return (out if out.shape[3] == value_dim else out[..., :value_dim]), lse
 
 

@@ -12,6 +12,7 @@ differences end in this file. None is called with dropout, so their random state
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,21 +45,25 @@ def _cpu_backward(grad, query, key, value, out, lse, bias, causal, scale):
     return tuple(gradient.to(query.dtype) for gradient in gradients)
 
 
-# In half precision the CPU's backward packs every block for the matrix units, which short sequences never
-# earn back; and where there are no such units (AMX), its products are slow at any length.
-_SHORT = 16384  # keys * head_dim
-
-
 def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
     """Whether converting everything and back is faster, by 1.1 to 16 times here; docs/log.md has the figures."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return key.shape[2] * key.shape[3] <= _SHORT or not _has_matrix_units()
+    return key.shape[2] * key.shape[3] <= _longest_in_float32(query.dtype)
 
 
 @functools.cache
-def _has_matrix_units() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+def _longest_in_float32(dtype: torch.dtype) -> float:
+    """Keys times head_dim up to which the backward in float32 wins.
+
+    Where the CPU multiplies in half precision, short sequences never earn back its preparations; where
+    it does not, its products are slow at any length.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return 16384
+    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        return 8192
+    return math.inf
 
 
 def _no_random_state(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ memory stays linear in length.
 Letters: B batch, H query heads, K key heads, n query rows, m keys, D head_dim.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -170,13 +172,15 @@ def backward(
     """Gradients of query, key and value, of their shapes, given those of ``out``.
 
     ``out`` and ``lse`` are those of :func:`forward`, or of a larger set of keys of which these are a part.
+    How the gradients lie in memory is the kernel's choice.
     """
     if query.numel() == 0:
         return _empty(query), _empty(key).zero_(), _empty(value).zero_()
     grad = grad.contiguous() if grad.stride(-1) != 1 else grad
-    # A row that sees nothing has hidden scores only; any finite lse makes their weights 0.
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
     masks = Masks(attn_mask, alibi_slopes, window, documents)
+    if attn_mask is not None or masks.by_tile:
+        # A row that sees nothing has hidden scores only; any finite lse makes their weights 0.
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
     tiling = _tiling(query, key, masks, past, scale, kernel, backward=True)
     blocks = tiling.blocks()
 
@@ -193,8 +197,7 @@ def backward(
     if len(blocks) == 1:
         tiles = list(tiling.tiles(blocks[0]))
         if len(tiles) == 1 and tiles[0].keys == slice(0, key.shape[2]):
-            d_query, d_key, d_value = part(tiles[0])
-            return _in_order(d_query), _in_order(d_key), _in_order(d_value)
+            return part(tiles[0])
 
     # The gradient of a key is a sum over the blocks, taken in float32 or better.
     precise = query.dtype if len(blocks) == 1 else lse_dtype(query)
@@ -273,7 +276,13 @@ def _in_order(tensor: Tensor) -> Tensor:
 
 # As operators, which compilers, exporters and autograd see whole.
 flash_forward = torch.library.custom_op("stablemask::flash_forward", mutates_args=())(forward)
-flash_backward = torch.library.custom_op("stablemask::flash_backward", mutates_args=())(backward)
+
+
+@torch.library.custom_op("stablemask::flash_backward", mutates_args=())
+@functools.wraps(backward)
+def flash_backward(*inputs):
+    d_query, d_key, d_value = backward(*inputs)
+    return _in_order(d_query), _in_order(d_key), _in_order(d_value)
 
 
 @flash_forward.register_fake
@@ -336,3 +345,28 @@ def _with_lse_gradient(backward, d_out, d_lse, query, key, value, out, lse, *res
 
 flash_forward.register_autograd(differentiate, setup_context=save_for_backward)
 flash_backward.register_autograd(refuse_second_order)
+
+
+# Autograd lets no one write into a view that a function returns; what the forward returns is nobody else's.
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+class _InEager(torch.autograd.Function):
+    """The forward and backward above as they are: an operator takes as long to enter as a short kernel."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            output = forward(*inputs)
+        save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        # One that shall be differentiated once more is an operator, which says why it cannot be.
+        return differentiate(
+            ctx, d_out, d_lse, flash_backward if torch.is_grad_enabled() else backward
+        )
+
+
+eager_forward = _InEager.apply

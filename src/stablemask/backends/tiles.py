@@ -120,6 +120,8 @@ class Tiling:
         return lowest
 
     def _tile(self, rows: slice, keys: slice, causal: bool) -> Tile:
+        if not self.masks.by_tile and self.masks.attn_mask is None:
+            return Tile(rows, keys, causal, None, None)
         slopes = self.masks.alibi_slopes
         by_key = slopes is not None and (self.half or not causal)
         bias = self._mask_bias(rows, keys, with_alibi=not by_key)

@@ -1,0 +1,136 @@
+"""In eager mode the operators give way to what they are made of, and nobody can tell."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from stablemask import head_decay_rates, sink_attention
+from stablemask.backends import operators
+from stablemask.masks import Masks
+from tests.oracle import gradients, make_inputs
+
+FORWARD, BACKWARD = "stablemask::flash_forward", "stablemask::flash_backward"
+KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
+PADDING = torch.where(torch.arange(12) < 2, -1e30, 0.0).view(1, 1, 1, 12)
+MASKS = {
+    "none": Masks(),
+    "window": Masks(window=3),
+    "alibi": Masks(alibi_slopes=head_decay_rates(4)),
+    "documents": Masks(documents=(torch.arange(12) // 5)[None]),
+    "padding": Masks(attn_mask=PADDING),
+}
+
+
+def attend(query, key, value, sink):
+    return sink_attention(query, key, value, sink, backend="flash")
+
+
+def inputs_and_sink(dtype=torch.float32):
+    return *make_inputs(2, 4, 2, 12, 12, 8, dtype), torch.zeros(4, 1, requires_grad=True)
+
+
+def operators_called(function):
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        function()
+    return [event.name for event in run.events() if event.name in (FORWARD, BACKWARD, KERNEL)]
+
+
+@pytest.mark.parametrize("q_len", [12, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("masks", MASKS)
+def test_the_bits_are_those_of_the_operators(masks, dtype, q_len):
+    query, key, value = make_inputs(2, 4, 2, q_len, 12, 8, dtype)
+    sink = torch.randn(1, 4, 1, requires_grad=True)
+    its = MASKS[masks]
+    rest = (its.attn_mask, its.alibi_slopes, its.window, its.documents, 12 - q_len, 0.3, "cpu")
+    inputs = (query, key, value, sink)
+    both = [f(*inputs, *rest) for f in (operators.eager_forward, operators.flash_forward)]
+    grad, grad_lse = torch.randn_like(both[0][0]), torch.randn_like(both[0][1])
+    for ours, operator in zip(*both, strict=True):
+        assert torch.equal(ours, operator)
+        assert ours.stride() == operator.stride()
+    for outputs, grads in (((0,), (grad,)), ((0, 1), (grad, grad_lse)), ((1,), (grad_lse,))):
+        ours, operator = (
+            torch.autograd.grad([found[i] for i in outputs], inputs, grads, retain_graph=True)
+            for found in both
+        )
+        assert all(map(torch.equal, ours, operator))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_operator_is_entered_where_nothing_but_autograd_watches(training):
+    def run():
+        with torch.set_grad_enabled(training):
+            out = sink_attention(*inputs, window=3, backend="flash")
+        if training:
+            out.sum().backward()
+
+    inputs = inputs_and_sink()
+    assert set(operators_called(run)) == {KERNEL}
+
+
+def test_a_mode_sees_the_operators():
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    inputs, seen = inputs_and_sink(), []
+    expected = attend(*inputs)
+    with Record():
+        out = attend(*inputs)
+        out.sum().backward()
+    assert torch.equal(out, expected)
+    assert seen.count(FORWARD) == seen.count(BACKWARD) == 1
+
+
+def test_selective_checkpointing_keeps_what_the_operator_returns():
+    def policy(context, function, *args, **kwargs):
+        kept = function is torch.ops.stablemask.flash_forward.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(inputs, **options):
+        out = checkpoint(attend, *inputs, use_reentrant=False, **options)
+        return gradients(out, inputs, torch.ones_like(out))
+
+    inputs = inputs_and_sink()
+    expected = run(inputs)
+
+    def selective():
+        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+        assert all(map(torch.equal, run(inputs, context_fn=contexts), expected))
+
+    assert operators_called(lambda: run(inputs)).count(KERNEL) == 2
+    assert operators_called(selective).count(KERNEL) == 1
+
+
+def test_the_output_can_be_written_into_as_that_of_any_operator():
+    inputs = inputs_and_sink()
+    out = attend(*inputs)
+    doubled = 2 * out.detach()
+    assert not out._is_view()
+    out.mul_(2)
+    assert torch.equal(out, doubled)
+    # It was kept for the backward, as the stock function keeps its own.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_saved_tensors_pass_through_hooks():
+    inputs, packed = inputs_and_sink(), []
+
+    def pack(tensor):
+        packed.append(tensor.shape)
+        return tensor.clone()
+
+    expected = gradients(attend(*inputs), inputs, torch.ones(2, 4, 12, 8))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = attend(*inputs)
+    assert torch.Size((2, 4, 12)) in packed  # the logsumexp
+    assert all(map(torch.equal, gradients(out, inputs, torch.ones_like(out)), expected))
