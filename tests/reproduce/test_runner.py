@@ -46,6 +46,19 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(tmp_path):
     assert "squaring 5" in logs
 
 
+def test_a_study_names_every_machine_it_was_run_on(tmp_path):
+    run(tmp_path, study_of(*squares(1)))
+    path = tmp_path / "work/records/squares/square-1.json"
+    record = json.loads(path.read_text())
+    here = record["hardware"]
+    assert json.loads((tmp_path / "squares.json").read_text())["hardware"] == here
+    path.write_text(json.dumps(record | {"hardware": "another"}))
+    run(tmp_path, study_of(*squares(1, 2)))
+    assert squared(tmp_path) == [1, 2]
+    document = json.loads((tmp_path / "squares.json").read_text())
+    assert document["hardware"] == f"another; {here}"
+
+
 def test_a_job_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     def result(*arguments):
         try:

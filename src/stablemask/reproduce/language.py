@@ -16,6 +16,7 @@ from .study import SOURCE, Job, Record, Section, Study
 
 POSITIONS = ("rope", "alibi", "nope", "learned")
 GRID, TEXT, RATE, GAMMA, ABLATION = "grid", "text", "rate", "gamma", "ablation"
+CURVE_TOKENS, FINAL_TOKENS = 16384, 131072  # of validation, during a training and after it
 GAMMA_X_CONTEXT = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 
@@ -168,8 +169,8 @@ def training_options(run: Record) -> dict[str, Any]:
         "learning_rate": run["learning_rate"],
         "eval_every": max(1, steps // 8),
         "save_every": steps,
-        "eval_tokens": 16384,
-        "final_eval_tokens": 131072,
+        "eval_tokens": CURVE_TOKENS,
+        "final_eval_tokens": FINAL_TOKENS,
         "probe_tokens": run["context"],
         "seed": run["seed"],
         **run["settings"],

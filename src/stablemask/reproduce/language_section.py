@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 
 from ..report.drawing import GRAY
 from .kinds import KINDS, LABELS, line_style
-from .language import ABLATION, GAMMA, GRID, POSITIONS, RATE, TEXT
+from .language import (
+    ABLATION,
+    CURVE_TOKENS,
+    FINAL_TOKENS,
+    GAMMA,
+    GRID,
+    POSITIONS,
+    RATE,
+    TEXT,
+)
 from .page import table
 from .statistics import Estimate, estimate
 from .study import Claim, Record, Section, verdict
@@ -93,7 +102,7 @@ def _setup(records: list[Record], presets: list[str]) -> str:
     return (
         f"Trained from scratch on `{records[0]['source']}`, the source text of Python's standard library, by "
         f"`stablemask pretrain`, all kinds alike but for their attention ({'; '.join(sizes)}). The loss is that of up "
-        "to 131,072 validation tokens of documents held out, in the curves of the first 16,384. A seed decides the weights and the order of the text. This is the very beginning of a training, in which a kind that gets "
+        f"to {FINAL_TOKENS:,} validation tokens of documents held out, in the curves of the first {CURVE_TOKENS:,}. A seed decides the weights and the order of the text. This is the very beginning of a training, in which a kind that gets "
         "going sooner is far ahead. One is better than another where the whole interval of the difference is below 0; "
         f"where only the mean is, by more than {SAME} nats, that stays open."
     )

@@ -55,11 +55,13 @@ def run_studies(
     done = {id(job): _stored(out, study, job) for study, job in queue}
     todo = [(study, job) for study, job in queue if done[id(job)] is None]
     about = {"scale": scale, "seeds": seeds, "workers": workers}
+    here = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here["command"] = command
 
     def finish(study: Study) -> None:
         records = [done[id(job)] for of, job in queue if of is study]
         if all(record is not None for record in records):
-            _write(out / f"{study.name}.json", _document(study, about, records, command))
+            _write(out / f"{study.name}.json", _document(study, about | here, records))
 
     for study in studies:
         finish(study)
@@ -96,7 +98,7 @@ def run_studies(
                     failure, waiting = failure or error, iter(())
                     bar.set_postfix_str(f"{study.name} {job.name} failed")
                     continue
-                record = {"job": job.name, **job.arguments, **result}
+                record = {"job": job.name, **job.arguments, **result, "hardware": here["hardware"]}
                 _write(_record_file(out, study, job), record)
                 done[id(job)] = record
                 bar.update(job.cost)
@@ -208,15 +210,14 @@ def _stored(out: Path, study: Study, job: Job) -> Record | None:
     return record if same else None
 
 
-def _document(
-    study: Study, about: dict[str, Any], records: list[Record | None], command: str
-) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    described = describe(device) | {"command": command}
-    seconds = sum(record["seconds"] for record in records if record is not None)
+def _document(study: Study, about: dict[str, Any], records: list[Record | None]) -> dict[str, Any]:
+    done = [record for record in records if record is not None]
+    # Where a study was gone on with on another machine, both.
+    machines = dict.fromkeys(record.get("hardware", about["hardware"]) for record in done)
+    seconds = sum(record["seconds"] for record in done)
     return {
-        "study": study.name, **about, **described, "job_seconds": round(seconds, 1),
-        "records": records,
+        "study": study.name, **about, "hardware": "; ".join(machines),
+        "job_seconds": round(seconds, 1), "records": done,
     }  # fmt: skip
 
 

@@ -144,6 +144,7 @@ def _train(
     )
     order = Shuffle(len(data), seed)
     on_gpu = model.device.type == "cuda"
+    model.chunked_loss = True
     model.train()
     for step in range(steps):
         if step % max(1, steps // 20) == 0:
@@ -151,7 +152,7 @@ def _train(
         drawn = range(step * batch_size, (step + 1) * batch_size)
         ids = _blocks(data, [order[k] for k in drawn], first).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
