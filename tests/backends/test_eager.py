@@ -75,19 +75,62 @@ def test_no_operator_is_entered_where_nothing_but_autograd_watches(training):
     assert set(operators_called(run)) == {KERNEL}
 
 
-def test_a_mode_sees_the_operators():
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function.name())
-            return function(*args, **(kwargs or {}))
+class Record(TorchDispatchMode):
+    """Notes the name of every operator that is called."""
 
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operators():
     inputs, seen = inputs_and_sink(), []
     expected = attend(*inputs)
-    with Record():
+    with Record(seen):
         out = attend(*inputs)
         out.sum().backward()
     assert torch.equal(out, expected)
     assert seen.count(FORWARD) == seen.count(BACKWARD) == 1
+
+
+def test_a_mode_around_the_backward_alone_sees_its_operator():
+    inputs, seen = inputs_and_sink(), []
+    out = attend(*inputs)
+    with Record(seen):
+        out.sum().backward()
+    assert seen.count(BACKWARD) == 1
+
+
+def test_a_batch_of_gradients_is_that_of_each():
+    inputs = inputs_and_sink()
+    out = attend(*inputs)
+    grads = torch.randn(3, *out.shape)
+    batch = torch.autograd.grad(out, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for number, grad in enumerate(grads):
+        alone = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        for ours, expected in zip(batch, alone, strict=True):
+            torch.testing.assert_close(ours[number], expected)
+
+
+def test_compiled_autograd_traces_the_operator():
+    torch.compiler.reset()
+    inputs, graphs = inputs_and_sink(), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    out = attend(*inputs)
+    expected = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=keep, fullgraph=True)):
+        out.sum().backward()
+    assert all(torch.equal(t.grad, grad) for t, grad in zip(inputs, expected, strict=True))
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert "stablemask.flash_backward" in " ".join(called)
 
 
 def test_selective_checkpointing_keeps_what_the_operator_returns():

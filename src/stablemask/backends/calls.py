@@ -39,11 +39,17 @@ def nothing_watches() -> bool:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
+def _is_batch(tensor: Tensor | None) -> bool:
+    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` is behind it."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def only_autograd_watches(*tensors: Tensor | None) -> bool:
     """Whether an operator may give way to what it is made of: plain tensors, in eager mode, in no mode."""
     return (
-        all(type(tensor) in _PLAIN for tensor in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and all(type(tensor) in _PLAIN and not _is_batch(tensor) for tensor in tensors)
+        and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None

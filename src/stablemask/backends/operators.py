@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Masks
-from .calls import refuse_second_order, sink_gradient
+from .calls import only_autograd_watches, refuse_second_order, sink_gradient
 from .kernels import KERNELS
 from .tiles import Tile, Tiling
 
@@ -363,10 +363,9 @@ class _InEager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        # One that shall be differentiated once more is an operator, which says why it cannot be.
-        return differentiate(
-            ctx, d_out, d_lse, flash_backward if torch.is_grad_enabled() else backward
-        )
+        # One that shall be differentiated once more is an operator too, which says why it cannot be.
+        alone = only_autograd_watches(d_out, d_lse) and not torch.is_grad_enabled()
+        return differentiate(ctx, d_out, d_lse, backward if alone else flash_backward)
 
 
 eager_forward = _InEager.apply
