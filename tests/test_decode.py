@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablemask import decode, sink_attention, stable_mask_attention
-from stablemask.decode import decode_step
+from stablemask.decode import Units, decode_step
 from tests.marks import native_library
 from tests.oracle import doubled, make_inputs, sink_definition
 
@@ -104,9 +104,21 @@ def test_scale_is_used():
     torch.testing.assert_close(sink_attention(query, key, value, 0.0, scale=0.7), scaled)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture(params=[Units(True, True), Units(False, True), Units(False, False)], ids=str)
+def units(request, monkeypatch):
+    """With the rules of a processor that has these."""
+    before = decode._UNITS
+    monkeypatch.setattr(decode, "_UNITS", request.param)
+    if decode.NATIVE is not None:
+        decode.NATIVE.set_units(*request.param)
+    yield request.param
+    if decode.NATIVE is not None:
+        decode.NATIVE.set_units(*before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [3, 6, 12, 24])
-def test_heads_that_share_keys(dtype, heads):
+def test_heads_that_share_keys(dtype, heads, units):
     """One, two, four and eight query heads to a key head, which are rows of one call or are not."""
     query, key, value = make_inputs(2, heads, 3, 1, 33, 16, dtype)
     sinks = torch.randn(2, heads, 1)
@@ -114,6 +126,18 @@ def test_heads_that_share_keys(dtype, heads):
     exact = sink_definition(*doubled((query, key, value)), sinks.double())
     assert step.shape == query.shape
     assert (step.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+def test_how_many_rows_the_kernel_is_given(monkeypatch):
+    half, full = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+    monkeypatch.setattr(decode, "_UNITS", Units(True, True))
+    assert [[decode._rows_of(g, d) for g in (1, 2, 3, 4)] for d in half] == [[0, 0, 0, 4]] * 2
+    assert [[decode._rows_of(g, d) for g in (1, 2, 3, 4)] for d in full] == [[0, 2, 3, 4]] * 2
+    monkeypatch.setattr(decode, "_UNITS", Units(False, True))
+    assert [decode._rows_of(1, d) for d in (*half, *full)] == [4, 0, 0, 0]
+    assert [decode._rows_of(2, d) for d in (*half, *full)] == [2, 2, 2, 2]
+    monkeypatch.setattr(decode, "_UNITS", Units(False, False))
+    assert [decode._rows_of(1, d) for d in (*half, *full)] == [0, 0, 0, 0]
 
 
 def test_sinks_that_take_nothing_and_all():

@@ -8,7 +8,7 @@ by its own signs. Whatever else a call may be, wrong arguments included, it goes
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,35 @@ from . import native
 from .backends.calls import nothing_watches
 from .pseudo import log_pseudo_mass
 
+
+class Units(NamedTuple):
+    """What the processor has for half precision."""
+
+    amx: bool
+    avx512_bf16: bool
+
+
+_UNITS = Units(torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported())
 NATIVE: Any = native.load()
+if NATIVE is not None:
+    NATIVE.set_units(*_UNITS)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# For several rows the kernel packs keys of half precision first, which takes longer than reading them
-# twice or three times.
-_PACKED, _WORTH_PACKING = (torch.bfloat16, torch.float16), 4
+
+
+def _rows_of(groups: int, dtype: torch.dtype) -> int:
+    """How many rows a key head gets for its group of query heads, 0 to leave them apart.
+
+    As rows of one key head they read each key once. But with AMX the kernel packs keys of half precision
+    for several rows first, which takes longer than reading them twice or three times; and with products of
+    bfloat16 alone one row takes the kernel two to three times as long as four, so a lone one is repeated.
+    """
+    if _UNITS.amx:
+        half = dtype in (torch.bfloat16, torch.float16)
+        return groups if groups >= (4 if half else 2) else 0
+    if groups > 1:
+        return groups
+    return 4 if _UNITS.avx512_bf16 and dtype == torch.bfloat16 else 0
 
 
 def decode_step(
@@ -103,14 +126,19 @@ def _unchecked(
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
-    if groups > 1 and (groups >= _WORTH_PACKING or query.dtype not in _PACKED):
-        # The heads that share a key head become its rows, so that each key is read once.
+    rows = _rows_of(groups, query.dtype)
+    if groups > 1 and rows:
         query = query.reshape(batch, kv_heads, groups, head_dim)
         if isinstance(sink_logits, Tensor) and sink_logits.shape[-2] == heads:
             sink_logits = sink_logits.reshape(-1, kv_heads, groups)
+    repeated = groups == 1 and rows > 0
+    if repeated:
+        query = query.repeat(1, 1, rows, 1)
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=None, scale=scale
     )
+    if repeated:
+        out, lse = out[:, :, :1], lse[:, :, :1]
     return out.mul_(lse.sub_(sink_logits).sigmoid_().unsqueeze(-1))
 
 

@@ -19,8 +19,21 @@
 
 namespace {
 
-// From so many rows to a key head on, the kernel's packing of keys in half precision is worth its time.
-constexpr int64_t kWorthPacking = 4;
+// What the processor has for half precision, as ../decode.py tells: AMX, for which the kernel packs keys,
+// and AVX-512's products of bfloat16.
+bool has_amx = false, has_avx512_bf16 = false;
+
+// How many rows a key head gets for its group of query heads, 0 to leave them apart. See ../decode.py.
+int64_t rows_of(int64_t groups, at::ScalarType dtype) {
+  if (has_amx) {
+    const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
+    return groups >= (half ? 4 : 2) ? groups : 0;
+  }
+  if (groups > 1) {
+    return groups;
+  }
+  return has_avx512_bf16 && dtype == at::kBFloat16 ? 4 : 0;
+}
 
 // Whether a set holds no key and no backend but those allowed.
 bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
@@ -106,14 +119,19 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
                   const Sinks& sinks, std::optional<double> scale) {
   const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3);
   const int64_t key_heads = key.size(1), groups = heads / key_heads;
-  const bool packs = query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf;
+  const int64_t row_count = rows_of(groups, query.scalar_type());
   at::Tensor rows = query;
-  if (groups > 1 && (groups >= kWorthPacking || !packs)) {
+  if (groups > 1 && row_count > 0) {
     // The heads that share a key head become its rows, so that each key is read once.
     rows = query.reshape({batch, key_heads, groups, head_dim});
+  } else if (row_count > 0) {
+    rows = query.repeat({1, 1, row_count, 1});
   }
   auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
       rows, key, value, /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::nullopt, scale);
+  if (groups == 1 && row_count > 0) {
+    out = out.narrow(2, 0, 1);
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "decode_step", [&] {
     give_to_sinks<scalar_t>(out, lse, sinks);
   });
@@ -171,7 +189,18 @@ PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* set_units(PyObject*, PyObject* arguments) {
+  int amx = 0, avx512_bf16 = 0;
+  if (!PyArg_ParseTuple(arguments, "pp", &amx, &avx512_bf16)) {
+    return nullptr;
+  }
+  has_amx = amx;
+  has_avx512_bf16 = avx512_bf16;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
+    {"set_units", set_units, METH_VARARGS, "set_units(amx, avx512_bf16): what the processor has."},
     {"decode_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(decode_step)), METH_FASTCALL,
      "decode_step(query, key, value, sink_logits, gamma, scale): see stablemask.decode."},
     {nullptr, nullptr, 0, nullptr},
