@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablemask import decode, sink_attention, stable_mask_attention
-from stablemask.decode import Units, decode_step
+from stablemask.decode import decode_step
+from stablemask.processor import Units
 from tests.marks import native_library
 from tests.oracle import doubled, make_inputs, sink_definition
 
@@ -107,8 +108,8 @@ def test_scale_is_used():
 @pytest.fixture(params=[Units(True, True), Units(False, True), Units(False, False)], ids=str)
 def units(request, monkeypatch):
     """With the rules of a processor that has these."""
-    before = decode._UNITS
-    monkeypatch.setattr(decode, "_UNITS", request.param)
+    before = decode.UNITS
+    monkeypatch.setattr(decode, "UNITS", request.param)
     if decode.NATIVE is not None:
         decode.NATIVE.set_units(*request.param)
     yield request.param
@@ -130,13 +131,13 @@ def test_heads_that_share_keys(dtype, heads, units):
 
 def test_how_many_rows_the_kernel_is_given(monkeypatch):
     half, full = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
-    monkeypatch.setattr(decode, "_UNITS", Units(True, True))
+    monkeypatch.setattr(decode, "UNITS", Units(True, True))
     assert [[decode._rows_of(g, d) for g in (1, 2, 3, 4)] for d in half] == [[0, 0, 0, 4]] * 2
     assert [[decode._rows_of(g, d) for g in (1, 2, 3, 4)] for d in full] == [[0, 2, 3, 4]] * 2
-    monkeypatch.setattr(decode, "_UNITS", Units(False, True))
+    monkeypatch.setattr(decode, "UNITS", Units(False, True))
     assert [decode._rows_of(1, d) for d in (*half, *full)] == [4, 0, 0, 0]
     assert [decode._rows_of(2, d) for d in (*half, *full)] == [2, 2, 2, 2]
-    monkeypatch.setattr(decode, "_UNITS", Units(False, False))
+    monkeypatch.setattr(decode, "UNITS", Units(False, False))
     assert [decode._rows_of(1, d) for d in (*half, *full)] == [0, 0, 0, 0]
 
 

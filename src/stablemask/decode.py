@@ -8,7 +8,7 @@ by its own signs. Whatever else a call may be, wrong arguments included, it goes
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,12 @@ from torch.nn import Parameter
 
 from . import native
 from .backends.calls import nothing_watches
+from .processor import UNITS
 from .pseudo import log_pseudo_mass
 
-
-class Units(NamedTuple):
-    """What the processor has for half precision."""
-
-    amx: bool
-    avx512_bf16: bool
-
-
-_UNITS = Units(torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported())
 NATIVE: Any = native.load()
 if NATIVE is not None:
-    NATIVE.set_units(*_UNITS)
+    NATIVE.set_units(*UNITS)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,12 +33,12 @@ def _rows_of(groups: int, dtype: torch.dtype) -> int:
     for several rows first, which takes longer than reading them twice or three times; and with products of
     bfloat16 alone one row takes the kernel two to three times as long as four, so a lone one is repeated.
     """
-    if _UNITS.amx:
+    if UNITS.amx:
         half = dtype in (torch.bfloat16, torch.float16)
         return groups if groups >= (4 if half else 2) else 0
     if groups > 1:
         return groups
-    return 4 if _UNITS.avx512_bf16 and dtype == torch.bfloat16 else 0
+    return 4 if UNITS.avx512_bf16 and dtype == torch.bfloat16 else 0
 
 
 def decode_step(

@@ -17,6 +17,7 @@ from stablemask import (
 from stablemask.backends import kernels
 from stablemask.backends.flash import kernel_for
 from stablemask.backends.kernels import KERNELS
+from stablemask.processor import Units
 from tests import marks
 from tests.oracle import (
     assert_no_further_than_twice,
@@ -107,9 +108,7 @@ def test_backward_of_half_precision_on_the_cpu(masks, dtype, in_float32, monkeyp
 
 def test_when_the_backward_of_half_precision_is_in_float32(monkeypatch):
     def converts(length, head_dim, dtype=torch.bfloat16, *, amx=False, dot_products=False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dot_products)
-        kernels._longest_in_float32.cache_clear()
+        monkeypatch.setattr(kernels, "UNITS", Units(amx, dot_products))
         query = torch.empty(1, 1, length, head_dim, dtype=dtype)
         return kernels._faster_in_float32(query, query)
 
@@ -123,7 +122,6 @@ def test_when_the_backward_of_half_precision_is_in_float32(monkeypatch):
     assert [converts(129, 64, dtype, dot_products=True) for dtype in half] == [False, True]
     for dtype in (torch.float32, torch.float64):
         assert not converts(16, 64, dtype)
-    kernels._longest_in_float32.cache_clear()
 
 
 class TestOnGpu:

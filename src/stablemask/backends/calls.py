@@ -49,7 +49,7 @@ def only_autograd_watches(*tensors: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and all(type(tensor) in _PLAIN and not _is_batch(tensor) for tensor in tensors)
-        and not torch._C._are_functorch_transforms_active()
+        and not under_torch_func()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None

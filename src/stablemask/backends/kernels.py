@@ -11,13 +11,14 @@ Kernels differ in the layout and padding of lse, in grouped heads, and in what a
 differences end in this file. None is called with dropout, so their random states are placeholders.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..processor import UNITS
 
 aten = torch.ops.aten
 
@@ -52,16 +53,15 @@ def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
     return key.shape[2] * key.shape[3] <= _longest_in_float32(query.dtype)
 
 
-@functools.cache
 def _longest_in_float32(dtype: torch.dtype) -> float:
     """Keys times head_dim up to which the backward in float32 wins.
 
     Where the CPU multiplies in half precision, short sequences never earn back its preparations; where
     it does not, its products are slow at any length.
     """
-    if torch.cpu._is_amx_tile_supported():
+    if UNITS.amx:
         return 16384
-    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+    if dtype == torch.bfloat16 and UNITS.avx512_bf16:
         return 8192
     return math.inf
 
