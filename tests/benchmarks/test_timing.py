@@ -1,6 +1,8 @@
 """Rounds, medians and ratios, and the measurements of the backends."""
 
+import itertools
 import json
+import math
 import statistics
 
 import pytest
@@ -45,30 +47,62 @@ def clock(monkeypatch):
     return takes, calls
 
 
-def test_rounds_turn_and_slow_functions_miss_some(clock):
+def test_rounds_turn_and_others_miss_some(clock):
     takes, calls = clock
-    functions = {"fast": takes("fast", 1.0), "twice": takes("twice", 2.0), "slow": takes("slow", 9)}
-    samples = interleave(functions, Budget(1000.0), "cpu")
-    assert sorted(samples["fast"]) == sorted(samples["twice"]) == list(range(11))
-    assert sorted(samples["slow"]) == [0, 5, 10]
-    assert samples["twice"][5] == 2.0
-    measured = calls[3:]  # after one call each to learn how long they take
-    assert measured[:3] == ["fast", "twice", "slow"]
-    assert measured[3:5] == ["twice", "fast"]
-    everywhere = interleave(functions, Budget(1000.0), "cpu", always=["slow"])
-    assert len(everywhere["slow"]) == 11
+    functions = {
+        "floor": takes("floor", 1.0),
+        "ours": takes("ours", 2.0),
+        "other": takes("other", 9),
+    }
+    budget = Budget(0.0, min_rounds=7)
+    samples = interleave(functions, budget, "cpu", floors=["floor"], watched=["ours"])
+    assert sorted(samples["floor"]) == sorted(samples["ours"]) == list(range(7))
+    assert sorted(samples["other"]) == [0, 3, 6]
+    assert samples["ours"][5] == 2.0
+    assert calls[:3] == ["floor", "ours", "other"]
+    assert calls[3:5] == ["ours", "floor"]
 
 
-def test_a_budget_bounds_the_rounds(clock):
+def test_seconds_bound_the_rounds_after_the_least(clock):
     takes, _ = clock
-    assert len(interleave({"a": takes("a", 2.0)}, Budget(10.0), "cpu")["a"]) == 5
-    assert len(interleave({"a": takes("a", 20.0)}, Budget(10.0), "cpu")["a"]) == 3
-    assert len(interleave({"a": takes("a", 20.0)}, Budget(10.0, min_rounds=1), "cpu")["a"]) == 1
+
+    def rounds(of_a_call, **budget):
+        samples = interleave(
+            {"a": takes("a", of_a_call)}, Budget(**budget), "cpu", floors=[], watched=["a"]
+        )
+        return len(samples["a"])
+
+    assert rounds(2.0, seconds=10.0) == 4 + 5
+    assert rounds(20.0, seconds=10.0) == 4
+    assert rounds(20.0, seconds=10.0, min_rounds=1) == 1
+    assert rounds(2.0, seconds=1e6) == 101
+
+
+def test_what_is_watched_goes_on_until_its_ratio_is_known(clock):
+    takes, _ = clock
+
+    def rounds(ours):
+        functions = {"floor": takes("floor", 1.0), "ours": ours, "other": takes("other", 1.1)}
+        return interleave(
+            functions, Budget(1e6, min_rounds=7), "cpu", floors=["floor"], watched=["ours"]
+        )
+
+    steady = rounds(takes("ours", 1.0))
+    assert [len(steady[name]) for name in ("floor", "ours", "other")] == [7, 7, 3]
+    quick, slow = takes("ours", 1.0), takes("ours", 1.04)
+    turn = itertools.cycle([quick, slow])
+    noisy = rounds(lambda: next(turn)())
+    assert len(noisy["ours"]) == len(noisy["floor"]) > 7
+    assert len(noisy["other"]) == 3
+    # The quartiles lie 0.04 apart, a deviation of 0.03, and the error falls with the root of the rounds.
+    error = 0.04 / 1.349 * math.sqrt(math.pi / 2)
+    assert error / math.sqrt(len(noisy["ours"])) <= timing.PRECISION
+    assert error / math.sqrt(len(noisy["ours"]) - 2) > timing.PRECISION
 
 
 def test_short_calls_are_timed_in_blocks(clock):
     takes, calls = clock
-    samples = interleave({"a": takes("a", 1e-4)}, Budget(1.0), "cpu")
+    samples = interleave({"a": takes("a", 1e-4)}, Budget(0.0), "cpu", floors=[], watched=["a"])
     assert len(calls) == 1 + 100 * len(samples["a"])
     assert samples["a"][0] == pytest.approx(1e-4)
 

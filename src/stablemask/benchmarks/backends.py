@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def measure_backends(
     """
     device = torch.device(device)
     rows = {f"stablemask {name}": name for name in BACKENDS}
-    own = [row for row in own_rows(device.type) if row.name in rows]
+    own = [replace(row, watched=True) for row in own_rows(device.type) if row.name in rows]
     if device.type == "cpu":  # "auto" never takes what must first run a C++ compiler
         own = [row for row in own if not row.compiled]
     tokens = TOKENS.get(device.type, TOKENS["cpu"])

@@ -24,6 +24,7 @@ class Case:
         q_len, kv_len: equal, or a query of ``q_len`` tokens behind a cache.
         groups: query heads that share a key head.
         mask: a key of ``masks.MASKS``.
+        heads: of the query.
     """
 
     device: str
@@ -34,6 +35,7 @@ class Case:
     head_dim: int = 64
     groups: int = 1
     mask: str = "causal"
+    heads: int = HEADS
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -69,7 +71,7 @@ def make_inputs(case: Case) -> Inputs:
     The sinks reach from 0 to log(m), so that they take a share of the attention that shows.
     """
     generator = torch.Generator(case.device).manual_seed(0)
-    kv_heads = HEADS // case.groups
+    kv_heads = case.heads // case.groups
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=case.torch_dtype, device=case.device, generator=generator)
@@ -81,12 +83,12 @@ def make_inputs(case: Case) -> Inputs:
         slots = case.kv_len + _FREE_SLOTS
         return draw(case.batch, kv_heads, slots, case.head_dim)[:, :, : case.kv_len]
 
-    query, grad = projected(HEADS), projected(HEADS)
+    query, grad = projected(case.heads), projected(case.heads)
     if case.q_len == case.kv_len:
         key, value = projected(kv_heads), projected(kv_heads)
     else:
         key, value = cached(), cached()
-    sinks = torch.linspace(0, math.log(case.kv_len), HEADS, device=case.device)
+    sinks = torch.linspace(0, math.log(case.kv_len), case.heads, device=case.device)
     return Inputs(
         query.requires_grad_(), key.requires_grad_(), value.requires_grad_(),
         nn.Parameter(sinks.to(case.torch_dtype)), grad,

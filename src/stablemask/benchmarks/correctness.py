@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import masks
-from .cases import HEADS, Case, Inputs
+from .cases import Case, Inputs
 from .rows import Row, Run
 
 _ROWS_CHECKED = 64
@@ -31,7 +31,7 @@ def _pseudo_mass(case: Case, sinks: Tensor, positions: Tensor, horizon: int) -> 
     column = torch.arange(horizon, dtype=torch.float64, device=positions.device)
     sums = torch.exp(-case.gamma * column).flip(0).cumsum(0).flip(0)
     sums = torch.cat([sums, sums.new_zeros(1)])
-    return sums[positions + 1].log().expand(HEADS, -1)
+    return sums[positions + 1].log().expand(case.heads, -1)
 
 
 def _infinite(case: Case, sinks: Tensor, positions: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def _finite(case: Case, sinks: Tensor, positions: Tensor) -> Tensor:
 
 def _constant(value: float) -> Callable[[Case, Tensor, Tensor], Tensor]:
     def log_mass(case: Case, sinks: Tensor, positions: Tensor) -> Tensor:
-        return torch.full((HEADS, len(positions)), value, device=positions.device)
+        return torch.full((case.heads, len(positions)), value, device=positions.device)
 
     return log_mass
 
@@ -72,7 +72,7 @@ def define(case: Case, row: Row, inputs: Inputs, rows: Tensor) -> Tensor:
         ``(batch, heads, len(rows), head_dim)``.
     """
     query, key, value, sinks, _ = inputs
-    kv_head = torch.arange(HEADS, device=query.device)
+    kv_head = torch.arange(case.heads, device=query.device)
     kv_head = kv_head % key.shape[1] if row.tiles_groups else kv_head // case.groups
     key, value = key[:, kv_head], value[:, kv_head]
 

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .cases import HEADS
 from .measure import DECODE, TRAINING
 
 # Colour, marker and line: ours drawn through, the definition dashed, what others wrote dotted.
@@ -72,10 +71,11 @@ def draw(result: dict[str, Any]) -> Figure:
             axes.set(title=f"{title}, {dtype}", xlabel=unit)
         _scale_ratios(line[0], [record["ratio"] for record in of_kind])
     first = records[0]
+    groups = f", {first['groups']} to a key head" if first["groups"] > 1 else ""
     figure.suptitle(
         "Attention with a sink against F.scaled_dot_product_attention without one\n"
-        f"{result['hardware']}; PyTorch {result['versions']['torch']}; 8 heads of "
-        f"{first['head_dim']} on {HEADS // first['groups']} key heads",
+        f"{result['hardware']}; PyTorch {result['versions']['torch']}; heads of "
+        f"{first['head_dim']}{groups}",
         fontsize=9.5,
     )
     order = [name for name in STYLES if name in handles]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pseudo import head_decay_rates
-from .cases import HEADS, Case
+from .cases import Case
 
 WINDOW = 256
 DOCUMENT_LENGTHS = (200, 400)
@@ -32,7 +32,7 @@ def _mask(case: Case) -> Arguments:
 
 
 def _alibi(case: Case) -> Arguments:
-    return {"alibi_slopes": head_decay_rates(HEADS).to(case.device)}
+    return {"alibi_slopes": head_decay_rates(case.heads).to(case.device)}
 
 
 def _window(case: Case) -> Arguments:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from . import masks
-from .cases import HEADS, Case, Inputs
+from .cases import Case, Inputs
 from .rows import Row, Run
 
 
@@ -113,7 +113,7 @@ def _build_softmax_n(case: Case, inputs: Inputs, path: str) -> Run:
 def _build_x_transformers(case: Case, inputs: Inputs) -> Run:
     from x_transformers.attend import Attend
 
-    module = Attend(causal=True, heads=HEADS, head_learned_sink=True)
+    module = Attend(causal=True, heads=case.heads, head_learned_sink=True)
     module.head_attn_sink = torch.nn.Parameter(inputs.sinks)
     if inputs.sinks.requires_grad:
         module.head_attn_sink = inputs.sinks  # the leaf that is differentiated

@@ -1,7 +1,8 @@
 """Which cells a run measures. The full cross product would take hours; this one fits its budget.
 
 The first head_dim and group at every length; the others at two lengths, where they show whether a
-ratio depends on them. Rows that keep every score stop at ``rows.MAX_DENSE_LENGTH``.
+ratio depends on them. Rows that keep every score stop at ``rows.MAX_DENSE_LENGTH``. What is watched is
+timed until its ratios are known, within the seconds of a cell (``timing.py``).
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from .cases import Case
+import torch
+
+from .cases import HEADS, Case
 from .rows import Row
 from .timing import Budget
 
-TOKENS = {"cpu": 4096, "cuda": 32768}  # of all sequences of a cell
+TOKENS = {"cpu": 2048, "cuda": 32768}  # of all sequences of a cell
 OTHER_SHAPE_LENGTHS = (1024, 4096)
 MASKED = ("alibi", "window", "documents")
 MASK_LENGTHS = (1024, 2048, 4096)
@@ -63,10 +66,23 @@ def length_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
             lengths = [length for length in lengths if length in OTHER_SHAPE_LENGTHS]
         for length in lengths:
             batch = max(1, TOKENS.get(scope.device, TOKENS["cpu"]) // length)
-            case = Case(scope.device, dtype, batch, length, length, head_dim, groups)
-            seconds = 5 if first and not scope.quick else 2
-            rounds = 7 if length <= 2 * MAX_DETAIL_LENGTH else 5
-            yield Planned(case, _chosen(rows, case, first), Budget(seconds, min_rounds=rounds))
+            heads = _heads(scope.device, length, groups)
+            case = Case(scope.device, dtype, batch, length, length, head_dim, groups, heads=heads)
+            budget = Budget(0.5 if scope.quick else 1.5, min_rounds=7)
+            yield Planned(case, _chosen(rows, case, first), budget)
+
+
+def _heads(device: str, length: int, groups: int) -> int:
+    """All of them, and on a CPU fewer in long sequences, with a key head for each thread.
+
+    Calls of many seconds in turn would each meet another machine.
+    """
+    heads = HEADS
+    if device == "cpu":
+        rows, fewest = HEADS * TOKENS[device], groups * torch.get_num_threads()
+        while heads // 2 >= fewest and heads // 2 * length >= rows:
+            heads //= 2
+    return heads
 
 
 def decode_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
@@ -76,7 +92,9 @@ def decode_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
     for dtype, (head_dim, groups, first) in product(scope.dtypes, scope.shapes):
         for batch, length in product((1, 8) if first else (1,), caches):
             case = Case(scope.device, dtype, batch, 1, length, head_dim, groups)
-            yield Planned(case, _chosen(rows, case, first and batch == 1), Budget(1))
+            yield Planned(
+                case, _chosen(rows, case, first and batch == 1), Budget(0.5, min_rounds=7)
+            )
 
 
 def mask_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
@@ -86,7 +104,7 @@ def mask_cells(scope: Scope, rows: Iterable[Row]) -> Iterator[Planned]:
     for dtype, mask, length in product(scope.dtypes, MASKED, lengths):
         batch = max(1, MASK_LENGTHS[-1] // length)
         case = Case(scope.device, dtype, batch, length, length, scope.head_dims[0], mask=mask)
-        yield Planned(case, _chosen(rows, case, False), Budget(1 if scope.quick else 2))
+        yield Planned(case, _chosen(rows, case, False), Budget(0.5))
 
 
 def memory_cases(scope: Scope) -> list[Case]:
@@ -111,6 +129,6 @@ def _chosen(rows: list[Row], case: Case, first: bool) -> list[Row]:
         return rows
     if not first:
         rows = [row for row in rows if not row.compiled]
-    if case.mask == "causal" and (not first or case.q_len > MAX_DETAIL_LENGTH):
+    if not first or case.q_len > MAX_DETAIL_LENGTH:
         rows = [row for row in rows if not row.detail]
     return rows

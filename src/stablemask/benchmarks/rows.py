@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..attention import sink_attention, stable_mask_attention
 from ..backends import BACKENDS
 from . import masks
-from .cases import HEADS, Case, Inputs
+from .cases import Case, Inputs
 
 MAX_DENSE_LENGTH = 2048  # a dense row keeps several (heads, length, length) tensors a sequence
 Run = Callable[[], Tensor]
@@ -35,6 +35,7 @@ class Row:
         package: module that must be installed.
         tiles_groups: query head ``h`` reads key head ``h % kv_heads``, not ``h // groups``.
         is_floor: stock attention, of which the fastest is what ratios are taken to.
+        watched: its ratio is what the benchmark is for, and is to be exact.
         detail: on the CPU left out of the longest lengths, and of all shapes but the first.
         compiled: takes seconds to compile for each new shape on the CPU.
     """
@@ -46,6 +47,7 @@ class Row:
     package: str | None = None
     tiles_groups: bool = False
     is_floor: bool = False
+    watched: bool = False
     detail: bool = False
     compiled: bool = False
 
@@ -59,7 +61,7 @@ def _build_stock(case: Case, inputs: Inputs, kernel: SDPBackend | None = None) -
     bias = None
     if case.mask != "causal":
         bias = masks.dense_bias(case).to(case.torch_dtype).unsqueeze(0)
-        bias = bias.expand(case.batch, HEADS, -1, -1)
+        bias = bias.expand(case.batch, case.heads, -1, -1)
     attend = partial(
         F.scaled_dot_product_attention, *inputs[:3], attn_mask=bias,
         is_causal=bias is None and case.q_len > 1, enable_gqa=case.groups > 1,
@@ -120,7 +122,7 @@ def own_rows(device: str) -> list[Row]:
             Row(f"sdpa {name}", "softmax", partial(_build_stock, kernel=kernel), is_floor=True)
             for name, kernel in kernels.items()
         ),
-        Row("stablemask", "stablemask", partial(_build_ours, backend="auto")),
+        Row("stablemask", "stablemask", partial(_build_ours, backend="auto"), watched=True),
         Row("learned sink", "learned sink", _build_learned, detail=True),
         *(
             Row(

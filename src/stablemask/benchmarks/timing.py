@@ -10,56 +10,87 @@ from dataclasses import dataclass
 import torch
 
 BLOCK_SECONDS = 0.01  # a sample is as many calls as fill this, far above the timer's noise
-MIN_ROUNDS, MAX_ROUNDS = 3, 11
-# What takes this many times as long as the fastest needs no third decimal: it runs in some rounds.
-SLOW, SLOW_STRIDE = 2.5, 5
+STRIDE = 3  # what is not watched runs in every third round
+PRECISION = 0.006  # the standard error with which a ratio that is watched is known well enough
 
 Samples = dict[int, float]  # seconds per call by round
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long the rounds of one cell may take in all, and how many there are at least and at most."""
+    """How many rounds one cell has at least, and how long what is watched may go on after them.
+
+    It goes on until its ratios are known to ``PRECISION``, the seconds are over, or there are enough.
+    """
 
     seconds: float
-    min_rounds: int = MIN_ROUNDS
-    max_rounds: int = MAX_ROUNDS
+    min_rounds: int = 4
+    max_rounds: int = 101
 
 
 def interleave(
     functions: Mapping[str, Callable[[], object]],
     budget: Budget,
     device: str,
-    always: Collection[str] = (),
+    *,
+    floors: Collection[str],
+    watched: Collection[str],
 ) -> dict[str, Samples]:
-    """Run every function once a round, in an order that turns; each has been called before.
+    """Run functions in turn, round by round, in an order that turns; each has been called before.
+
+    Args:
+        floors, watched: names; the ratios of the second to the fastest of the first are to be exact.
 
     Returns:
-        Seconds per call of every function, by round; slow functions that are not among ``always``
-        miss some rounds.
+        Seconds per call of every function, by round.
     """
-    names = list(functions)
-    first = {name: _seconds(functions[name], 1, device) for name in names}
-    calls = {name: max(1, math.ceil(BLOCK_SECONDS / first[name])) for name in names}
-    fastest = min(first.values())
-    strides = {
-        name: SLOW_STRIDE if first[name] > SLOW * fastest and name not in always else 1
-        for name in names
-    }
-    a_round = sum(first[name] * calls[name] / strides[name] for name in names)
-    rounds = max(budget.min_rounds, min(budget.max_rounds, int(budget.seconds / a_round)))
+    first = {name: _seconds(function, 1, device) for name, function in functions.items()}
+    calls = {name: max(1, math.ceil(BLOCK_SECONDS / seconds)) for name, seconds in first.items()}
+    exact = [name for name in functions if name in floors or name in watched]
+    samples: dict[str, Samples] = {name: {} for name in functions}
 
-    samples: dict[str, Samples] = {name: {} for name in names}
+    def run(number: int, names: list[str]) -> None:
+        shift = number % max(1, len(names))
+        for name in names[shift:] + names[:shift]:
+            known = first[name] if number == 0 and calls[name] == 1 else None
+            samples[name][number] = known or _seconds(functions[name], calls[name], device)
+
     gc.disable()
     try:
-        for number in range(rounds):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                if number % strides[name] == 0:
-                    samples[name][number] = _seconds(functions[name], calls[name], device)
+        for number in range(budget.min_rounds):
+            run(number, exact if number % STRIDE else list(functions))
+        end = time.perf_counter() + budget.seconds
+        a_round = sum(first[name] * calls[name] for name in exact)
+        for number in range(budget.min_rounds, budget.max_rounds):
+            late = time.perf_counter() + a_round > end
+            if late or _are_known(samples, floors, watched):
+                break
+            run(number, exact)
     finally:
         gc.enable()
     return samples
+
+
+def _are_known(
+    samples: Mapping[str, Samples], floors: Collection[str], watched: Collection[str]
+) -> bool:
+    floor = fastest(samples, floors)
+    return floor is not None and all(
+        _standard_error(sorted(_ratios(samples[name], floor))) <= PRECISION
+        for name in watched
+        if name in samples
+    )
+
+
+def _standard_error(ratios: list[float]) -> float:
+    """Of the median, from the quartiles, which a round that met a busy machine does not move."""
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    deviation = (high - low) / 1.349  # of a normal distribution with these quartiles
+    return math.sqrt(math.pi / 2 / len(ratios)) * deviation
+
+
+def _ratios(samples: Samples, floor: Samples) -> list[float]:
+    return [seconds / floor[number] for number, seconds in samples.items()]
 
 
 def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
@@ -88,14 +119,14 @@ def summarise(samples: Samples, floor: Samples | None) -> Summary:
     ms = round(statistics.median(samples.values()) * 1e3, 4)
     if floor is None:
         return Summary(ms, None, None, len(samples))
-    ratios = sorted(seconds / floor[number] for number, seconds in samples.items())
+    ratios = sorted(_ratios(samples, floor))
     low, middle, high = (
         statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     )
     return Summary(ms, round(middle, 3), (round(low, 3), round(high, 3)), len(samples))
 
 
-def fastest(samples: Mapping[str, Samples], names: list[str]) -> Samples | None:
+def fastest(samples: Mapping[str, Samples], names: Collection[str]) -> Samples | None:
     """The samples of whichever of ``names`` has the lowest median."""
     present = [samples[name] for name in names if name in samples]
     return min(present, key=lambda rounds: statistics.median(rounds.values()), default=None)
