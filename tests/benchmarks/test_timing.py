@@ -9,7 +9,7 @@ import pytest
 
 from stablemask.backends import BACKENDS
 from stablemask.benchmarks import backends, timing
-from stablemask.benchmarks.timing import Budget, fastest, interleave, summarise
+from stablemask.benchmarks.timing import Budget, fastest, interleave, summarise, timer
 
 
 def test_ratios_are_medians_over_the_rounds_both_ran_in():
@@ -32,7 +32,7 @@ def test_the_fastest_floor_is_the_one_ratios_are_taken_to():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only the timed functions move, by what they say they take."""
+    """A clock that only the timed functions move, by what they say they take, and the order of calls."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     calls = []
@@ -42,7 +42,7 @@ def clock(monkeypatch):
             calls.append(name)
             now[0] += seconds
 
-        return function
+        return timer(function, "cpu")
 
     return takes, calls
 
@@ -55,7 +55,7 @@ def test_rounds_turn_and_others_miss_some(clock):
         "other": takes("other", 9),
     }
     budget = Budget(0.0, min_rounds=7)
-    samples = interleave(functions, budget, "cpu", floors=["floor"], watched=["ours"])
+    samples = interleave(functions, budget, floors=["floor"], watched=["ours"])
     assert sorted(samples["floor"]) == sorted(samples["ours"]) == list(range(7))
     assert sorted(samples["other"]) == [0, 3, 6]
     assert samples["ours"][5] == 2.0
@@ -68,7 +68,7 @@ def test_seconds_bound_the_rounds_after_the_least(clock):
 
     def rounds(of_a_call, **budget):
         samples = interleave(
-            {"a": takes("a", of_a_call)}, Budget(**budget), "cpu", floors=[], watched=["a"]
+            {"a": takes("a", of_a_call)}, Budget(**budget), floors=[], watched=["a"]
         )
         return len(samples["a"])
 
@@ -84,14 +84,14 @@ def test_what_is_watched_goes_on_until_its_ratio_is_known(clock):
     def rounds(ours):
         functions = {"floor": takes("floor", 1.0), "ours": ours, "other": takes("other", 1.1)}
         return interleave(
-            functions, Budget(1e6, min_rounds=7), "cpu", floors=["floor"], watched=["ours"]
+            functions, Budget(1e6, min_rounds=7), floors=["floor"], watched=["ours"]
         )
 
     steady = rounds(takes("ours", 1.0))
     assert [len(steady[name]) for name in ("floor", "ours", "other")] == [7, 7, 3]
     quick, slow = takes("ours", 1.0), takes("ours", 1.04)
     turn = itertools.cycle([quick, slow])
-    noisy = rounds(lambda: next(turn)())
+    noisy = rounds(lambda calls: next(turn)(calls))
     assert len(noisy["ours"]) == len(noisy["floor"]) > 7
     assert len(noisy["other"]) == 3
     # The quartiles lie 0.04 apart, a deviation of 0.03, and the error falls with the root of the rounds.
@@ -102,7 +102,7 @@ def test_what_is_watched_goes_on_until_its_ratio_is_known(clock):
 
 def test_short_calls_are_timed_in_blocks(clock):
     takes, calls = clock
-    samples = interleave({"a": takes("a", 1e-4)}, Budget(0.0), "cpu", floors=[], watched=["a"])
+    samples = interleave({"a": takes("a", 1e-4)}, Budget(0.0), floors=[], watched=["a"])
     assert len(calls) == 1 + 100 * len(samples["a"])
     assert samples["a"][0] == pytest.approx(1e-4)
 

@@ -29,7 +29,7 @@ FAST = ["stablemask", "softmax", "llama", "plain"]
 def _small_presets(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", {**SIZES, "tie_word_embeddings": True})
     monkeypatch.setitem(PRESETS, "71m", SIZES)
-    monkeypatch.setattr(measure, "SEGMENT_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "BLOCK_SECONDS", 0.0)
 
 
 def build(name, folder, preset="71m", dtype="float32", batch_size=4):

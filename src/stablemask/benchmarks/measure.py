@@ -10,7 +10,7 @@ import torch
 from .cases import Case, Inputs, make_inputs
 from .correctness import IncorrectError, check
 from .rows import MAX_DENSE_LENGTH, Row
-from .timing import Budget, fastest, interleave, summarise
+from .timing import Budget, fastest, interleave, summarise, timer
 
 # Passes: inference without gradients, training, and one token behind a cache.
 FORWARD, TRAINING, DECODE = "forward", "forward+backward", "decode"
@@ -65,13 +65,9 @@ def _measure_pass(
     if not functions:
         return
     floors = [name for name, row in served.items() if row.is_floor]
-    samples = interleave(
-        functions,
-        budget,
-        case.device,
-        floors=floors,
-        watched=[name for name, row in served.items() if row.watched],
-    )
+    watched = [name for name, row in served.items() if row.watched]
+    timers = {name: timer(function, case.device) for name, function in functions.items()}
+    samples = interleave(timers, budget, floors=floors, watched=watched)
     floor = fastest(samples, floors)
     for name, row in served.items():
         summary = asdict(summarise(samples[name], floor))

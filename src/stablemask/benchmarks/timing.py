@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_SECONDS = 0.01  # a sample is as many calls as fill this, far above the timer's noise
+BLOCK_SECONDS = 0.01  # by default a sample is as many calls as fill this, far above the clock's noise
 STRIDE = 3  # what is not watched runs in every third round
 PRECISION = 0.006  # the standard error with which a ratio that is watched is known well enough
 
 Samples = dict[int, float]  # seconds per call by round
+Timer = Callable[[int], float]  # seconds that so many calls take
 
 
 @dataclass(frozen=True)
@@ -29,43 +30,45 @@ class Budget:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]],
+    timers: Mapping[str, Timer],
     budget: Budget,
-    device: str,
     *,
     floors: Collection[str],
     watched: Collection[str],
+    block_seconds: float = BLOCK_SECONDS,
 ) -> dict[str, Samples]:
-    """Run functions in turn, round by round, in an order that turns; each has been called before.
+    """Time functions in turn, round by round, in an order that turns; each has been called before.
 
     Args:
         floors, watched: names; the ratios of the second to the fastest of the first are to be exact.
+        block_seconds: a sample is as many calls as fill this.
 
     Returns:
         Seconds per call of every function, by round.
     """
-    first = {name: _seconds(function, 1, device) for name, function in functions.items()}
-    calls = {name: max(1, math.ceil(BLOCK_SECONDS / seconds)) for name, seconds in first.items()}
-    exact = [name for name in functions if name in floors or name in watched]
-    samples: dict[str, Samples] = {name: {} for name in functions}
+    first = {name: timer(1) for name, timer in timers.items()}
+    calls = {name: max(1, math.ceil(block_seconds / seconds)) for name, seconds in first.items()}
+    exact = [name for name in timers if name in floors or name in watched]
+    samples: dict[str, Samples] = {name: {} for name in timers}
 
-    def run(number: int, names: list[str]) -> None:
+    def run(number: int, names: list[str]) -> float:
+        """Do a round; the seconds it took."""
+        begin = time.perf_counter()
         shift = number % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             known = first[name] if number == 0 and calls[name] == 1 else None
-            samples[name][number] = known or _seconds(functions[name], calls[name], device)
+            samples[name][number] = known or timers[name](calls[name]) / calls[name]
+        return time.perf_counter() - begin
 
     gc.disable()
     try:
         for number in range(budget.min_rounds):
-            run(number, exact if number % STRIDE else list(functions))
+            last = run(number, exact if number % STRIDE else list(timers))
         end = time.perf_counter() + budget.seconds
-        a_round = sum(first[name] * calls[name] for name in exact)
         for number in range(budget.min_rounds, budget.max_rounds):
-            late = time.perf_counter() + a_round > end
-            if late or _are_known(samples, floors, watched):
+            if time.perf_counter() + last > end or _are_known(samples, floors, watched):
                 break
-            run(number, exact)
+            last = run(number, exact)
     finally:
         gc.enable()
     return samples
@@ -84,6 +87,8 @@ def _are_known(
 
 def _standard_error(ratios: list[float]) -> float:
     """Of the median, from the quartiles, which a round that met a busy machine does not move."""
+    if len(ratios) < 2:
+        return math.inf
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     deviation = (high - low) / 1.349  # of a normal distribution with these quartiles
     return math.sqrt(math.pi / 2 / len(ratios)) * deviation
@@ -93,15 +98,18 @@ def _ratios(samples: Samples, floor: Samples) -> list[float]:
     return [seconds / floor[number] for number, seconds in samples.items()]
 
 
-def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+def timer(function: Callable[[], object], device: str) -> Timer:
+    def seconds(calls: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return seconds
 
 
 @dataclass(frozen=True)

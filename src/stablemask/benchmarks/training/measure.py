@@ -4,7 +4,6 @@ import contextlib
 import gc
 import io
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,12 @@ from ...models.devices import peak_flops
 from ..correctness import IncorrectError
 from ..measure import CannotServeError
 from ..memory import can_measure, in_fresh_process, peak, reset_peak
-from ..timing import Samples, fastest, summarise
+from ..timing import Budget, Samples, fastest, interleave, summarise
 from .check import Reference
 from .rows import ROWS, Row
 from .workload import Contender, Workload
 
-SEGMENT_SECONDS = 1.0  # as many steps as fill it
-MIN_ROUNDS, MAX_ROUNDS = 3, 21
+BLOCK_SECONDS = 1.0  # a sample is as many steps as fill this
 
 
 @dataclass
@@ -48,13 +46,17 @@ def measure_training(
 
     Args:
         names: of :data:`ROWS`.
-        seconds: for all rounds together; there are at least three.
+        seconds: for softmax and StableMask after seven rounds, until their ratio is known.
         memory: measure peak memory too.
     """
     measured = Measured()
     with tempfile.TemporaryDirectory() as folder, _quiet():
         contenders = _correct_ones(workload, names, Path(folder), measured)
-        samples = _interleave(contenders, seconds)
+        timers = {name: contender.run for name, contender in contenders.items()}
+        budget = Budget(seconds, min_rounds=7)
+        samples = interleave(
+            timers, budget, floors=["softmax"], watched=["stablemask"], block_seconds=BLOCK_SECONDS
+        )
     mib = in_fresh_process(peak_mib, workload, list(samples)) if memory and samples else {}
     ours = samples.get("softmax")
     best = fastest(samples, [name for name in names if not ROWS[name].is_ours])
@@ -113,25 +115,6 @@ def _excuse(row: Row, workload: Workload, error: Exception) -> dict[str, Any]:
         "reason": first_line if known else f"{type(error).__name__}: {first_line}",
         "incorrect": isinstance(error, IncorrectError),
     }
-
-
-def _interleave(contenders: dict[str, Contender], seconds: float) -> dict[str, Samples]:
-    """Seconds of a step, of every row in every round; the order of the rows turns."""
-    if not contenders:
-        return {}
-    names = list(contenders)
-    begun = time.perf_counter()
-    first = {name: contenders[name].run(1) for name in names}
-    starting_up = time.perf_counter() - begun - sum(first.values())
-    steps = max(1, round(SEGMENT_SECONDS / min(first.values())))
-    a_round = starting_up + steps * sum(first.values())
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / a_round)))
-    samples: dict[str, Samples] = {name: {} for name in names}
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            samples[name][number] = contenders[name].run(steps) / steps
-    return samples
 
 
 def peak_mib(workload: Workload, names: Sequence[str]) -> dict[str, float]:
