@@ -13,7 +13,7 @@ help:
 	@echo "make test    set up, run the tests"
 	@echo "make nightly the tests with 500 examples of each property"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the benchmark of speed and memory, about 14 minutes"
+	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
 	@echo "make reproduce  the paper's claims, measured again: docs/results.md, about 100 minutes"
 	@echo "make clean   remove .venv and caches"
 

@@ -21,6 +21,7 @@ def test_ratios_are_medians_over_the_rounds_both_ran_in():
     assert ours.quartiles == (1.05, 1.2)
     slow = summarise({1: 6.0}, floor)
     assert (slow.ratio, slow.samples) == (3.0, 1)
+    assert summarise(floor, {0: 0.5, 2: 1.0}).ratio == 3.0
     assert summarise(floor, None).ratio is None
 
 
@@ -82,18 +83,18 @@ def test_what_is_watched_goes_on_until_its_ratio_is_known(clock):
     takes, _ = clock
 
     def rounds(ours):
-        functions = {"floor": takes("floor", 1.0), "ours": ours, "other": takes("other", 1.1)}
-        return interleave(
-            functions, Budget(1e6, min_rounds=7), floors=["floor"], watched=["ours"]
-        )
+        others = {"near": takes("near", 1.2), "far": takes("far", 1.4)}
+        functions = {"floor": takes("floor", 1.0), "ours": ours, **others}
+        return interleave(functions, Budget(1e6, min_rounds=7), floors=["floor"], watched=["ours"])
 
     steady = rounds(takes("ours", 1.0))
-    assert [len(steady[name]) for name in ("floor", "ours", "other")] == [7, 7, 3]
+    assert [len(steady[name]) for name in ("floor", "ours", "far")] == [7, 7, 3]
     quick, slow = takes("ours", 1.0), takes("ours", 1.04)
     turn = itertools.cycle([quick, slow])
     noisy = rounds(lambda calls: next(turn)(calls))
     assert len(noisy["ours"]) == len(noisy["floor"]) > 7
-    assert len(noisy["other"]) == 3
+    assert len(noisy["near"]) == 3 + len(noisy["ours"]) - 7
+    assert len(noisy["far"]) == 3
     # The quartiles lie 0.04 apart, a deviation of 0.03, and the error falls with the root of the rounds.
     error = 0.04 / 1.349 * math.sqrt(math.pi / 2)
     assert error / math.sqrt(len(noisy["ours"])) <= timing.PRECISION

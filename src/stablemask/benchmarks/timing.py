@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_SECONDS = 0.01  # by default a sample is as many calls as fill this, far above the clock's noise
-STRIDE = 3  # what is not watched runs in every third round
+BLOCK_SECONDS = (
+    0.01  # by default a sample is as many calls as fill this, far above the clock's noise
+)
+STRIDE = 3  # what is not watched runs in every third round,
+NEAR = 1.25  # until it is known to take less than this many times as long as what is
 PRECISION = 0.006  # the standard error with which a ratio that is watched is known well enough
 
 Samples = dict[int, float]  # seconds per call by round
@@ -21,7 +24,8 @@ Timer = Callable[[int], float]  # seconds that so many calls take
 class Budget:
     """How many rounds one cell has at least, and how long what is watched may go on after them.
 
-    It goes on until its ratios are known to ``PRECISION``, the seconds are over, or there are enough.
+    It goes on, with what comes near it, until its ratios are known to ``PRECISION``, the seconds are
+    over, or there are enough.
     """
 
     seconds: float
@@ -51,24 +55,25 @@ def interleave(
     exact = [name for name in timers if name in floors or name in watched]
     samples: dict[str, Samples] = {name: {} for name in timers}
 
-    def run(number: int, names: list[str]) -> float:
-        """Do a round; the seconds it took."""
-        begin = time.perf_counter()
+    def run(number: int, names: list[str]) -> None:
         shift = number % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             known = first[name] if number == 0 and calls[name] == 1 else None
             samples[name][number] = known or timers[name](calls[name]) / calls[name]
-        return time.perf_counter() - begin
 
     gc.disable()
     try:
         for number in range(budget.min_rounds):
-            last = run(number, exact if number % STRIDE else list(timers))
+            run(number, exact if number % STRIDE else list(timers))
+        medians = {name: statistics.median(times.values()) for name, times in samples.items()}
+        near = NEAR * max((medians[name] for name in timers if name in watched), default=0.0)
+        exact = [name for name in timers if name in exact or medians[name] < near]
+        a_round = sum(medians[name] * calls[name] for name in exact)
         end = time.perf_counter() + budget.seconds
         for number in range(budget.min_rounds, budget.max_rounds):
-            if time.perf_counter() + last > end or _are_known(samples, floors, watched):
+            if time.perf_counter() + a_round > end or _are_known(samples, floors, watched):
                 break
-            last = run(number, exact)
+            run(number, exact)
     finally:
         gc.enable()
     return samples
@@ -95,7 +100,8 @@ def _standard_error(ratios: list[float]) -> float:
 
 
 def _ratios(samples: Samples, floor: Samples) -> list[float]:
-    return [seconds / floor[number] for number, seconds in samples.items()]
+    """In the rounds that both ran in."""
+    return [seconds / floor[number] for number, seconds in samples.items() if number in floor]
 
 
 def timer(function: Callable[[], object], device: str) -> Timer:
