@@ -32,9 +32,12 @@ def _seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def _corpora(tmp_path_factory):
-    """The user's cache of corpora is neither read nor filled."""
+    """The user's cache of corpora is neither read nor filled; processes that test side by side share one."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STABLEMASK_CACHE", str(tmp_path_factory.mktemp("corpora")))
+        patch.setenv("STABLEMASK_CACHE", str(base / "corpora"))
         yield
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stablemask.report import Comparison, compare
+from stablemask.report.comparison import Comparison, compare
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
 

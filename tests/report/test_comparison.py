@@ -19,8 +19,7 @@ from stablemask.evaluation import (
 )
 from stablemask.hf.loading import load_model
 from stablemask.inference import generate
-from stablemask.report import compare
-from stablemask.report.comparison import ATTENTION_BLOCKS
+from stablemask.report.comparison import ATTENTION_BLOCKS, compare
 from stablemask.training.pretrain import pretrain
 
 KINDS = ("softmax", "stablemask")

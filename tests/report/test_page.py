@@ -10,12 +10,11 @@ from xml.etree import ElementTree
 import pytest
 
 from stablemask.models.configuration import ATTENTION_KINDS
-from stablemask.report import render, text_table
 from stablemask.report.drawing import COLORS, visible_token
 from stablemask.report.figures import draw_all
-from stablemask.report.html import FIGURES
+from stablemask.report.html import FIGURES, render
 from stablemask.report.page import PAPER
-from stablemask.report.summary import captions, table, what_differs
+from stablemask.report.summary import captions, table, text_table, what_differs
 
 from .conftest import COMMAND
 

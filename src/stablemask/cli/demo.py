@@ -12,7 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from stablemask.errors import InputError
 from stablemask.options import option, option_fields
-from stablemask.report import compare, render, text_table
+from stablemask.report.comparison import compare
+from stablemask.report.html import render
+from stablemask.report.summary import text_table
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import OPTIONS_FILE, pretrain
 

@@ -11,9 +11,8 @@ from stablemask.errors import InputError
 from stablemask.hf import load_model
 from stablemask.inference.model import choose_device
 from stablemask.options import option
-from stablemask.report import Inspection, inspect_model, render_inspection
-from stablemask.report.inspection import MAP_BYTES, MAX_TOKENS
-from stablemask.report.inspection_page import summary_rows
+from stablemask.report.inspection import MAP_BYTES, MAX_TOKENS, Inspection, inspect_model
+from stablemask.report.inspection_page import render_inspection, summary_rows
 
 SUMMARY = "where a model's attention goes on a text, as an HTML page"
 
