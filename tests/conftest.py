@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ LONGEST = {
     "test_distributed.py",
     "test_pretrain_checkpoints.py",
 }
+
+
+def pytest_configure():
+    # A shell starts what runs in the background with Ctrl-C ignored, and commands inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

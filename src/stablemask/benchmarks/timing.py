@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK_SECONDS = (
-    0.01  # by default a sample is as many calls as fill this, far above the clock's noise
-)
+BLOCK_SECONDS = 0.01  # a sample is as many calls as fill this, far above the clock's noise
 STRIDE = 3  # what is not watched runs in every third round,
 NEAR = 1.25  # until it is known to take less than this many times as long as what is
 PRECISION = 0.006  # the standard error with which a ratio that is watched is known well enough
