@@ -15,10 +15,10 @@ from .rows import all_rows
 
 Value = TypeVar("Value")
 
-# Forked from a process that has imported PyTorch and computed nothing.
+# Where there is fork, from a process that has imported PyTorch and computed nothing.
 _FRESH = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-if sys.platform == "linux":
-    _FRESH.set_forkserver_preload([__package__ + ".rows"])
+_FRESH.set_forkserver_preload([f"{__package__}.rows"])
+_MALLOC = "MALLOC_MMAP_THRESHOLD_"
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -36,15 +36,21 @@ def peak_memory(row: str, case: Case) -> float:
 def in_fresh_process(function: Callable[..., Value], *arguments: Any) -> Value:
     """What a function of a module returns in a process that does nothing else, and gives back what it frees."""
     # Every block from the system and back to it, so that the peak is that of live memory.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ[_MALLOC] = "65536"
     try:
         with _FRESH.Pool(1) as pool:
-            value = pool.apply(function, arguments)
+            value = pool.apply(_run, (function, arguments))
             pool.close()  # and let it end by itself, or what it locks with would be reported as leaked
             pool.join()
             return value
     finally:
-        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        del os.environ[_MALLOC]
+
+
+def _run(function: Callable[..., Value], arguments: tuple[Any, ...]) -> Value:
+    if _MALLOC not in os.environ:
+        raise RuntimeError("other code has started multiprocessing's fork server before this could")
+    return function(*arguments)
 
 
 def _measure(name: str, case: Case) -> float:

@@ -59,21 +59,17 @@ def interleave(
             known = first[name] if number == 0 and calls[name] == 1 else None
             samples[name][number] = known or timers[name](calls[name]) / calls[name]
 
-    gc.disable()
-    try:
-        for number in range(budget.min_rounds):
-            run(number, exact if number % STRIDE else list(timers))
-        medians = {name: statistics.median(times.values()) for name, times in samples.items()}
-        near = NEAR * max((medians[name] for name in timers if name in watched), default=0.0)
-        exact = [name for name in timers if name in exact or medians[name] < near]
-        a_round = sum(medians[name] * calls[name] for name in exact)
-        end = time.perf_counter() + budget.seconds
-        for number in range(budget.min_rounds, budget.max_rounds):
-            if time.perf_counter() + a_round > end or _are_known(samples, floors, watched):
-                break
-            run(number, exact)
-    finally:
-        gc.enable()
+    for number in range(budget.min_rounds):
+        run(number, exact if number % STRIDE else list(timers))
+    medians = {name: statistics.median(times.values()) for name, times in samples.items()}
+    near = NEAR * max((medians[name] for name in timers if name in watched), default=0.0)
+    exact = [name for name in timers if name in exact or medians[name] < near]
+    a_round = sum(medians[name] * calls[name] for name in exact)
+    end = time.perf_counter() + budget.seconds
+    for number in range(budget.min_rounds, budget.max_rounds):
+        if time.perf_counter() + a_round > end or _are_known(samples, floors, watched):
+            break
+        run(number, exact)
     return samples
 
 
@@ -82,7 +78,7 @@ def _are_known(
 ) -> bool:
     floor = fastest(samples, floors)
     return floor is not None and all(
-        _standard_error(sorted(_ratios(samples[name], floor))) <= PRECISION
+        _standard_error(_ratios(samples[name], floor)) <= PRECISION
         for name in watched
         if name in samples
     )
@@ -103,15 +99,21 @@ def _ratios(samples: Samples, floor: Samples) -> list[float]:
 
 
 def timer(function: Callable[[], object], device: str) -> Timer:
+    """Of short calls, which the garbage collector would be a part of by chance."""
+
     def seconds(calls: int) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        gc.disable()
+        try:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+        finally:
+            gc.enable()
 
     return seconds
 
@@ -131,7 +133,7 @@ def summarise(samples: Samples, floor: Samples | None) -> Summary:
     ms = round(statistics.median(samples.values()) * 1e3, 4)
     if floor is None:
         return Summary(ms, None, None, len(samples))
-    ratios = sorted(_ratios(samples, floor))
+    ratios = _ratios(samples, floor)
     low, middle, high = (
         statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     )
