@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -24,6 +26,11 @@ def language(request, monkeypatch):
         monkeypatch.setattr(decode, "NATIVE", None)
     with torch.no_grad():
         yield request.param
+
+
+in_cpp = pytest.mark.parametrize(
+    "language", [pytest.param("C++", marks=native_library)], indirect=True
+)
 
 
 def tensors(dtype=torch.float32, q_len=1, kv_len=19, **kwargs):
@@ -66,9 +73,10 @@ def test_what_it_leaves_to_the_general_way():
     query, key, value = tensors()
     assert decode_step(query, key, value) is not None
     wide = torch.randn(2, 4, 1, 16)[..., ::2]
+    narrow = decode_step(query, key, value[..., :5])
+    assert (narrow is None) == (decode.NATIVE is None)  # the stock kernel takes one width only
     for changed in (
         (wide, key, value),
-        (query, key, value[..., :5]),
         (query, key.double(), value),
         (query.expand(2, 4, 1, 8)[:1], key, value),
         (query[:, :3], key, value),
@@ -105,28 +113,79 @@ def test_scale_is_used():
     torch.testing.assert_close(sink_attention(query, key, value, 0.0, scale=0.7), scaled)
 
 
-@pytest.fixture(params=[Units(True, True), Units(False, True), Units(False, False)], ids=str)
-def units(request, monkeypatch):
-    """With the rules of a processor that has these."""
-    before = decode.UNITS
-    monkeypatch.setattr(decode, "UNITS", request.param)
-    if decode.NATIVE is not None:
-        decode.NATIVE.set_units(*request.param)
-    yield request.param
-    if decode.NATIVE is not None:
-        decode.NATIVE.set_units(*before)
-
-
+@pytest.mark.parametrize("units", [Units(True, True), Units(False, True), Units(False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [3, 6, 12, 24])
-def test_heads_that_share_keys(dtype, heads, units):
+def test_heads_that_share_keys(dtype, heads, units, monkeypatch):
     """One, two, four and eight query heads to a key head, which are rows of one call or are not."""
+    monkeypatch.setattr(decode, "UNITS", units)
     query, key, value = make_inputs(2, heads, 3, 1, 33, 16, dtype)
     sinks = torch.randn(2, heads, 1)
     step = decode_step(query, key, value, sink_logits=sinks)
     exact = sink_definition(*doubled((query, key, value)), sinks.double())
     assert step.shape == query.shape
     assert (step.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+@in_cpp
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 9),
+    key_heads=st.integers(1, 3),
+    kv_len=st.sampled_from([1, 2, 15, 16, 17, 511, 512, 513, 1024, 1500]),
+    head_dim=st.integers(1, 150),
+    value_dim=st.integers(1, 150),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 99),
+)
+def test_every_shape(batch, groups, key_heads, kv_len, head_dim, value_dim, dtype, threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    query = normal(batch, groups * key_heads, 1, head_dim)
+    # Views of caches that hold more.
+    key = normal(batch, kv_len + 3, key_heads, head_dim + 1)[:, :kv_len, :, 1:].transpose(1, 2)
+    value = normal(batch, key_heads, kv_len + 2, value_dim)[:, :, 2:]
+    sinks = 2 * normal(batch, groups * key_heads, 1)
+    step = decode_step(query, key, value, sink_logits=sinks)
+    assert step.shape == (batch, groups * key_heads, 1, value_dim)
+    exact = sink_definition(*doubled((query, key, value)), sinks.double())
+    # Scores are sums of head_dim products, and their errors are those of the logarithms of the weights.
+    eps = torch.finfo(dtype).eps
+    kernel = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    bound = eps / 2 * exact.abs().max() + 8 * kernel * head_dim**0.5 * value.double().abs().max()
+    assert (step.double() - exact).abs().max() <= bound
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(decode_step(query, key, value, sink_logits=sinks), step)
+    finally:
+        torch.set_num_threads(before)
+
+
+@in_cpp
+def test_numbers_that_are_not_finite():
+    query, key, value = make_inputs(1, 4, 2, 1, 1100, 24, torch.float32)
+    plain = decode_step(query, key, value, sink_logits=0.0)
+    for chunk in (0, 600, 1099):
+        damaged = key.clone()
+        damaged[0, 1, chunk, 3] = math.nan
+        step = decode_step(query, damaged, value, sink_logits=0.0)
+        assert torch.equal(step[:, :2], plain[:, :2])
+        assert step[:, 2:].isnan().all()
+    # Scores of -inf, for some keys, a whole chunk, or all.
+    query = query.abs()
+    for removed in (slice(5, 7), slice(0, 512), slice(0, 1100)):
+        damaged = key.clone()
+        damaged[:, :, removed] = -math.inf
+        step = decode_step(query, damaged, value, sink_logits=0.3)
+        weights = (query.double() @ damaged.double().repeat_interleave(2, 1).mT) * 24**-0.5
+        weights = torch.cat([weights, torch.full((1, 4, 1, 1), 0.3).double()], -1).softmax(-1)
+        exact = weights[..., :-1] @ value.double().repeat_interleave(2, 1)
+        torch.testing.assert_close(step.double(), exact, atol=1e-6, rtol=0)
 
 
 def test_how_many_rows_the_kernel_is_given(monkeypatch):

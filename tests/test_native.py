@@ -12,7 +12,7 @@ from stablemask.cli.main import BAD_INPUT, main
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A copy of the sources, where nothing is compiled yet."""
-    for name in ("decode.cpp", "setup.py"):
+    for name in ("decode.cpp", "row.h", "setup.py"):
         shutil.copy(native.FOLDER / name, tmp_path)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     return tmp_path
@@ -23,7 +23,7 @@ def test_it_is_compiled_once(folder, capsys):
     assert native.language() == "Python"
     assert main(["build"]) == 0
     assert native.library_path().exists()
-    assert sorted(path.suffix for path in folder.iterdir()) == [".cpp", ".py", ".so"]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".cpp", ".h", ".py", ".so"]
     assert native.language() == "C++"
     assert main(["build"]) == 0
     assert "compiled already" in capsys.readouterr().out
@@ -52,10 +52,17 @@ def test_a_library_that_does_not_load_is_none(folder):
     assert native.load() is None
 
 
-def test_another_source_or_pytorch_is_another_library(folder, monkeypatch):
+def test_another_source_pytorch_or_processor_is_another_library(folder, monkeypatch):
     before = native.library_path()
     with monkeypatch.context() as other:
         other.setattr(torch, "__version__", "9.9.9")
         assert native.library_path() != before
-    (folder / "decode.cpp").write_text("// new\n")
-    assert native.library_path() != before
+    with monkeypatch.context() as other:
+        other.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "Z80")
+        assert native.library_path() != before
+    for name in ("decode.cpp", "row.h"):
+        with (folder / name).open("a") as source:
+            source.write("// new\n")
+        after = native.library_path()
+        assert after != before
+        before = after

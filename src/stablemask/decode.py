@@ -1,10 +1,11 @@
-"""The call made most often, a cached step of one token, at little more than its kernel costs.
+"""The call made most often, a cached step of one token, at little more than reading its keys costs.
 
-One row over a short cache takes the stock kernel some tens of microseconds, and checking the arguments,
-choosing a backend and entering an operator would take as long again. So the plainest such call is known
-by its own signs. Whatever else a call may be, wrong arguments included, it goes the general way.
+One row over a short cache takes some tens of microseconds, and checking the arguments, choosing a backend
+and entering an operator would take as long again. So the plainest such call is known by its own signs.
+Whatever else a call may be, wrong arguments included, it goes the general way.
 
-``native/decode.cpp`` is the same step for machines where ``stablemask build`` compiled it.
+Where ``stablemask build`` has compiled ``native``, such a row has a kernel of its own; elsewhere it is the
+stock kernel's.
 """
 
 import math
@@ -20,14 +21,12 @@ from .processor import UNITS
 from .pseudo import log_pseudo_mass
 
 NATIVE: Any = native.load()
-if NATIVE is not None:
-    NATIVE.set_units(*UNITS)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _rows_of(groups: int, dtype: torch.dtype) -> int:
-    """How many rows a key head gets for its group of query heads, 0 to leave them apart.
+    """How many rows the stock kernel gets for the query heads of a key head, 0 to leave them apart.
 
     As rows of one key head they read each key once. But with AMX the kernel packs keys of half precision
     for several rows first, which takes longer than reading them twice or three times; and with products of

@@ -1,8 +1,8 @@
 """The decode step in C++, compiled where it is used.
 
-A compiled library fits one PyTorch and one Python, so none is shipped: ``stablemask build`` compiles
-``decode.cpp`` beside its source, and the next process finds it there. Without it the same step runs in
-Python.
+A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
+build`` compiles ``decode.cpp`` beside its source, and the next process finds it there. Without it the same
+step runs in Python, by PyTorch's own kernel.
 """
 
 import hashlib
@@ -22,13 +22,16 @@ from ..errors import InputError
 
 FOLDER = Path(__file__).parent
 _NAME = "_decode"
+_SOURCES = ("decode.cpp", "row.h", "setup.py")
 
 
 def library_path() -> Path:
-    """Where the library for this source, PyTorch and Python is, or would be."""
-    source = (FOLDER / "decode.cpp").read_bytes()
-    digest = hashlib.sha256(source + torch.__version__.encode()).hexdigest()[:12]
-    return FOLDER / f"{_NAME}-{digest}{EXTENSION_SUFFIXES[0]}"
+    """Where the library for this source, PyTorch, Python and processor is, or would be."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((FOLDER / name).read_bytes())
+    digest.update(f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()}".encode())
+    return FOLDER / f"{_NAME}-{digest.hexdigest()[:12]}{EXTENSION_SUFFIXES[0]}"
 
 
 def load() -> ModuleType | None:
@@ -60,7 +63,7 @@ def build() -> Path:
     if not os.access(FOLDER, os.W_OK):
         raise InputError(f"{FOLDER} cannot be written; run `stablemask build` as its owner")
     with tempfile.TemporaryDirectory() as work:
-        for name in ("decode.cpp", "setup.py"):
+        for name in _SOURCES:
             shutil.copy(FOLDER / name, work)
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)

@@ -1,39 +1,24 @@
-// What ../decode.py computes, at what its kernel alone costs.
+// What ../decode.py computes, as a function for Python.
 //
 // After a kernel has streamed a cache of keys through the processor's own caches, whatever runs next is
-// read from memory anew: checks and three small operations in Python then take longer than they compute.
-// Here they are a few hundred instructions around PyTorch's kernel. Only what a plain call can be is
-// answered; None sends every other, wrong arguments included, the general way.
+// read from memory anew: checks in Python then take longer than they compute. Here they are a few hundred
+// instructions before those of row.h. Only what a plain call can be is answered; None sends every other,
+// wrong arguments included, the general way.
 
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
-#include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
 #include <optional>
 
+#include "row.h"
+
 namespace {
 
-// What the processor has for half precision, as ../decode.py tells: AMX, for which the kernel packs keys,
-// and AVX-512's products of bfloat16.
-bool has_amx = false, has_avx512_bf16 = false;
-
-// How many rows a key head gets for its group of query heads, 0 to leave them apart. See ../decode.py.
-int64_t rows_of(int64_t groups, at::ScalarType dtype) {
-  if (has_amx) {
-    const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
-    return groups >= (half ? 4 : 2) ? groups : 0;
-  }
-  if (groups > 1) {
-    return groups;
-  }
-  return has_avx512_bf16 && dtype == at::kBFloat16 ? 4 : 0;
-}
+using stablemask::Sinks;
 
 // Whether a set holds no key and no backend but those allowed.
 bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
@@ -59,20 +44,17 @@ bool is_plain(const at::Tensor& tensor) {
 }
 
 bool is_row(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-  if (query.dim() != 4 || query.size(2) != 1 || key.dim() != 4 || value.sizes() != key.sizes() ||
-      query.numel() == 0 || key.numel() == 0) {
+  if (query.dim() != 4 || query.size(2) != 1 || key.dim() != 4 || value.dim() != 4 ||
+      value.sizes().slice(0, 3) != key.sizes().slice(0, 3) || query.numel() == 0 || key.numel() == 0 ||
+      value.numel() == 0) {
     return false;
   }
   const auto dtype = query.scalar_type();
   return key.size(0) == query.size(0) && key.size(3) == query.size(3) && query.size(1) % key.size(1) == 0 &&
       (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
       key.scalar_type() == dtype && value.scalar_type() == dtype &&
-      // The kernel takes the last axis for contiguous.
       query.stride(3) == 1 && key.stride(3) == 1 && value.stride(3) == 1;
 }
-
-// Sink logits by sequence and head, or one for all.
-using Sinks = c10::SmallVector<double, 64>;
 
 std::optional<Sinks> sinks_of(const at::Tensor& tensor, const at::Tensor& query) {
   const int64_t batch = query.size(0), heads = query.size(1), axes = tensor.dim();
@@ -91,51 +73,6 @@ std::optional<Sinks> sinks_of(const at::Tensor& tensor, const at::Tensor& query)
     }
   });
   return sinks;
-}
-
-// out *= sigmoid(lse - sink), for out (batch, key heads, groups, head_dim) and lse without the last axis.
-template <typename scalar_t>
-void give_to_sinks(const at::Tensor& out, const at::Tensor& lse, const Sinks& sinks) {
-  using real_t = at::opmath_type<scalar_t>;
-  const real_t* sums = lse.const_data_ptr<real_t>();
-  scalar_t* rows = out.mutable_data_ptr<scalar_t>();
-  const int64_t key_heads = out.size(1), groups = out.size(2), head_dim = out.size(3);
-  for (int64_t batch = 0, i = 0; batch < out.size(0); ++batch) {
-    for (int64_t key_head = 0; key_head < key_heads; ++key_head) {
-      for (int64_t group = 0; group < groups; ++group, ++i) {
-        const real_t sink = static_cast<real_t>(sinks.size() == 1 ? sinks[0] : sinks[i]);
-        const real_t sum = sums[batch * lse.stride(0) + key_head * lse.stride(1) + group * lse.stride(2)];
-        const real_t kept = real_t(1) / (real_t(1) + std::exp(sink - sum));
-        scalar_t* row = rows + batch * out.stride(0) + key_head * out.stride(1) + group * out.stride(2);
-        for (int64_t j = 0; j < head_dim; ++j) {
-          row[j] = static_cast<scalar_t>(static_cast<real_t>(row[j]) * kept);
-        }
-      }
-    }
-  }
-}
-
-at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                  const Sinks& sinks, std::optional<double> scale) {
-  const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3);
-  const int64_t key_heads = key.size(1), groups = heads / key_heads;
-  const int64_t row_count = rows_of(groups, query.scalar_type());
-  at::Tensor rows = query;
-  if (groups > 1 && row_count > 0) {
-    // The heads that share a key head become its rows, so that each key is read once.
-    rows = query.reshape({batch, key_heads, groups, head_dim});
-  } else if (row_count > 0) {
-    rows = query.repeat({1, 1, row_count, 1});
-  }
-  auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
-      rows, key, value, /*dropout_p=*/0.0, /*is_causal=*/false, /*attn_mask=*/std::nullopt, scale);
-  if (groups == 1 && row_count > 0) {
-    out = out.narrow(2, 0, 1);
-  }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "decode_step", [&] {
-    give_to_sinks<scalar_t>(out, lse, sinks);
-  });
-  return out.reshape({batch, heads, 1, head_dim});
 }
 
 // A float, None, or neither.
@@ -183,24 +120,15 @@ PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   at::Tensor out;
   {
     pybind11::gil_scoped_release no_gil;
-    out = attend(query, key, value, *sinks, scale);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_step", [&] {
+      out = stablemask::attend<scalar_t>(query, key, value, *sinks, scale.value_or(1 / std::sqrt(query.size(3))));
+    });
   }
   return THPVariable_Wrap(std::move(out));
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* set_units(PyObject*, PyObject* arguments) {
-  int amx = 0, avx512_bf16 = 0;
-  if (!PyArg_ParseTuple(arguments, "pp", &amx, &avx512_bf16)) {
-    return nullptr;
-  }
-  has_amx = amx;
-  has_avx512_bf16 = avx512_bf16;
-  Py_RETURN_NONE;
-}
-
 PyMethodDef methods[] = {
-    {"set_units", set_units, METH_VARARGS, "set_units(amx, avx512_bf16): what the processor has."},
     {"decode_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(decode_step)), METH_FASTCALL,
      "decode_step(query, key, value, sink_logits, gamma, scale): see stablemask.decode."},
     {nullptr, nullptr, 0, nullptr},
