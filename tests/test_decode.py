@@ -23,7 +23,7 @@ from tests.oracle import doubled, make_inputs, sink_definition
 def language(request, monkeypatch):
     """Without gradients, with the step in that language."""
     if request.param == "Python":
-        monkeypatch.setattr(decode, "NATIVE", None)
+        monkeypatch.setattr(decode, "LIBRARY", None)
     with torch.no_grad():
         yield request.param
 
@@ -74,7 +74,7 @@ def test_what_it_leaves_to_the_general_way():
     assert decode_step(query, key, value) is not None
     wide = torch.randn(2, 4, 1, 16)[..., ::2]
     narrow = decode_step(query, key, value[..., :5])
-    assert (narrow is None) == (decode.NATIVE is None)  # the stock kernel takes one width only
+    assert (narrow is None) == (decode.LIBRARY is None)  # the stock kernel takes one width only
     for changed in (
         (wide, key, value),
         (query, key.double(), value),

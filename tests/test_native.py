@@ -12,7 +12,7 @@ from stablemask.cli.main import BAD_INPUT, main
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A copy of the sources, where nothing is compiled yet."""
-    for name in ("decode.cpp", "row.h", "setup.py"):
+    for name in native._SOURCES:
         shutil.copy(native.FOLDER / name, tmp_path)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     return tmp_path
@@ -23,19 +23,29 @@ def test_it_is_compiled_once(folder, capsys):
     assert native.language() == "Python"
     assert main(["build"]) == 0
     assert native.library_path().exists()
-    assert sorted(path.suffix for path in folder.iterdir()) == [".cpp", ".h", ".py", ".so"]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".cpp", ".h", ".h", ".py", ".so"]
     assert native.language() == "C++"
     assert main(["build"]) == 0
     assert "compiled already" in capsys.readouterr().out
 
 
 def test_a_compiler_that_fails_is_one_line(folder, capsys):
-    (folder / "decode.cpp").write_text("int main() { return nothing; }\n")
+    (folder / "library.cpp").write_text("int main() { return nothing; }\n")
     assert main(["build"]) == BAD_INPUT
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "does not compile" in error
-    assert not list(folder.glob("_decode*"))
+    assert not list(folder.glob("_native*"))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_what_does_not_load_is_one_line(folder, capsys):
+    (folder / "library.cpp").write_text("int missing(); int present = missing();\n")
+    assert main(["build"]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "does not load" in error
+    assert not list(folder.glob("_native*"))
 
 
 def test_no_compiler_is_one_line(folder, monkeypatch, capsys):
@@ -60,7 +70,7 @@ def test_another_source_pytorch_or_processor_is_another_library(folder, monkeypa
     with monkeypatch.context() as other:
         other.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "Z80")
         assert native.library_path() != before
-    for name in ("decode.cpp", "row.h"):
+    for name in ("library.cpp", "row.h", "sink.h"):
         with (folder / name).open("a") as source:
             source.write("// new\n")
         after = native.library_path()

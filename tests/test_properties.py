@@ -142,7 +142,7 @@ def test_any_decode_step_equals_the_dense_float64(data):
         exact = attend(doubled(inputs), backend="reference")
         dense = attend(inputs, backend="reference")
         for library in {None, native.load()}:
-            with mock.patch.object(decode, "NATIVE", library):
+            with mock.patch.object(decode, "LIBRARY", library):
                 ours = attend(inputs)
             assert ours.dtype == dtype
             if dtype == torch.float64:  # sums of so many numbers of the size of a drawn one

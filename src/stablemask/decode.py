@@ -9,18 +9,15 @@ stock kernel's.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import native
 from .backends.calls import nothing_watches
+from .native import LIBRARY
 from .processor import UNITS
 from .pseudo import log_pseudo_mass
-
-NATIVE: Any = native.load()
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,8 +56,8 @@ def decode_step(
             horizon; else the result is None.
         scale: of the scores, or None.
     """
-    if NATIVE is not None and not torch.compiler.is_compiling():
-        return NATIVE.decode_step(query, key, value, sink_logits, gamma, scale)
+    if LIBRARY is not None and not torch.compiler.is_compiling():
+        return LIBRARY.decode_step(query, key, value, sink_logits, gamma, scale)
     if not nothing_watches():
         return None
     if not (type(query) is type(key) is type(value) is Tensor):
@@ -105,8 +102,8 @@ def repeated_decode_step(
     query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, scale: float
 ) -> Tensor | None:
     """:func:`decode_step` of arguments like those of a call it served, in eager mode; None if it is not."""
-    if NATIVE is not None:  # which checks at no cost
-        return NATIVE.decode_step(query, key, value, sink_logits, None, scale)
+    if LIBRARY is not None:  # which checks at no cost
+        return LIBRARY.decode_step(query, key, value, sink_logits, None, scale)
     return _unchecked(query, key, value, sink_logits, scale)
 
 

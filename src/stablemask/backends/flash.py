@@ -18,7 +18,7 @@ from .calls import (
     under_torch_func,
 )
 from .kernels import KERNELS
-from .operators import eager_forward, flash_forward, scale_rows
+from .operators import absorb, eager_forward, flash_forward, scale_rows
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
@@ -98,6 +98,8 @@ def _attend(call: Call, kernel: str) -> Tensor:
         query, key, value, value_dim = fit(query, key, value, kernel)
         causal = False if one_row else True  # noqa: SIM211 (a bool, where the length is a symbol)
         out, lse = KERNELS[kernel].forward(query, key, value, None, causal, scale)
+        if alone and absorb(out, lse, sink_logits.to(lse.dtype)) is not None:
+            return out[..., :value_dim]
         factor = torch.sigmoid(lse - sink_logits)
         if alone:
             return scale_rows(out, factor)[..., :value_dim]

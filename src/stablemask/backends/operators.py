@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Masks
+from ..native import LIBRARY
 from .calls import only_autograd_watches, refuse_second_order, sink_gradient
 from .kernels import KERNELS
 from .tiles import Tile, Tiling
@@ -100,6 +101,10 @@ def _forward_block(
         lse = torch.full_like(out[..., 0], -torch.inf, dtype=lse_dtype(query))
         return out, lse if sink is None else lse.copy_(sink)
 
+    if sink is not None and len(parts) == 1 and not biased:
+        total = absorb(*parts[0], sink)
+        if total is not None:
+            return parts[0][0], total
     lse = total = parts[0][1] if len(parts) == 1 else torch.logaddexp(parts[0][1], parts[1][1])
     kept = None
     if sink is not None:
@@ -116,6 +121,13 @@ def _forward_block(
         ones = torch.ones((), dtype=lse.dtype, device=lse.device)
         weights = [(ones if w is None else w).masked_fill(nothing, 0.0) for w in weights]
     return _weighted_sum([out for out, _ in parts], weights), total
+
+
+def absorb(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor | None:
+    """Take the share of a sink out of ``out``, in place, in one pass; its lse with the sink, None if not done."""
+    if LIBRARY is None or out.device.type != "cpu":
+        return None
+    return LIBRARY.absorb(out, lse, sink_logits)
 
 
 def _weighted_sum(outs: list[Tensor], weights: list[Tensor | None]) -> Tensor:

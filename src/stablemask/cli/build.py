@@ -23,5 +23,5 @@ def run(options: BuildOptions) -> None:
     if native.load() is not None:
         print(f"{path} is compiled already")
         return
-    print(f"compiling decode.cpp for PyTorch {torch.__version__}, some seconds", flush=True)
+    print(f"compiling library.cpp for PyTorch {torch.__version__}, some seconds", flush=True)
     print(native.build())

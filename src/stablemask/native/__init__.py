@@ -1,8 +1,8 @@
-"""The decode step in C++, compiled where it is used.
+"""What the CPU does in C++, compiled where it is used: a row of decoding, and a sink's share of an output.
 
 A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
-build`` compiles ``decode.cpp`` beside its source, and the next process finds it there. Without it the same
-step runs in Python, by PyTorch's own kernel.
+build`` compiles ``library.cpp`` beside its source, and the next process finds it there. Without it the same
+is computed by PyTorch's own kernels.
 """
 
 import hashlib
@@ -15,14 +15,15 @@ import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from ..errors import InputError
 
 FOLDER = Path(__file__).parent
-_NAME = "_decode"
-_SOURCES = ("decode.cpp", "row.h", "setup.py")
+_NAME = "_native"
+_SOURCES = ("library.cpp", "row.h", "sink.h", "setup.py")
 
 
 def library_path() -> Path:
@@ -37,19 +38,14 @@ def library_path() -> Path:
 def load() -> ModuleType | None:
     """The library, or None where it was not compiled or does not load."""
     path = library_path()
-    spec = importlib.util.spec_from_file_location(_NAME, path)
-    if not path.exists() or spec is None or spec.loader is None:
-        return None
     try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return _import(path) if path.exists() else None
     except ImportError:
         return None
-    return module
 
 
 def language() -> str:
-    """What decode steps run in, in this process and those that start now."""
+    """What decode steps run in, in processes that start now."""
     return "Python" if load() is None else "C++"
 
 
@@ -57,7 +53,8 @@ def build() -> Path:
     """Compile the library and put it in its place.
 
     Raises:
-        InputError: there is no working C++ compiler, or the package's folder cannot be written.
+        InputError: there is no working C++ compiler with OpenMP, what it makes cannot be loaded, or the
+            package's folder cannot be written.
     """
     path = library_path()
     if not os.access(FOLDER, os.W_OK):
@@ -69,14 +66,31 @@ def build() -> Path:
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         built = next(Path(work).glob(f"{_NAME}.*"), None)
         if done.returncode or built is None:
-            raise InputError(f"decode.cpp does not compile here: {_reason(done.stderr)}")
+            raise InputError(f"library.cpp does not compile here: {_reason(done.stderr)}")
+        try:
+            _import(built)
+        except ImportError as error:
+            raise InputError(f"what library.cpp compiles to does not load here: {error}") from error
         staged = path.with_suffix(f".{os.getpid()}")
         shutil.copy(built, staged)
         os.replace(staged, path)
     return path
 
 
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_NAME, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a library")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _reason(output: str) -> str:
     """The first line of a compiler's output that names an error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), "".join(lines[-1:]))
+
+
+LIBRARY: Any = load()
+"""The library of this process, if there is one."""

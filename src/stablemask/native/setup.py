@@ -1,4 +1,4 @@
-"""Compiles decode.cpp; ``stablemask build`` runs this file."""
+"""Compiles library.cpp; ``stablemask build`` runs this file."""
 
 import torch
 from setuptools import setup
@@ -17,8 +17,8 @@ setup(
     name="stablemask-native",
     ext_modules=[
         CppExtension(
-            "_decode",
-            ["decode.cpp"],
+            "_native",
+            ["library.cpp"],
             extra_compile_args=["-O3", "-g0", "-fopenmp", *macros, *VECTORS.get(capability, [])],
             extra_link_args=["-fopenmp"],
         )

@@ -1,11 +1,13 @@
-// What ../decode.py computes, as a function for Python.
+// What Python calls: decode_step for ../decode.py, absorb for ../backends/operators.py.
 //
-// After a kernel has streamed a cache of keys through the processor's own caches, whatever runs next is
-// read from memory anew: checks in Python then take longer than they compute. Here they are a few hundred
-// instructions before those of row.h. Only what a plain call can be is answered; None sends every other,
-// wrong arguments included, the general way.
+// After a kernel has streamed its tensors through the processor's own caches, whatever runs next is read
+// from memory anew: checks in Python then take longer than what they check. Here they are a few hundred
+// instructions. Only what a plain call can be is answered; None sends every other, wrong arguments
+// included, the general way.
 
 #include <ATen/Dispatch.h>
+#include <ATen/ExpandUtils.h>
+#include <ATen/OpMathType.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
@@ -15,6 +17,7 @@
 #include <optional>
 
 #include "row.h"
+#include "sink.h"
 
 namespace {
 
@@ -128,16 +131,46 @@ PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* absorb(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3, "absorb takes out, lse, sink_logits");
+  for (int i = 0; i < 3; ++i) {
+    if (!THPVariable_Check(arguments[i])) {
+      Py_RETURN_NONE;
+    }
+  }
+  const at::Tensor out = THPVariable_Unpack(arguments[0]);
+  const at::Tensor lse = THPVariable_Unpack(arguments[1]);
+  const at::Tensor sink = THPVariable_Unpack(arguments[2]);
+  if (!is_plain(out) || !is_plain(lse) || !is_plain(sink) || out.dim() != 4 || out.stride(3) != 1 ||
+      !at::isFloatingType(out.scalar_type()) || lse.scalar_type() != at::toOpMathType(out.scalar_type()) ||
+      sink.scalar_type() != lse.scalar_type() || lse.sizes() != out.sizes().slice(0, 3) || sink.dim() != 3 ||
+      !at::is_expandable_to(sink.sizes(), lse.sizes())) {
+    Py_RETURN_NONE;
+  }
+  at::Tensor total;
+  {
+    pybind11::gil_scoped_release no_gil;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "absorb", [&] {
+      total = stablemask::absorb<scalar_t>(out, lse, sink.expand(lse.sizes()));
+    });
+  }
+  return THPVariable_Wrap(std::move(total));
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef methods[] = {
+    {"absorb", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(absorb)), METH_FASTCALL,
+     "absorb(out, lse, sink_logits): see stablemask.backends.operators."},
     {"decode_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(decode_step)), METH_FASTCALL,
      "decode_step(query, key, value, sink_logits, gamma, scale): see stablemask.decode."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_decode", nullptr, -1, methods};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods};
 
 } // namespace
 
-PyMODINIT_FUNC PyInit__decode() {
+PyMODINIT_FUNC PyInit__native() {
   return PyModule_Create(&module);
 }

@@ -1,0 +1,77 @@
+// A sink's share taken out of what a kernel has returned: one pass, where separate operations take seven.
+
+#pragma once
+
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace stablemask {
+namespace {
+
+constexpr int64_t ROWS = 64; // of each head, at a time
+
+// out *= sigmoid(lse - sink), and the result is logaddexp(lse, sink). Out is (B, H, n, D), its last axis
+// contiguous; lse is (B, H, n), the sink broadcast to it, both in the precision the kernel sums in.
+template <typename scalar_t>
+at::Tensor absorb(const at::Tensor& out, const at::Tensor& lse, const at::Tensor& sink) {
+  using real_t = at::opmath_type<scalar_t>;
+  using lanes_t = at::vec::Vectorized<real_t>;
+  const int64_t heads = out.size(1), length = out.size(2), head_dim = out.size(3);
+  const int64_t blocks = (length + ROWS - 1) / ROWS;
+  at::Tensor total = at::empty(lse.sizes(), lse.options());
+  scalar_t* outs = out.mutable_data_ptr<scalar_t>();
+  real_t* totals = total.mutable_data_ptr<real_t>();
+  const real_t *lses = lse.const_data_ptr<real_t>(), *sinks = sink.const_data_ptr<real_t>();
+  // In the order of memory: rows of a head, or heads of a row.
+  const bool by_head = out.stride(1) > out.stride(2);
+
+  at::parallel_for(0, out.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<real_t> kept(heads * ROWS);
+    real_t sums[ROWS], taken[ROWS];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / blocks, first = i % blocks * ROWS, count = std::min(ROWS, length - first);
+      scalar_t* block = outs + b * out.stride(0) + first * out.stride(2);
+      const auto scale = [&](int64_t h, int64_t row) {
+        const lanes_t factor(kept[h * ROWS + row]);
+        scalar_t* at = block + h * out.stride(1) + row * out.stride(2);
+        at::vec::map<scalar_t>([factor](lanes_t x) { return x * factor; }, at, at, head_dim);
+      };
+      for (int64_t h = 0; h < heads; ++h) {
+        const real_t* from = lses + b * lse.stride(0) + h * lse.stride(1) + first * lse.stride(2);
+        const real_t* sink_from = sinks + b * sink.stride(0) + h * sink.stride(1) + first * sink.stride(2);
+        for (int64_t row = 0; row < count; ++row) {
+          sums[row] = from[row * lse.stride(2)];
+          taken[row] = sink_from[row * sink.stride(2)];
+        }
+        real_t* to = totals + (b * heads + h) * length + first;
+        for (int64_t row = 0; row < count; row += lanes_t::size()) {
+          const int64_t left = std::min<int64_t>(lanes_t::size(), count - row);
+          const auto sum = lanes_t::loadu(sums + row, left), other = lanes_t::loadu(taken + row, left);
+          const auto less = (sum - other).abs().neg().exp(); // the lesser of the two over the larger
+          const auto share = lanes_t::blendv(less, lanes_t(1), sum >= other) / (lanes_t(1) + less);
+          share.store(kept.data() + h * ROWS + row, left);
+          (at::vec::maximum(sum, other) + less.log1p()).store(to + row, left);
+        }
+        for (int64_t row = 0; by_head && row < count; ++row) {
+          scale(h, row);
+        }
+      }
+      for (int64_t row = 0; !by_head && row < count; ++row) {
+        for (int64_t h = 0; h < heads; ++h) {
+          scale(h, row);
+        }
+      }
+    }
+  });
+  return total;
+}
+
+} // namespace
+} // namespace stablemask
