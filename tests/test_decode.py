@@ -107,6 +107,23 @@ def test_what_it_leaves_to_the_general_way():
     ).shape == (2, 2, 4, 1, 8)
 
 
+def test_masks_it_leaves_to_the_general_way():
+    query, key, value = tensors()
+    for mask in (
+        torch.ones(2, 4, 1, 19, dtype=torch.bool),
+        torch.ones(1, 19, dtype=torch.bool),
+        torch.ones(2, 1, 1, 18, dtype=torch.bool),
+        torch.ones(2, 1, 19, 1, dtype=torch.bool).transpose(2, 3)[..., ::2],
+        torch.zeros(2, 1, 1, 19),
+        [True],
+    ):
+        assert decode_step(query, key, value, attn_mask=mask) is None
+    mask = torch.arange(19).expand(2, 1, 1, 19) > 4
+    ours = stable_mask_attention(query, key, value, gamma=0.1, attn_mask=mask)
+    general = stable_mask_attention(query, key, value, gamma=0.1, attn_mask=mask, backend="flash")
+    torch.testing.assert_close(ours, general)
+
+
 def test_scale_is_used():
     query, key, value = tensors()
     scaled = sink_attention(query, key, value, 0.0, scale=0.7, backend="flash")
@@ -137,9 +154,12 @@ def test_heads_that_share_keys(dtype, heads, units, monkeypatch):
     value_dim=st.integers(1, 150),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     threads=st.sampled_from([1, 2, 3]),
+    mask=st.sampled_from([None, "of each", "of all"]),
     seed=st.integers(0, 99),
 )
-def test_every_shape(batch, groups, key_heads, kv_len, head_dim, value_dim, dtype, threads, seed):
+def test_every_shape(
+    batch, groups, key_heads, kv_len, head_dim, value_dim, dtype, threads, mask, seed
+):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -150,9 +170,13 @@ def test_every_shape(batch, groups, key_heads, kv_len, head_dim, value_dim, dtyp
     key = normal(batch, kv_len + 3, key_heads, head_dim + 1)[:, :kv_len, :, 1:].transpose(1, 2)
     value = normal(batch, key_heads, kv_len + 2, value_dim)[:, :, 2:]
     sinks = 2 * normal(batch, groups * key_heads, 1)
-    step = decode_step(query, key, value, sink_logits=sinks)
+    seen = None
+    if mask is not None:  # the first keys are padding, all of them in the last sequence
+        first = torch.linspace(0, kv_len, batch if mask == "of each" else 1).round()
+        seen = torch.arange(kv_len) >= first.reshape(-1, 1, 1, 1)
+    step = decode_step(query, key, value, sink_logits=sinks, attn_mask=seen)
     assert step.shape == (batch, groups * key_heads, 1, value_dim)
-    exact = sink_definition(*doubled((query, key, value)), sinks.double())
+    exact = sink_definition(*doubled((query, key, value)), sinks.double(), visible=seen)
     # Scores are sums of head_dim products, and their errors are those of the logarithms of the weights.
     eps = torch.finfo(dtype).eps
     kernel = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -161,7 +185,8 @@ def test_every_shape(batch, groups, key_heads, kv_len, head_dim, value_dim, dtyp
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(decode_step(query, key, value, sink_logits=sinks), step)
+        again = decode_step(query, key, value, sink_logits=sinks, attn_mask=seen)
+        assert torch.equal(again, step)
     finally:
         torch.set_num_threads(before)
 

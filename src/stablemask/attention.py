@@ -58,10 +58,10 @@ def stable_mask_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    unmasked = attn_mask is None and window is None and alibi_slopes is None and documents is None
-    plain = unmasked and positions is None and horizon is None and type(gamma) is float
+    unbiased = window is None and alibi_slopes is None and documents is None
+    plain = unbiased and positions is None and horizon is None and type(gamma) is float
     if plain and not dropout_p and backend == "auto":
-        out = decode_step(query, key, value, gamma=gamma, scale=scale)
+        out = decode_step(query, key, value, gamma=gamma, scale=scale, attn_mask=attn_mask)
         if out is not None:
             return out
     if is_dtensor(query):
@@ -151,9 +151,11 @@ def sink_attention(
         ValueError, TypeError: an argument does not fit, or the named backend cannot serve the call;
             the message says why.
     """
-    unmasked = attn_mask is None and window is None and alibi_slopes is None and documents is None
-    if unmasked and not dropout_p and backend == "auto":
-        out = decode_step(query, key, value, sink_logits=sink_logits, scale=scale)
+    unbiased = window is None and alibi_slopes is None and documents is None
+    if unbiased and not dropout_p and backend == "auto":
+        out = decode_step(
+            query, key, value, sink_logits=sink_logits, scale=scale, attn_mask=attn_mask
+        )
         if out is not None:
             return out
     if is_dtensor(query):

@@ -45,8 +45,9 @@ def decode_step(
     sink_logits: Tensor | float = 0.0,
     gamma: float | Tensor | None = None,
     scale: float | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """Attention of one row per sequence, on the CPU, without masks or gradients; None if it is not that.
+    """Attention of one row per sequence, on the CPU, without gradients; None if it is not that.
 
     Args:
         query, key, value: as in :func:`~stablemask.sink_attention`, not checked.
@@ -55,10 +56,12 @@ def decode_step(
         gamma: StableMask's in place of ``sink_logits``, a number, for the last position of an infinite
             horizon; else the result is None.
         scale: of the scores, or None.
+        attn_mask: which keys a sequence sees, of bool, ``(batch or 1, 1, 1, kv_len)``, where the step is
+            compiled; else the result is None.
     """
     if LIBRARY is not None and not torch.compiler.is_compiling():
-        return LIBRARY.decode_step(query, key, value, sink_logits, gamma, scale)
-    if not nothing_watches():
+        return LIBRARY.decode_step(query, key, value, sink_logits, gamma, scale, attn_mask)
+    if attn_mask is not None or not nothing_watches():
         return None
     if not (type(query) is type(key) is type(value) is Tensor):
         return None
@@ -99,11 +102,16 @@ def decode_step(
 
 
 def repeated_decode_step(
-    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor,
+    scale: float,
+    attn_mask: Tensor | None,
 ) -> Tensor | None:
     """:func:`decode_step` of arguments like those of a call it served, in eager mode; None if it is not."""
     if LIBRARY is not None:  # which checks at no cost
-        return LIBRARY.decode_step(query, key, value, sink_logits, None, scale)
+        return LIBRARY.decode_step(query, key, value, sink_logits, None, scale, attn_mask)
     return _unchecked(query, key, value, sink_logits, scale)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import stablemask.hf.attention as attention
+from tests.marks import native_library
 
 from .families import FAMILIES, PSEUDO, Family, outcome
 
@@ -69,6 +70,24 @@ def test_all_layers_but_the_first_share_a_step(shared):
     assert not shared
     assert_same(model(ids[:, -1:], past_key_values=cache).logits, truth[:, -1:])
     assert len(shared) == 3
+
+
+@native_library
+def test_padded_batches_share_it_too_and_are_as_each_text_alone(shared):
+    model, ids = build(LLAMA), torch.randint(3, 61, (3, LENGTH))
+    padding = (5, 0, 2)
+    mask = torch.stack([torch.arange(LENGTH) >= start for start in padding]).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
+          past_key_values=cache)  # fmt: skip
+    logits = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:],
+                   past_key_values=cache).logits  # fmt: skip
+    assert len(shared) == 3
+    assert all(call[-1] is not None for call in shared)
+    for row, start in enumerate(padding):
+        alone = model(ids[row : row + 1, start:], use_cache=False).logits
+        assert_same(logits[row : row + 1], alone[:, -1:])
 
 
 @pytest.mark.parametrize(

@@ -84,11 +84,12 @@ def stablemask_attention_forward(
             # The mask function of "sdpa" gives None there only for the prefill of a static cache.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
     sink_logits = layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs)
-    unmasked = attention_mask is None and window_left is None
-    if q_len == 1 and query.is_cpu and unmasked and not dropout:
-        row = decode_step(query, key, value, sink_logits=sink_logits, scale=scaling)
+    if q_len == 1 and query.is_cpu and window_left is None and not dropout:
+        row = decode_step(
+            query, key, value, sink_logits=sink_logits, scale=scaling, attn_mask=attention_mask
+        )
         if row is not None:
-            _remember_decode_step(module, query, key, value, kwargs)
+            _remember_decode_step(module, query, key, value, attention_mask, kwargs)
             return row.reshape(row.shape[0], 1, row.shape[1], row.shape[3]), None
     out = sink_attention(
         query,
@@ -154,7 +155,7 @@ class _Memo:
 
     Attributes:
         shapes: of query, key and value in a layer that took the short decode step, which any other
-            layer of the same shapes and dtype may then take unchecked.
+            layer of the same shapes, dtype and mask may then take unchecked.
     """
 
     config: Any
@@ -164,6 +165,7 @@ class _Memo:
     sink_logits: Tensor
     shapes: tuple[torch.Size, torch.Size, torch.Size] | None = None
     dtype: torch.dtype | None = None
+    mask: Tensor | None = None
 
     def holds(self, config: Any, positions: Tensor, query: Tensor) -> bool:
         return (
@@ -190,7 +192,7 @@ def _same_decode_step(
     A model's layers are tens of such calls a token, each some tens of microseconds, of which reading
     the settings and checking the arguments would be the half.
     """
-    if attention_mask is not None or not nothing_watches():
+    if not nothing_watches():
         return None
     positions: Any = kwargs.get("position_ids")
     memo: _Memo | None = getattr(positions, "_stablemask", None)
@@ -199,11 +201,12 @@ def _same_decode_step(
     window = kwargs.get("sliding_window")
     like = (
         memo.shapes == (query.shape, key.shape, value.shape)
+        and memo.mask is attention_mask
         and type(query) is type(key) is type(value) is Tensor
         and query.dtype is key.dtype is value.dtype is memo.dtype
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and memo.holds(module.config, positions, query)
-        and (not window or window >= key.shape[2])
+        and (not window or attention_mask is not None or window >= key.shape[2])
         and kwargs.get("s_aux") is None
         and kwargs.get("cache") is None
         and type(scaling) is float
@@ -212,18 +215,24 @@ def _same_decode_step(
     if not like:
         return None
     assert scaling is not None
-    out = repeated_decode_step(query, key, value, memo.sink_logits, scaling)
+    out = repeated_decode_step(query, key, value, memo.sink_logits, scaling, attention_mask)
     return None if out is None else out.reshape(query.shape[0], 1, query.shape[1], -1)
 
 
 def _remember_decode_step(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> None:
     memo: _Memo | None = getattr(kwargs.get("position_ids"), "_stablemask", None)
     # Where a family does not name the window, its layers may differ in it.
     named = "sliding_window" in kwargs or not getattr(module.config, "sliding_window", None)
     if memo is not None and named and kwargs.get("s_aux") is None:
         memo.shapes, memo.dtype = (query.shape, key.shape, value.shape), query.dtype
+        memo.mask = attention_mask
 
 
 def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) -> Tensor:

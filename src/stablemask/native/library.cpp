@@ -78,6 +78,13 @@ std::optional<Sinks> sinks_of(const at::Tensor& tensor, const at::Tensor& query)
   return sinks;
 }
 
+// Of bool: which keys each sequence sees, or all of them see.
+bool is_mask(const at::Tensor& mask, const at::Tensor& key) {
+  return is_plain(mask) && mask.scalar_type() == at::kBool && mask.dim() == 4 && mask.size(1) == 1 &&
+      mask.size(2) == 1 && mask.size(3) == key.size(2) && (mask.size(0) == 1 || mask.size(0) == key.size(0)) &&
+      mask.stride(3) == 1;
+}
+
 // A float, None, or neither.
 bool read_number(PyObject* object, std::optional<double>& number) {
   if (PyFloat_CheckExact(object)) {
@@ -88,7 +95,7 @@ bool read_number(PyObject* object, std::optional<double>& number) {
 
 PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "decode_step takes query, key, value, sink_logits, gamma, scale");
+  TORCH_CHECK_TYPE(count == 7, "decode_step takes query, key, value, sink_logits, gamma, scale, attn_mask");
   for (int i = 0; i < 3; ++i) {
     if (!THPVariable_CheckExact(arguments[i])) {
       Py_RETURN_NONE;
@@ -98,6 +105,12 @@ PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const at::Tensor key = THPVariable_Unpack(arguments[1]);
   const at::Tensor value = THPVariable_Unpack(arguments[2]);
   if (!nothing_watches() || !is_plain(query) || !is_plain(key) || !is_plain(value) || !is_row(query, key, value)) {
+    Py_RETURN_NONE;
+  }
+  at::Tensor mask;
+  if (THPVariable_CheckExact(arguments[6]) && is_mask(THPVariable_Unpack(arguments[6]), key)) {
+    mask = THPVariable_Unpack(arguments[6]).expand({key.size(0), 1, 1, key.size(2)});
+  } else if (arguments[6] != Py_None) {
     Py_RETURN_NONE;
   }
   std::optional<double> number, gamma, scale;
@@ -124,7 +137,7 @@ PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_step", [&] {
-      out = stablemask::attend<scalar_t>(query, key, value, *sinks, scale.value_or(1 / std::sqrt(query.size(3))));
+      out = stablemask::attend<scalar_t>(query, key, value, mask, *sinks, scale.value_or(1 / std::sqrt(query.size(3))));
     });
   }
   return THPVariable_Wrap(std::move(out));
@@ -163,7 +176,7 @@ PyMethodDef methods[] = {
     {"absorb", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(absorb)), METH_FASTCALL,
      "absorb(out, lse, sink_logits): see stablemask.backends.operators."},
     {"decode_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(decode_step)), METH_FASTCALL,
-     "decode_step(query, key, value, sink_logits, gamma, scale): see stablemask.decode."},
+     "decode_step(query, key, value, sink_logits, gamma, scale, attn_mask): see stablemask.decode."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -142,13 +142,16 @@ void mix(const real_t* weights, const Chunk<scalar_t>& values, int64_t d, const 
 }
 
 // What R rows find in a chunk, `stride` apart: of each its largest score, the sum of the exponentials over
-// it, and that of the values by them.
+// it, and that of the values by them. Keys that are not seen, where it is told, have no part in it.
 template <int R, typename real_t, typename scalar_t>
 void attend_chunk(const real_t* rows, int64_t width, const Chunk<scalar_t>& keys, const Chunk<scalar_t>& values,
-                  real_t* scores, real_t* found, int64_t stride) {
+                  const bool* seen, real_t* scores, real_t* found, int64_t stride) {
   constexpr int64_t LANES = Lanes<real_t>::size(), V = LANES < 16 ? 2 : 4; // as many as there are registers for
   score<R>(rows, width, keys, scores);
   for (int r = 0; r < R; ++r) {
+    for (int64_t i = 0; seen != nullptr && i < keys.count; ++i) {
+      scores[r * CHUNK + i] = seen[i] ? scores[r * CHUNK + i] : -INF<real_t>;
+    }
     exponentiate(scores + r * CHUNK, keys.count, found[r * stride], found[r * stride + 1]);
   }
   const auto whole = [](const scalar_t* from) { return load(from); };
@@ -188,10 +191,11 @@ void join(real_t* found, int64_t count, int64_t stride, double sink, int64_t siz
 }
 
 // (batch, heads, 1, value_dim), for queries (batch, heads, 1, head_dim), keys (batch, key heads, n, head_dim)
-// and values (batch, key heads, n, value_dim). The last axis of each is contiguous, and none is empty.
+// and values (batch, key heads, n, value_dim). The last axis of each is contiguous, and none is empty. A mask
+// is of bool, (batch, 1, 1, n); it may be undefined.
 template <typename scalar_t>
-at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const Sinks& sinks,
-                  double scale) {
+at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
+                  const Sinks& sinks, double scale) {
   using real_t = at::opmath_type<scalar_t>;
   constexpr int64_t LANES = Lanes<real_t>::size();
   const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3), value_dim = value.size(3);
@@ -219,13 +223,14 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
                        [&](scalar_t x) { return static_cast<real_t>(x) * static_cast<real_t>(scale); });
       }
       const auto keys = chunk_of(key, b, h, first), values = chunk_of(value, b, h, first);
+      const bool* seen = mask.defined() ? mask.const_data_ptr<bool>() + b * mask.stride(0) + first : nullptr;
       real_t* part = found.get() + i * groups * stride;
       for (int64_t g = 0, count; g < groups; g += count) {
         count = groups - g >= 4 ? 4 : groups - g >= 2 ? 2 : 1;
         const auto attend_rows = count == 4 ? attend_chunk<4, real_t, scalar_t>
             : count == 2                    ? attend_chunk<2, real_t, scalar_t>
                                             : attend_chunk<1, real_t, scalar_t>;
-        attend_rows(rows.data() + g * width, width, keys, values, scores.data(), part + g * stride, stride);
+        attend_rows(rows.data() + g * width, width, keys, values, seen, scores.data(), part + g * stride, stride);
       }
     }
   });
