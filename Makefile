@@ -59,5 +59,5 @@ $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablem
 	  || $(BIN)/python -m pip install "$(TORCH)"; \
 	fi
 	$(BIN)/python -m pip install --editable ".[dev]"
-	$(BIN)/stablemask build || echo "Decode steps will run in Python, a little slower."
+	$(BIN)/stablemask build || echo "Decoding on the CPU will take about twice as long."
 	touch $@
