@@ -48,6 +48,15 @@ def test_what_does_not_load_is_one_line(folder, capsys):
     assert not list(folder.glob("_native*"))
 
 
+def test_an_old_processor_is_one_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert main(["build"]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "AVX2" in error
+
+
 def test_no_compiler_is_one_line(folder, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("CC", "no-such-compiler")

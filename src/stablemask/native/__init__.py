@@ -8,6 +8,7 @@ is computed by PyTorch's own kernels.
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -53,10 +54,17 @@ def build() -> Path:
     """Compile the library and put it in its place.
 
     Raises:
-        InputError: there is no working C++ compiler with OpenMP, what it makes cannot be loaded, or the
-            package's folder cannot be written.
+        InputError: the processor is too old to gain by it, there is no working C++ compiler with OpenMP,
+            what it makes cannot be loaded, or the package's folder cannot be written.
     """
     path = library_path()
+    if (
+        platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    ):
+        raise InputError(
+            "this processor has no AVX2, without which PyTorch's own kernels are faster"
+        )
     if not os.access(FOLDER, os.W_OK):
         raise InputError(f"{FOLDER} cannot be written; run `stablemask build` as its owner")
     with tempfile.TemporaryDirectory() as work:

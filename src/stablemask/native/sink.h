@@ -32,7 +32,8 @@ at::Tensor absorb(const at::Tensor& out, const at::Tensor& lse, const at::Tensor
   // In the order of memory: rows of a head, or heads of a row.
   const bool by_head = out.stride(1) > out.stride(2);
 
-  at::parallel_for(0, out.size(0) * blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / (ROWS * heads * head_dim));
+  at::parallel_for(0, out.size(0) * blocks, grain, [&](int64_t begin, int64_t end) {
     std::vector<real_t> kept(heads * ROWS);
     real_t sums[ROWS], taken[ROWS];
     for (int64_t i = begin; i < end; ++i) {
