@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablemask import decode, sink_attention, stable_mask_attention
-from stablemask.decode import decode_step
+from stablemask import plain, sink_attention, stable_mask_attention
+from stablemask.plain import plain_attention
 from stablemask.processor import Units
 from tests.marks import native_library
 from tests.oracle import doubled, make_inputs, sink_definition
@@ -23,7 +23,7 @@ from tests.oracle import doubled, make_inputs, sink_definition
 def language(request, monkeypatch):
     """Without gradients, with the step in that language."""
     if request.param == "Python":
-        monkeypatch.setattr(decode, "LIBRARY", None)
+        monkeypatch.setattr(plain, "LIBRARY", None)
     with torch.no_grad():
         yield request.param
 
@@ -52,12 +52,12 @@ def test_it_is_the_definition(dtype, kind, layout):
     sink = {"number": 0.3, "heads": torch.randn(4, 1), "rows": torch.randn(2, 1, 1).double(),
             "expanded": torch.randn(4, 3).t()[1:2].t().expand(2, 4, 1), "gamma": None}[kind]  # fmt: skip
     if kind == "gamma":
-        step = decode_step(query, key, value, gamma=0.05)
+        step = plain_attention(query, key, value, gamma=0.05)
         public = stable_mask_attention(query, key, value, gamma=0.05)
         general = stable_mask_attention(query, key, value, gamma=0.05, backend="flash")
         sink = -19 * 0.05 - math.log(-math.expm1(-0.05))
     else:
-        step = decode_step(query, key, value, sink_logits=sink)
+        step = plain_attention(query, key, value, sink_logits=sink)
         public = sink_attention(query, key, value, sink)
         general = sink_attention(query, key, value, sink, backend="flash")
     assert step is not None
@@ -71,10 +71,10 @@ def test_it_is_the_definition(dtype, kind, layout):
 
 def test_what_it_leaves_to_the_general_way():
     query, key, value = tensors()
-    assert decode_step(query, key, value) is not None
+    assert plain_attention(query, key, value) is not None
     wide = torch.randn(2, 4, 1, 16)[..., ::2]
-    narrow = decode_step(query, key, value[..., :5])
-    assert (narrow is None) == (decode.LIBRARY is None)  # the stock kernel takes one width only
+    narrow = plain_attention(query, key, value[..., :5])
+    assert (narrow is None) == (plain.LIBRARY is None)  # the stock kernel takes one width only
     for changed in (
         (wide, key, value),
         (query, key.double(), value),
@@ -89,19 +89,19 @@ def test_what_it_leaves_to_the_general_way():
         tensors(q_len=2),
         (query, key, [1.0]),
     ):
-        assert decode_step(*changed) is None
+        assert plain_attention(*changed) is None
     for keywords in (
         {"gamma": 0.0}, {"gamma": float("nan")}, {"gamma": torch.ones(4)}, {"gamma": 1},
         {"sink_logits": torch.zeros(4)}, {"sink_logits": torch.zeros(2, 1)}, {"sink_logits": 1},
         {"sink_logits": torch.zeros(4, 1, dtype=torch.int64)},
         {"scale": float("nan")}, {"scale": 1},
     ):  # fmt: skip
-        assert decode_step(query, key, value, **keywords) is None
+        assert plain_attention(query, key, value, **keywords) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert decode_step(query, key, value) is None
+        assert plain_attention(query, key, value) is None
         assert sink_attention(query, key, value, 0.0).dtype == torch.bfloat16
     with torch.enable_grad():
-        assert decode_step(query, key, value) is None
+        assert plain_attention(query, key, value) is None
     assert torch.func.vmap(lambda q: sink_attention(q, key, value, 0.0))(
         torch.stack([query, query])
     ).shape == (2, 2, 4, 1, 8)
@@ -117,7 +117,7 @@ def test_masks_it_leaves_to_the_general_way():
         torch.zeros(2, 1, 1, 19),
         [True],
     ):
-        assert decode_step(query, key, value, attn_mask=mask) is None
+        assert plain_attention(query, key, value, attn_mask=mask) is None
     mask = torch.arange(19).expand(2, 1, 1, 19) > 4
     ours = stable_mask_attention(query, key, value, gamma=0.1, attn_mask=mask)
     general = stable_mask_attention(query, key, value, gamma=0.1, attn_mask=mask, backend="flash")
@@ -135,10 +135,10 @@ def test_scale_is_used():
 @pytest.mark.parametrize("heads", [3, 6, 12, 24])
 def test_heads_that_share_keys(dtype, heads, units, monkeypatch):
     """One, two, four and eight query heads to a key head, which are rows of one call or are not."""
-    monkeypatch.setattr(decode, "UNITS", units)
+    monkeypatch.setattr(plain, "UNITS", units)
     query, key, value = make_inputs(2, heads, 3, 1, 33, 16, dtype)
     sinks = torch.randn(2, heads, 1)
-    step = decode_step(query, key, value, sink_logits=sinks)
+    step = plain_attention(query, key, value, sink_logits=sinks)
     exact = sink_definition(*doubled((query, key, value)), sinks.double())
     assert step.shape == query.shape
     assert (step.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps
@@ -174,7 +174,7 @@ def test_every_shape(
     if mask is not None:  # the first keys are padding, all of them in the last sequence
         first = torch.linspace(0, kv_len, batch if mask == "of each" else 1).round()
         seen = torch.arange(kv_len) >= first.reshape(-1, 1, 1, 1)
-    step = decode_step(query, key, value, sink_logits=sinks, attn_mask=seen)
+    step = plain_attention(query, key, value, sink_logits=sinks, attn_mask=seen)
     assert step.shape == (batch, groups * key_heads, 1, value_dim)
     exact = sink_definition(*doubled((query, key, value)), sinks.double(), visible=seen)
     # Scores are sums of head_dim products, and their errors are those of the logarithms of the weights.
@@ -185,7 +185,7 @@ def test_every_shape(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        again = decode_step(query, key, value, sink_logits=sinks, attn_mask=seen)
+        again = plain_attention(query, key, value, sink_logits=sinks, attn_mask=seen)
         assert torch.equal(again, step)
     finally:
         torch.set_num_threads(before)
@@ -194,11 +194,11 @@ def test_every_shape(
 @in_cpp
 def test_numbers_that_are_not_finite():
     query, key, value = make_inputs(1, 4, 2, 1, 1100, 24, torch.float32)
-    plain = decode_step(query, key, value, sink_logits=0.0)
+    plain = plain_attention(query, key, value, sink_logits=0.0)
     for chunk in (0, 600, 1099):
         damaged = key.clone()
         damaged[0, 1, chunk, 3] = math.nan
-        step = decode_step(query, damaged, value, sink_logits=0.0)
+        step = plain_attention(query, damaged, value, sink_logits=0.0)
         assert torch.equal(step[:, :2], plain[:, :2])
         assert step[:, 2:].isnan().all()
     # Scores of -inf, for some keys, a whole chunk, or all.
@@ -206,7 +206,7 @@ def test_numbers_that_are_not_finite():
     for removed in (slice(5, 7), slice(0, 512), slice(0, 1100)):
         damaged = key.clone()
         damaged[:, :, removed] = -math.inf
-        step = decode_step(query, damaged, value, sink_logits=0.3)
+        step = plain_attention(query, damaged, value, sink_logits=0.3)
         weights = (query.double() @ damaged.double().repeat_interleave(2, 1).mT) * 24**-0.5
         weights = torch.cat([weights, torch.full((1, 4, 1, 1), 0.3).double()], -1).softmax(-1)
         exact = weights[..., :-1] @ value.double().repeat_interleave(2, 1)
@@ -215,22 +215,22 @@ def test_numbers_that_are_not_finite():
 
 def test_how_many_rows_the_kernel_is_given(monkeypatch):
     half, full = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
-    monkeypatch.setattr(decode, "UNITS", Units(True, True))
-    assert [[decode._rows_of(g, d) for g in (1, 2, 3, 4)] for d in half] == [[0, 0, 0, 4]] * 2
-    assert [[decode._rows_of(g, d) for g in (1, 2, 3, 4)] for d in full] == [[0, 2, 3, 4]] * 2
-    monkeypatch.setattr(decode, "UNITS", Units(False, True))
-    assert [decode._rows_of(1, d) for d in (*half, *full)] == [4, 0, 0, 0]
-    assert [decode._rows_of(2, d) for d in (*half, *full)] == [2, 2, 2, 2]
-    monkeypatch.setattr(decode, "UNITS", Units(False, False))
-    assert [decode._rows_of(1, d) for d in (*half, *full)] == [0, 0, 0, 0]
+    monkeypatch.setattr(plain, "UNITS", Units(True, True))
+    assert [[plain._rows_of(g, d) for g in (1, 2, 3, 4)] for d in half] == [[0, 0, 0, 4]] * 2
+    assert [[plain._rows_of(g, d) for g in (1, 2, 3, 4)] for d in full] == [[0, 2, 3, 4]] * 2
+    monkeypatch.setattr(plain, "UNITS", Units(False, True))
+    assert [plain._rows_of(1, d) for d in (*half, *full)] == [4, 0, 0, 0]
+    assert [plain._rows_of(2, d) for d in (*half, *full)] == [2, 2, 2, 2]
+    monkeypatch.setattr(plain, "UNITS", Units(False, False))
+    assert [plain._rows_of(1, d) for d in (*half, *full)] == [0, 0, 0, 0]
 
 
 def test_sinks_that_take_nothing_and_all():
     query, key, value = tensors()
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    torch.testing.assert_close(decode_step(query, key, value, sink_logits=-math.inf), plain)
+    torch.testing.assert_close(plain_attention(query, key, value, sink_logits=-math.inf), plain)
     sinks = torch.tensor([[-math.inf], [math.inf], [200.0], [-200.0]])
-    step = decode_step(query, key, value, sink_logits=sinks)
+    step = plain_attention(query, key, value, sink_logits=sinks)
     torch.testing.assert_close(step[:, ::3], plain[:, ::3])
     assert not step[:, 1:3].any()
 
@@ -239,7 +239,7 @@ def test_tensors_that_are_more_than_their_memory():
     query, key, value = tensors()
     sinks = torch.nn.Parameter(torch.randn(4, 1))
     expected = sink_attention(query, key, value, sinks.detach(), backend="flash")
-    torch.testing.assert_close(decode_step(query, key, value, sink_logits=sinks), expected)
+    torch.testing.assert_close(plain_attention(query, key, value, sink_logits=sinks), expected)
 
     class Marked(torch.Tensor):
         pass
@@ -249,8 +249,8 @@ def test_tensors_that_are_more_than_their_memory():
         (query, key.as_subclass(Marked), value),
         (query, key, value.to_sparse()),
     ):
-        assert decode_step(*changed) is None
-    assert decode_step(query, key, value, sink_logits=sinks.as_subclass(Marked)) is None
+        assert plain_attention(*changed) is None
+    assert plain_attention(query, key, value, sink_logits=sinks.as_subclass(Marked)) is None
     negated = torch._neg_view(query)  # a view whose sign is not in memory
     torch.testing.assert_close(
         sink_attention(negated, key, value, sinks),
@@ -297,7 +297,7 @@ def test_it_is_compiled_into_graphs_and_serves_inference_mode():
     )
     torch.testing.assert_close(compiled(query, key, value), expected)
     with torch.inference_mode():
-        assert decode_step(query, key, value, sink_logits=0.5) is not None
+        assert plain_attention(query, key, value, sink_logits=0.5) is not None
 
 
 def test_threads_share_it():

@@ -10,9 +10,9 @@ from torch import Tensor
 from .arguments import autocast, check_dropout, check_masks, check_scale, check_sink, check_tensors
 from .backends.choice import choose
 from .call import Call
-from .decode import decode_step
 from .distributed import is_dtensor
-from .masks import Masks
+from .masks import NO_MASKS, Masks
+from .plain import plain_attention
 from .pseudo import pseudo_logsumexp
 
 
@@ -61,7 +61,7 @@ def stable_mask_attention(
     unbiased = window is None and alibi_slopes is None and documents is None
     plain = unbiased and positions is None and horizon is None and type(gamma) is float
     if plain and not dropout_p and backend == "auto":
-        out = decode_step(query, key, value, gamma=gamma, scale=scale, attn_mask=attn_mask)
+        out = plain_attention(query, key, value, gamma=gamma, scale=scale, attn_mask=attn_mask)
         if out is not None:
             return out
     if is_dtensor(query):
@@ -153,7 +153,7 @@ def sink_attention(
     """
     unbiased = window is None and alibi_slopes is None and documents is None
     if unbiased and not dropout_p and backend == "auto":
-        out = decode_step(
+        out = plain_attention(
             query, key, value, sink_logits=sink_logits, scale=scale, attn_mask=attn_mask
         )
         if out is not None:
@@ -185,5 +185,9 @@ def _attend(
     sink_logits = check_sink(sink_logits, query)
     check_dropout(dropout_p)
     scale = check_scale(scale, query)
+    if masks is NO_MASKS and not dropout_p and backend == "auto":
+        out = plain_attention(query, key, value, sink_logits=sink_logits, scale=scale)
+        if out is not None:
+            return out
     call = Call(query, key, value, sink_logits, masks, dropout_p, scale)
     return choose(call, backend).attend(call)

@@ -1,7 +1,9 @@
-"""In eager mode the operators give way to what they are made of, and nobody can tell."""
+"""In eager mode the operators give way to what they are made of, in Python or C++, and nobody can tell."""
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
@@ -10,9 +12,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from stablemask import head_decay_rates, sink_attention
+from stablemask import head_decay_rates, plain, sink_attention
 from stablemask.backends import operators
 from stablemask.masks import Masks
+from tests.marks import native_library
 from tests.oracle import gradients, make_inputs
 
 FORWARD, BACKWARD = "stablemask::flash_forward", "stablemask::flash_backward"
@@ -27,8 +30,11 @@ MASKS = {
 }
 
 
-def attend(query, key, value, sink):
-    return sink_attention(query, key, value, sink, backend="flash")
+@pytest.fixture(params=["Python", pytest.param("C++", marks=native_library)])
+def attend(request, monkeypatch):
+    if request.param == "Python":
+        monkeypatch.setattr(plain, "LIBRARY", None)
+    return sink_attention
 
 
 def inputs_and_sink(dtype=torch.float32):
@@ -64,10 +70,11 @@ def test_the_bits_are_those_of_the_operators(masks, dtype, q_len):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_no_operator_is_entered_where_nothing_but_autograd_watches(training):
+@pytest.mark.parametrize("masks", [{}, {"window": 3}])
+def test_no_operator_is_entered_where_nothing_but_autograd_watches(attend, masks, training):
     def run():
         with torch.set_grad_enabled(training):
-            out = sink_attention(*inputs, window=3, backend="flash")
+            out = attend(*inputs, **masks)
         if training:
             out.sum().backward()
 
@@ -87,7 +94,7 @@ class Record(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_mode_sees_the_operators():
+def test_a_mode_sees_the_operators(attend):
     inputs, seen = inputs_and_sink(), []
     expected = attend(*inputs)
     with Record(seen):
@@ -97,7 +104,7 @@ def test_a_mode_sees_the_operators():
     assert seen.count(FORWARD) == seen.count(BACKWARD) == 1
 
 
-def test_a_mode_around_the_backward_alone_sees_its_operator():
+def test_a_mode_around_the_backward_alone_sees_its_operator(attend):
     inputs, seen = inputs_and_sink(), []
     out = attend(*inputs)
     with Record(seen):
@@ -105,7 +112,7 @@ def test_a_mode_around_the_backward_alone_sees_its_operator():
     assert seen.count(BACKWARD) == 1
 
 
-def test_a_batch_of_gradients_is_that_of_each():
+def test_a_batch_of_gradients_is_that_of_each(attend):
     inputs = inputs_and_sink()
     out = attend(*inputs)
     grads = torch.randn(3, *out.shape)
@@ -116,24 +123,25 @@ def test_a_batch_of_gradients_is_that_of_each():
             torch.testing.assert_close(ours[number], expected)
 
 
-def test_compiled_autograd_traces_the_operator():
+def test_compiled_autograd_traces_the_operator(attend):
     torch.compiler.reset()
     inputs, graphs = inputs_and_sink(), []
 
     def keep(graph, _):
         graphs.append(graph)
-        return graph
+        return make_boxed_func(graph.forward)
 
+    compiler = torch.compile(backend=aot_autograd(fw_compiler=keep), fullgraph=True)
     out = attend(*inputs)
     expected = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=keep, fullgraph=True)):
+    with torch._dynamo.compiled_autograd._enable(compiler):
         out.sum().backward()
     assert all(torch.equal(t.grad, grad) for t, grad in zip(inputs, expected, strict=True))
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert "stablemask.flash_backward" in " ".join(called)
 
 
-def test_selective_checkpointing_keeps_what_the_operator_returns():
+def test_selective_checkpointing_keeps_what_the_operator_returns(attend):
     def policy(context, function, *args, **kwargs):
         kept = function is torch.ops.stablemask.flash_forward.default
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
@@ -153,7 +161,7 @@ def test_selective_checkpointing_keeps_what_the_operator_returns():
     assert operators_called(selective).count(KERNEL) == 1
 
 
-def test_the_output_can_be_written_into_as_that_of_any_operator():
+def test_the_output_can_be_written_into_as_that_of_any_operator(attend):
     inputs = inputs_and_sink()
     out = attend(*inputs)
     doubled = 2 * out.detach()
@@ -165,7 +173,7 @@ def test_the_output_can_be_written_into_as_that_of_any_operator():
         out.sum().backward()
 
 
-def test_saved_tensors_pass_through_hooks():
+def test_saved_tensors_pass_through_hooks(attend):
     inputs, packed = inputs_and_sink(), []
 
     def pack(tensor):

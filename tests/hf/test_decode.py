@@ -28,9 +28,9 @@ def without_gradients():
 def shared(monkeypatch):
     """The layers' calls that were known from an earlier layer, as tuples of arguments."""
     calls: list[tuple] = []
-    original = attention.repeated_decode_step
+    original = attention.repeated_row
     monkeypatch.setattr(
-        attention, "repeated_decode_step", lambda *args: calls.append(args) or original(*args)
+        attention, "repeated_row", lambda *args: calls.append(args) or original(*args)
     )
     return calls
 

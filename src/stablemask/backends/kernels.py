@@ -50,10 +50,10 @@ def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
     """Whether converting everything and back is faster, by 1.1 to 16 times here; docs/log.md has the figures."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return key.shape[2] * key.shape[3] <= _longest_in_float32(query.dtype)
+    return key.shape[2] * key.shape[3] <= longest_in_float32(query.dtype)
 
 
-def _longest_in_float32(dtype: torch.dtype) -> float:
+def longest_in_float32(dtype: torch.dtype) -> float:
     """Keys times head_dim up to which the backward in float32 wins.
 
     Where the CPU multiplies in half precision, short sequences never earn back its preparations; where

@@ -16,9 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
 from ..backends.calls import nothing_watches
-from ..decode import decode_step, repeated_decode_step
 from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import pseudo_sink_logits
+from ..plain import plain_attention, repeated_row
 from .settings import model_settings
 
 _UNKNOWN_TERMS = {
@@ -60,7 +60,7 @@ def stablemask_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse_unknown_terms(module, kwargs)
-    row = _same_decode_step(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    row = _same_row(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if row is not None:
         return row, None
     if kwargs.get("cache") is not None:  # continuous batching leaves the cache to the attention
@@ -85,11 +85,11 @@ def stablemask_attention_forward(
             key, value = key[:, :, :q_len], value[:, :, :q_len]
     sink_logits = layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs)
     if q_len == 1 and query.is_cpu and window_left is None and not dropout:
-        row = decode_step(
+        row = plain_attention(
             query, key, value, sink_logits=sink_logits, scale=scaling, attn_mask=attention_mask
         )
         if row is not None:
-            _remember_decode_step(module, query, key, value, attention_mask, kwargs)
+            _remember_row(module, query, key, value, attention_mask, kwargs)
             return row.reshape(row.shape[0], 1, row.shape[1], row.shape[3]), None
     out = sink_attention(
         query,
@@ -154,7 +154,7 @@ class _Memo:
     """The pseudo mass of a forward pass, kept on the positions that all its layers get.
 
     Attributes:
-        shapes: of query, key and value in a layer that took the short decode step, which any other
+        shapes: of query, key and value of a row in a layer that took the short way, which any other
             layer of the same shapes, dtype and mask may then take unchecked.
     """
 
@@ -177,7 +177,7 @@ class _Memo:
         )
 
 
-def _same_decode_step(
+def _same_row(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -187,7 +187,7 @@ def _same_decode_step(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> Tensor | None:
-    """Attention of a layer whose call is like one that took the short decode step; else None.
+    """Attention of a layer whose call is like a row that took the short way; else None.
 
     A model's layers are tens of such calls a token, each some tens of microseconds, of which reading
     the settings and checking the arguments would be the half.
@@ -215,11 +215,11 @@ def _same_decode_step(
     if not like:
         return None
     assert scaling is not None
-    out = repeated_decode_step(query, key, value, memo.sink_logits, scaling, attention_mask)
+    out = repeated_row(query, key, value, memo.sink_logits, scaling, attention_mask)
     return None if out is None else out.reshape(query.shape[0], 1, query.shape[1], -1)
 
 
-def _remember_decode_step(
+def _remember_row(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -24,7 +24,7 @@ from ..errors import InputError
 
 FOLDER = Path(__file__).parent
 _NAME = "_native"
-_SOURCES = ("library.cpp", "row.h", "sink.h", "setup.py")
+_SOURCES = ("library.cpp", "plain.h", "row.h", "causal.h", "sink.h", "setup.py")
 
 
 def library_path() -> Path:

@@ -1,4 +1,4 @@
-// What Python calls: decode_step for ../decode.py, absorb for ../backends/operators.py.
+// What Python calls: attend for ../plain.py, absorb for ../backends/operators.py.
 //
 // After a kernel has streamed its tensors through the processor's own caches, whatever runs next is read
 // from memory anew: checks in Python then take longer than what they check. Here they are a few hundred
@@ -8,46 +8,42 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 
+#include "causal.h"
+#include "plain.h"
 #include "row.h"
 #include "sink.h"
 
 namespace {
 
+using stablemask::is_plain;
 using stablemask::Sinks;
 
-// Whether a set holds no key and no backend but those allowed.
-bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
-  return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
+// Plain tensors, or nothing.
+std::optional<std::array<at::Tensor, 3>> read_tensors(PyObject* const* arguments) {
+  std::array<at::Tensor, 3> tensors;
+  for (int i = 0; i < 3; ++i) {
+    if (!THPVariable_CheckExact(arguments[i])) {
+      return std::nullopt;
+    }
+    tensors[i] = THPVariable_Unpack(arguments[i]);
+    if (!is_plain(tensors[i])) {
+      return std::nullopt;
+    }
+  }
+  return tensors;
 }
 
-// No gradient, transform, tracer, autocast or mode has a say in what is called.
-bool nothing_watches() {
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return !at::GradMode::is_enabled() && within(included, c10::default_included_set) &&
-      !at::autocast::is_autocast_enabled(at::kCPU) && !at::impl::torch_function_mode_enabled();
-}
-
-// A dense tensor on the CPU that is just its memory, without a tangent.
-bool is_plain(const at::Tensor& tensor) {
-  static const c10::DispatchKeySet dense({
-      c10::DispatchKey::CPU,
-      c10::DispatchKey::ADInplaceOrView,
-      c10::DispatchKey::AutogradCPU,
-      c10::DispatchKey::AutocastCPU,
-  });
-  return tensor.defined() && within(tensor.key_set(), dense) && !tensor._fw_grad(/*level=*/0).defined();
-}
-
-bool is_row(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-  if (query.dim() != 4 || query.size(2) != 1 || key.dim() != 4 || value.dim() != 4 ||
+bool fit(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
+  if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4 ||
       value.sizes().slice(0, 3) != key.sizes().slice(0, 3) || query.numel() == 0 || key.numel() == 0 ||
       value.numel() == 0) {
     return false;
@@ -59,23 +55,62 @@ bool is_row(const at::Tensor& query, const at::Tensor& key, const at::Tensor& va
       query.stride(3) == 1 && key.stride(3) == 1 && value.stride(3) == 1;
 }
 
-std::optional<Sinks> sinks_of(const at::Tensor& tensor, const at::Tensor& query) {
-  const int64_t batch = query.size(0), heads = query.size(1), axes = tensor.dim();
-  if (!is_plain(tensor) || !at::isFloatingType(tensor.scalar_type()) || axes < 2 || axes > 3 ||
-      tensor.size(-1) != 1 || (tensor.size(-2) != 1 && tensor.size(-2) != heads) ||
-      (axes == 3 && tensor.size(0) != 1 && tensor.size(0) != batch)) {
+// One number for all rows, or a tensor.
+struct SinkLogits {
+  double number = 0;
+  at::Tensor tensor;
+};
+
+std::optional<SinkLogits> read_sink_logits(PyObject* object) {
+  if (PyFloat_CheckExact(object)) {
+    return SinkLogits{PyFloat_AS_DOUBLE(object), {}};
+  }
+  if (!THPVariable_CheckExact(object)) {
     return std::nullopt;
   }
-  const int64_t batch_stride = axes == 3 && tensor.size(0) > 1 ? tensor.stride(0) : 0;
+  const at::Tensor tensor = THPVariable_Unpack(object);
+  if (!is_plain(tensor) || !at::isFloatingType(tensor.scalar_type()) || tensor.dim() < 2 || tensor.dim() > 3) {
+    return std::nullopt;
+  }
+  return SinkLogits{0, tensor};
+}
+
+// Those of a row, by sequence and head; not if a tensor has others.
+std::optional<Sinks> of_row(const SinkLogits& sink, const at::Tensor& query) {
+  const at::Tensor& tensor = sink.tensor;
+  if (!tensor.defined()) {
+    return Sinks(1, sink.number);
+  }
+  const int64_t batch = query.size(0), heads = query.size(1);
+  if (!at::is_expandable_to(tensor.sizes(), {batch, heads, 1})) {
+    return std::nullopt;
+  }
+  const int64_t batch_stride = tensor.dim() == 3 && tensor.size(0) > 1 ? tensor.stride(0) : 0;
   const int64_t head_stride = tensor.size(-2) > 1 ? tensor.stride(-2) : 0;
   Sinks sinks(batch * heads);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "sinks_of", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "of_row", [&] {
     const scalar_t* logits = tensor.const_data_ptr<scalar_t>();
     for (int64_t i = 0; i < batch * heads; ++i) {
       sinks[i] = static_cast<double>(logits[i / heads * batch_stride + i % heads * head_stride]);
     }
   });
   return sinks;
+}
+
+// ../pseudo.py, log_pseudo_mass.
+double log_pseudo_mass(int64_t position, double gamma) {
+  return -static_cast<double>(position + 1) * gamma - std::log(-std::expm1(-gamma));
+}
+
+// ../pseudo.py, pseudo_logsumexp of the positions from 0 on.
+at::Tensor pseudo_logsumexp(int64_t length, double gamma) {
+  at::Tensor logits = at::empty({1, 1, length}, at::kFloat);
+  float* to = logits.mutable_data_ptr<float>();
+  const double first = log_pseudo_mass(0, gamma);
+  for (int64_t i = 0; i < length; ++i) {
+    to[i] = static_cast<float>(static_cast<double>(i) * -gamma + first);
+  }
+  return logits;
 }
 
 // Of bool: which keys each sequence sees, or all of them see.
@@ -93,52 +128,65 @@ bool read_number(PyObject* object, std::optional<double>& number) {
   return number.has_value() || object == Py_None;
 }
 
-PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 7, "decode_step takes query, key, value, sink_logits, gamma, scale, attn_mask");
-  for (int i = 0; i < 3; ++i) {
-    if (!THPVariable_CheckExact(arguments[i])) {
-      Py_RETURN_NONE;
-    }
-  }
-  const at::Tensor query = THPVariable_Unpack(arguments[0]);
-  const at::Tensor key = THPVariable_Unpack(arguments[1]);
-  const at::Tensor value = THPVariable_Unpack(arguments[2]);
-  if (!nothing_watches() || !is_plain(query) || !is_plain(key) || !is_plain(value) || !is_row(query, key, value)) {
+  TORCH_CHECK_TYPE(count == 9, "attend takes nine arguments");
+  const auto tensors = read_tensors(arguments);
+  if (!tensors || !stablemask::only_autograd_watches()) {
     Py_RETURN_NONE;
   }
-  at::Tensor mask;
-  if (THPVariable_CheckExact(arguments[6]) && is_mask(THPVariable_Unpack(arguments[6]), key)) {
-    mask = THPVariable_Unpack(arguments[6]).expand({key.size(0), 1, 1, key.size(2)});
-  } else if (arguments[6] != Py_None) {
+  const auto& [query, key, value] = *tensors;
+  if (!fit(query, key, value)) {
     Py_RETURN_NONE;
   }
-  std::optional<double> number, gamma, scale;
-  if (!read_number(arguments[4], gamma) || !read_number(arguments[5], scale) ||
+  std::optional<double> gamma, scale;
+  if (!read_number(arguments[4], gamma) || (gamma && !(*gamma > 0 && std::isfinite(*gamma))) || !read_number(arguments[5], scale) ||
       (scale && !std::isfinite(*scale))) {
     Py_RETURN_NONE;
   }
-  std::optional<Sinks> sinks;
-  if (gamma) {
-    if (!(*gamma > 0)) {
-      Py_RETURN_NONE;
-    }
-    // ../pseudo.py, log_pseudo_mass, of the last position.
-    sinks.emplace(1, -static_cast<double>(key.size(2)) * *gamma - std::log(-std::expm1(-*gamma)));
-  } else if (read_number(arguments[3], number) && number) {
-    sinks.emplace(1, *number);
-  } else if (THPVariable_CheckExact(arguments[3])) {
-    sinks = sinks_of(THPVariable_Unpack(arguments[3]), query);
-  }
-  if (!sinks) {
+  const auto sink = gamma ? SinkLogits() : read_sink_logits(arguments[3]);
+  if (!sink) {
     Py_RETURN_NONE;
   }
+  const double factor = scale.value_or(1 / std::sqrt(query.size(3)));
+  const int64_t q_len = query.size(2), kv_len = key.size(2);
   at::Tensor out;
-  {
+
+  if (q_len == 1 && !at::GradMode::is_enabled()) {
+    at::Tensor mask;
+    if (THPVariable_CheckExact(arguments[6]) && is_mask(THPVariable_Unpack(arguments[6]), key)) {
+      mask = THPVariable_Unpack(arguments[6]).expand({key.size(0), 1, 1, kv_len});
+    } else if (arguments[6] != Py_None) {
+      Py_RETURN_NONE;
+    }
+    const auto sinks = gamma ? Sinks(1, log_pseudo_mass(kv_len - 1, *gamma)) : of_row(*sink, query);
+    if (!sinks) {
+      Py_RETURN_NONE;
+    }
     pybind11::gil_scoped_release no_gil;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_step", [&] {
-      out = stablemask::attend<scalar_t>(query, key, value, mask, *sinks, scale.value_or(1 / std::sqrt(query.size(3))));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "attend", [&] {
+      out = stablemask::attend_row<scalar_t>(query, key, value, mask, *sinks, factor);
     });
+  } else {
+    if (q_len != kv_len || value.size(3) != key.size(3) || arguments[6] != Py_None ||
+        (sink->tensor.defined() && !at::is_expandable_to(sink->tensor.sizes(), query.sizes().slice(0, 3)))) {
+      Py_RETURN_NONE;
+    }
+    std::optional<double> in_bfloat16, in_half;
+    TORCH_CHECK_TYPE(read_number(arguments[7], in_bfloat16) && in_bfloat16 && read_number(arguments[8], in_half) && in_half,
+                     "attend takes two numbers of keys times head_dim");
+    const auto dtype = query.scalar_type();
+    const double longest = dtype == at::kBFloat16 ? *in_bfloat16 : dtype == at::kHalf ? *in_half : 0;
+    pybind11::gil_scoped_release no_gil;
+    const at::Tensor logits = gamma ? pseudo_logsumexp(q_len, *gamma)
+        : sink->tensor.defined() ? sink->tensor
+                                 : at::full({1, 1, 1}, sink->number, query.options().dtype(at::toOpMathType(dtype)));
+    const auto wants = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
+    if (at::GradMode::is_enabled() && (wants(query) || wants(key) || wants(value) || wants(logits))) {
+      out = stablemask::Causal::apply(query, key, value, logits, factor, kv_len * key.size(3) <= longest);
+    } else {
+      out = std::get<0>(stablemask::attend_causally(query, key, value, logits, factor));
+    }
   }
   return THPVariable_Wrap(std::move(out));
   END_HANDLE_TH_ERRORS
@@ -147,26 +195,20 @@ PyObject* decode_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* absorb(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3, "absorb takes out, lse, sink_logits");
-  for (int i = 0; i < 3; ++i) {
-    if (!THPVariable_Check(arguments[i])) {
-      Py_RETURN_NONE;
-    }
+  const auto tensors = read_tensors(arguments);
+  if (!tensors) {
+    Py_RETURN_NONE;
   }
-  const at::Tensor out = THPVariable_Unpack(arguments[0]);
-  const at::Tensor lse = THPVariable_Unpack(arguments[1]);
-  const at::Tensor sink = THPVariable_Unpack(arguments[2]);
-  if (!is_plain(out) || !is_plain(lse) || !is_plain(sink) || out.dim() != 4 || out.stride(3) != 1 ||
-      !at::isFloatingType(out.scalar_type()) || lse.scalar_type() != at::toOpMathType(out.scalar_type()) ||
-      sink.scalar_type() != lse.scalar_type() || lse.sizes() != out.sizes().slice(0, 3) || sink.dim() != 3 ||
-      !at::is_expandable_to(sink.sizes(), lse.sizes())) {
+  const auto& [out, lse, sink] = *tensors;
+  if (out.dim() != 4 || out.stride(3) != 1 || !at::isFloatingType(out.scalar_type()) ||
+      lse.scalar_type() != at::toOpMathType(out.scalar_type()) || sink.scalar_type() != lse.scalar_type() ||
+      lse.sizes() != out.sizes().slice(0, 3) || sink.dim() != 3 || !at::is_expandable_to(sink.sizes(), lse.sizes())) {
     Py_RETURN_NONE;
   }
   at::Tensor total;
   {
     pybind11::gil_scoped_release no_gil;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "absorb", [&] {
-      total = stablemask::absorb<scalar_t>(out, lse, sink.expand(lse.sizes()));
-    });
+    total = stablemask::absorb(out, lse, sink.expand(lse.sizes()));
   }
   return THPVariable_Wrap(std::move(total));
   END_HANDLE_TH_ERRORS
@@ -175,8 +217,9 @@ PyObject* absorb(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"absorb", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(absorb)), METH_FASTCALL,
      "absorb(out, lse, sink_logits): see stablemask.backends.operators."},
-    {"decode_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(decode_step)), METH_FASTCALL,
-     "decode_step(query, key, value, sink_logits, gamma, scale, attn_mask): see stablemask.decode."},
+    {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(attend)), METH_FASTCALL,
+     "attend(query, key, value, sink_logits, gamma, scale, attn_mask, longest in float32 of bfloat16, of float16): "
+     "see stablemask.plain."},
     {nullptr, nullptr, 0, nullptr},
 };
 

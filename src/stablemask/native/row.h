@@ -194,7 +194,7 @@ void join(real_t* found, int64_t count, int64_t stride, double sink, int64_t siz
 // and values (batch, key heads, n, value_dim). The last axis of each is contiguous, and none is empty. A mask
 // is of bool, (batch, 1, 1, n); it may be undefined.
 template <typename scalar_t>
-at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
+at::Tensor attend_row(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
                   const Sinks& sinks, double scale) {
   using real_t = at::opmath_type<scalar_t>;
   constexpr int64_t LANES = Lanes<real_t>::size();

@@ -1,15 +1,19 @@
-// A sink's share taken out of what a kernel has returned: one pass, where separate operations take seven.
+// A sink's share taken out of what a kernel has returned, and the sink's gradient: each one pass over the output,
+// where separate operations take seven.
 
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
+#include <ATen/ceil_div.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace stablemask {
@@ -20,11 +24,11 @@ constexpr int64_t ROWS = 64; // of each head, at a time
 // out *= sigmoid(lse - sink), and the result is logaddexp(lse, sink). Out is (B, H, n, D), its last axis
 // contiguous; lse is (B, H, n), the sink broadcast to it, both in the precision the kernel sums in.
 template <typename scalar_t>
-at::Tensor absorb(const at::Tensor& out, const at::Tensor& lse, const at::Tensor& sink) {
+at::Tensor absorb_in(const at::Tensor& out, const at::Tensor& lse, const at::Tensor& sink) {
   using real_t = at::opmath_type<scalar_t>;
   using lanes_t = at::vec::Vectorized<real_t>;
   const int64_t heads = out.size(1), length = out.size(2), head_dim = out.size(3);
-  const int64_t blocks = (length + ROWS - 1) / ROWS;
+  const int64_t blocks = at::ceil_div(length, ROWS);
   at::Tensor total = at::empty(lse.sizes(), lse.options());
   scalar_t* outs = out.mutable_data_ptr<scalar_t>();
   real_t* totals = total.mutable_data_ptr<real_t>();
@@ -72,6 +76,49 @@ at::Tensor absorb(const at::Tensor& out, const at::Tensor& lse, const at::Tensor
     }
   });
   return total;
+}
+
+at::Tensor absorb(const at::Tensor& out, const at::Tensor& lse, const at::Tensor& sink) {
+  at::Tensor total;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "absorb", [&] {
+    total = absorb_in<scalar_t>(out, lse, sink);
+  });
+  return total;
+}
+
+// The gradient of a row's sink logit, (B, H, n): -exp(sink - lse) * rowsum(grad * out), with the sink in lse.
+template <typename scalar_t>
+at::Tensor sink_gradient_in(const at::Tensor& grad, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& sink) {
+  using real_t = at::opmath_type<scalar_t>;
+  using lanes_t = at::vec::Vectorized<real_t>;
+  const int64_t heads = out.size(1), length = out.size(2), head_dim = out.size(3);
+  at::Tensor gradient = at::empty(lse.sizes(), lse.options());
+  const scalar_t *grads = grad.const_data_ptr<scalar_t>(), *outs = out.const_data_ptr<scalar_t>();
+  const real_t *lses = lse.const_data_ptr<real_t>(), *sinks = sink.const_data_ptr<real_t>();
+  real_t* to = gradient.mutable_data_ptr<real_t>();
+
+  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / head_dim);
+  at::parallel_for(0, out.size(0) * heads * length, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / length / heads, h = i / length % heads, row = i % length;
+      const auto offset = [&](const at::Tensor& of) { return b * of.stride(0) + h * of.stride(1) + row * of.stride(2); };
+      const real_t sum = at::vec::map2_reduce_all<scalar_t>(
+          [](lanes_t x, lanes_t y) { return x * y; }, [](lanes_t x, lanes_t y) { return x + y; },
+          grads + offset(grad), outs + offset(out), head_dim);
+      const real_t share = std::exp(sinks[offset(sink)] - lses[offset(lse)]);
+      // An infinite sink has taken the whole row; its out, and so its gradient, is 0.
+      to[i] = -(std::isnan(share) ? 1 : share) * sum;
+    }
+  });
+  return gradient;
+}
+
+at::Tensor sink_gradient(const at::Tensor& grad, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& sink) {
+  at::Tensor gradient;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "sink_gradient", [&] {
+    gradient = sink_gradient_in<scalar_t>(grad, out, lse, sink);
+  });
+  return gradient;
 }
 
 } // namespace

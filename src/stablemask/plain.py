@@ -1,11 +1,12 @@
-"""The call made most often, a cached step of one token, at little more than reading its keys costs.
+"""The calls made most often, at little more than what their kernels cost.
 
-One row over a short cache takes some tens of microseconds, and checking the arguments, choosing a backend
-and entering an operator would take as long again. So the plainest such call is known by its own signs.
-Whatever else a call may be, wrong arguments included, it goes the general way.
+One row over a short cache takes some tens of microseconds, as a short prompt does, and checking the arguments,
+choosing a backend and entering an operator would take as long again. So the plainest calls are known by their
+own signs. Whatever else a call may be, wrong arguments included, it goes the general way.
 
-Where ``stablemask build`` has compiled ``native``, such a row has a kernel of its own; elsewhere it is the
-stock kernel's.
+Where ``stablemask build`` has compiled ``native``, it answers them: one row behind a cache, with a kernel of
+its own, and a sequence that attends to itself, with gradients or without. Elsewhere there is a short way for
+the row alone, through the stock kernel.
 """
 
 import math
@@ -15,9 +16,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .backends.calls import nothing_watches
+from .backends.kernels import longest_in_float32
 from .native import LIBRARY
 from .processor import UNITS
 from .pseudo import log_pseudo_mass
+
+# Of a sequence in half precision, keys times head_dim up to which its backward is computed in float32.
+_LONGEST_IN_FLOAT32 = tuple(
+    float(longest_in_float32(dtype)) for dtype in (torch.bfloat16, torch.float16)
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -37,7 +44,7 @@ def _rows_of(groups: int, dtype: torch.dtype) -> int:
     return 4 if UNITS.avx512_bf16 and dtype == torch.bfloat16 else 0
 
 
-def decode_step(
+def plain_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,20 +54,25 @@ def decode_step(
     scale: float | None = None,
     attn_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """Attention of one row per sequence, on the CPU, without gradients; None if it is not that.
+    """Attention of a plain call on the CPU; None if it is not one.
+
+    Without gradients that is one row per sequence. Where it is compiled, it is also as many rows as keys,
+    then without ``attn_mask`` and with a ``value_dim`` that is ``head_dim``.
 
     Args:
         query, key, value: as in :func:`~stablemask.sink_attention`, not checked.
-        sink_logits: a number, or ``(heads or 1, 1)`` or ``(batch or 1, heads or 1, 1)``; else the
-            result is None.
-        gamma: StableMask's in place of ``sink_logits``, a number, for the last position of an infinite
+        sink_logits: a number, or a tensor of two or three axes that broadcasts to ``(batch, heads, q_len)``;
+            else the result is None.
+        gamma: StableMask's in place of ``sink_logits``, a number, for the last positions of an infinite
             horizon; else the result is None.
         scale: of the scores, or None.
-        attn_mask: which keys a sequence sees, of bool, ``(batch or 1, 1, 1, kv_len)``, where the step is
+        attn_mask: which keys a sequence sees, of bool, ``(batch or 1, 1, 1, kv_len)``, where the row is
             compiled; else the result is None.
     """
     if LIBRARY is not None and not torch.compiler.is_compiling():
-        return LIBRARY.decode_step(query, key, value, sink_logits, gamma, scale, attn_mask)
+        return LIBRARY.attend(
+            query, key, value, sink_logits, gamma, scale, attn_mask, *_LONGEST_IN_FLOAT32
+        )
     if attn_mask is not None or not nothing_watches():
         return None
     if not (type(query) is type(key) is type(value) is Tensor):
@@ -101,7 +113,7 @@ def decode_step(
     return out.reshape(batch, heads, 1, head_dim)
 
 
-def repeated_decode_step(
+def repeated_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -109,16 +121,18 @@ def repeated_decode_step(
     scale: float,
     attn_mask: Tensor | None,
 ) -> Tensor | None:
-    """:func:`decode_step` of arguments like those of a call it served, in eager mode; None if it is not."""
+    """:func:`plain_attention` of a row like one it served, in eager mode without gradients; None if it is not."""
     if LIBRARY is not None:  # which checks at no cost
-        return LIBRARY.decode_step(query, key, value, sink_logits, None, scale, attn_mask)
+        return LIBRARY.attend(
+            query, key, value, sink_logits, None, scale, attn_mask, *_LONGEST_IN_FLOAT32
+        )
     return _unchecked(query, key, value, sink_logits, scale)
 
 
 def _unchecked(
     query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | float, scale: float
 ) -> Tensor:
-    """The step, with the heads that share keys possibly as rows of one: (B, kv_heads, groups, head_dim)."""
+    """The row, with the heads that share keys possibly as rows of one: (B, kv_heads, groups, head_dim)."""
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads

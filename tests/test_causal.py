@@ -1,0 +1,209 @@
+"""A sequence that attends to itself, answered in C++: outputs and gradients, and what is left to others."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+
+from stablemask import plain, sink_attention, stable_mask_attention
+from stablemask.plain import plain_attention
+from tests.marks import native_library
+from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
+
+pytestmark = native_library
+
+
+def tensors(dtype=torch.float32, length=19, **kwargs):
+    return make_inputs(2, 4, 2, length, length, 8, dtype, **kwargs)
+
+
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    key_heads=st.integers(1, 3),
+    length=st.sampled_from([1, 2, 7, 63, 64, 65, 200]),
+    head_dim=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    sink_dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    shared=st.tuples(*[st.booleans()] * 3),
+    axes=st.sampled_from([2, 3]),
+    tokens_first=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    longest=st.sampled_from([0.0, math.inf]),
+    seed=st.integers(0, 99),
+)
+def test_every_shape(
+    batch, groups, key_heads, length, head_dim, dtype, sink_dtype, shared, axes, tokens_first,
+    scale, longest, seed,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    heads = groups * key_heads
+    inputs = make_inputs(batch, heads, key_heads, length, length, head_dim, dtype)
+    sizes = [1 if one else size for one, size in zip(shared, (batch, heads, length), strict=True)]
+    sink = torch.randn(sizes[3 - axes :]).to(sink_dtype).requires_grad_()
+    grad = torch.randn(batch, heads, length, head_dim).to(dtype)
+    if tokens_first:
+        *inputs, grad = (
+            t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+            for t in (*inputs, grad)
+        )
+    leaves = (*inputs, sink)
+    grad = grad.detach()
+
+    def differentiated(leaves, **keywords):
+        out = sink_attention(*leaves, scale=scale, **keywords)
+        return out, *gradients(out, leaves, grad)
+
+    exact = differentiated(doubled(leaves), backend="reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "_LONGEST_IN_FLOAT32", (longest, longest))
+        out = plain_attention(*inputs, sink_logits=sink, scale=scale)
+        assert out is not None
+        assert [d.dtype for d in gradients(out, leaves, grad)] == [t.dtype for t in leaves]
+        ours = differentiated(leaves)
+        assert torch.equal(ours[0], out)
+    with torch.no_grad():
+        alone = plain_attention(*inputs, sink_logits=sink, scale=scale)
+        assert torch.equal(alone, out) or length == 1  # which is a row, with a kernel of its own
+    if dtype == torch.float64:
+        terms = batch * groups * (2 * length + 2 * head_dim)
+        for found, truth in zip(ours[:4], exact[:4], strict=True):
+            allowed = 4 * terms * torch.finfo(dtype).eps * max(1.0, truth.detach().abs().max())
+            torch.testing.assert_close(found, truth, rtol=0, atol=float(allowed))
+        torch.testing.assert_close(ours[4], exact[4].to(sink_dtype))
+        return
+    dense = differentiated(leaves, backend="reference")
+    term = (grad * exact[0]).abs().sum(-1).max()
+    term = term * max(1.0, *(head_dim**-0.5 * t.detach().abs().max() for t in inputs[:2]))
+    assert_no_further_than_twice(ours[:4], dense[:4], exact[:4], term)
+    # The sink's is a sum over rows, rounded to its own precision in the end.
+    rows = batch * heads * length
+    eps = max(torch.finfo(t).eps for t in (dtype, sink_dtype))
+    allowed = 2 * (dense[4].double() - exact[4]).abs().max() + 4 * eps * term * rows**0.5
+    assert (ours[4].double() - exact[4]).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gamma", "number", "taken", "free"])
+def test_what_stands_for_the_sink(kind, dtype):
+    inputs = tensors(dtype)
+    grad = torch.randn(2, 4, 19, 8)
+    sink = {"number": 0.4, "taken": math.inf, "free": -math.inf}.get(kind)
+
+    def attend(**keywords):
+        if kind == "gamma":
+            return stable_mask_attention(*inputs, gamma=0.05, **keywords)
+        return sink_attention(*inputs, sink, **keywords)
+
+    ours, general = attend(), attend(backend="flash")
+    plainly = {"gamma": 0.05} if kind == "gamma" else {"sink_logits": sink}
+    assert torch.equal(plain_attention(*inputs, **plainly), ours)
+    found, expected = ((out, *gradients(out, inputs, grad)) for out in (ours, general))
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype in (torch.float32, torch.float64) else {}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+    if kind == "taken":
+        assert not any(t.any() for t in found)
+
+
+def test_sinks_that_take_nothing_and_all_have_gradients():
+    inputs = tensors()
+    values = [[-math.inf], [math.inf], [200.0], [-200.0]]
+    sink = torch.tensor(values, requires_grad=True)
+    found, expected = (
+        gradients(out, (*inputs, sink), torch.ones(2, 4, 19, 8))
+        for out in (
+            sink_attention(*inputs, sink),
+            sink_attention(*inputs, sink, backend="reference"),
+        )
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)])
+def test_gradients_that_are_asked_for(wanted):
+    inputs = (*tensors(), torch.zeros(4, 1, requires_grad=True))
+    grad = torch.randn(2, 4, 19, 8)
+    everything = gradients(sink_attention(*inputs), inputs, grad)
+    some = [t if i in wanted else t.detach() for i, t in enumerate(inputs)]
+    found = gradients(sink_attention(*some), tuple(inputs[i] for i in wanted), grad)
+    assert all(torch.equal(ours, everything[i]) for ours, i in zip(found, wanted, strict=True))
+    assert not sink_attention(*(t.detach() for t in inputs)).requires_grad
+
+
+def test_shapes_of_other_calls_are_left_to_the_general_way():
+    query, key, value = tensors()
+    sink = torch.zeros(4, 1)
+    assert plain_attention(query, key, value, sink_logits=sink) is not None
+    for changed in (
+        (query[:, :, 3:], key, value),
+        (query[:, :, :1], key, value),
+        (query, key, value[..., :5]),
+        (query, key.double(), value),
+        (query[:, :3], key, value),
+        (query[:, :, :0], key[:, :, :0], value[:, :, :0]),
+        (query[..., ::2], key[..., ::2], value[..., ::2]),
+        (query.to("meta"), key.to("meta"), value.to("meta")),
+        (query.long(), key.long(), value.long()),
+    ):
+        assert plain_attention(*changed, sink_logits=sink) is None
+    for keywords in (
+        {"gamma": -1.0}, {"gamma": math.inf}, {"gamma": torch.ones(4)}, {"gamma": 1},
+        {"sink_logits": torch.zeros(4)}, {"sink_logits": torch.zeros(3, 1)},
+        {"sink_logits": torch.zeros(1, 2, 4, 19)}, {"sink_logits": torch.zeros(2, 4, 18)},
+        {"sink_logits": torch.zeros(4, 1, dtype=torch.int64)}, {"sink_logits": None},
+        {"scale": math.nan}, {"scale": 1},
+        {"attn_mask": torch.ones(1, 1, 1, 19, dtype=torch.bool)},
+    ):  # fmt: skip
+        assert plain_attention(query, key, value, **keywords) is None
+
+
+def test_transforms_and_autocast_are_left_to_the_general_way():
+    query, key, value = tensors()
+    expected = sink_attention(query, key, value, 0.5, backend="flash")
+    grads = gradients(expected, (query, key, value), torch.ones_like(expected))
+    total = lambda *args: sink_attention(*args, 0.5).sum()  # noqa: E731
+    found = torch.func.grad(total, argnums=(0, 1, 2))(query, key, value)
+    for ours, other in zip(found, grads, strict=True):
+        torch.testing.assert_close(ours, other)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain_attention(query, key, value) is None
+        assert sink_attention(query, key, value, 0.5).dtype == torch.bfloat16
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
+        assert plain_attention(dual, key.detach(), value.detach()) is None
+
+
+def test_it_cannot_be_differentiated_twice():
+    query, key, value = tensors()
+    out = sink_attention(query, key, value, 0.5)
+    once = torch.autograd.grad(out.sum(), query, create_graph=True)
+    expected = torch.autograd.grad(sink_attention(query, key, value, 0.5).sum(), query)
+    torch.testing.assert_close(once, expected)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(once[0].sum(), query)
+
+
+def test_in_inference_mode():
+    query, key, value = (t.detach() for t in tensors())
+    expected = sink_attention(query, key, value, 0.5)
+    with torch.inference_mode():
+        assert torch.equal(plain_attention(query, key, value, sink_logits=0.5), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_bits_do_not_depend_on_threads(threads):
+    inputs = (*tensors(torch.bfloat16, 200), torch.zeros(4, 1, requires_grad=True))
+    grad = torch.randn(2, 4, 200, 8)
+    expected = gradients(sink_attention(*inputs), inputs, grad)[3]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(gradients(sink_attention(*inputs), inputs, grad)[3], expected)
+    finally:
+        torch.set_num_threads(before)
