@@ -48,7 +48,7 @@ setup: $(VENV)/.ready
 
 # A machine without an NVIDIA driver takes PyTorch's CPU build, which is a tenth of the download;
 # where that index cannot be reached, the default one serves. A C++ compiler is used where there is one.
-$(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablemask/native/*.cpp src/stablemask/native/*.h)
+$(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablemask/native/*.cpp src/stablemask/native/*.h src/stablemask/native/setup.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stablemask needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -59,5 +59,5 @@ $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablem
 	  || $(BIN)/python -m pip install "$(TORCH)"; \
 	fi
 	$(BIN)/python -m pip install --editable ".[dev]"
-	$(BIN)/stablemask build || echo "Decoding on the CPU will take about twice as long."
+	$(BIN)/stablemask build || echo "Decoding and short sequences on the CPU will take longer."
 	touch $@

@@ -156,7 +156,7 @@ def test_shapes_of_other_calls_are_left_to_the_general_way():
         {"gamma": -1.0}, {"gamma": math.inf}, {"gamma": torch.ones(4)}, {"gamma": 1},
         {"sink_logits": torch.zeros(4)}, {"sink_logits": torch.zeros(3, 1)},
         {"sink_logits": torch.zeros(1, 2, 4, 19)}, {"sink_logits": torch.zeros(2, 4, 18)},
-        {"sink_logits": torch.zeros(4, 1, dtype=torch.int64)}, {"sink_logits": None},
+        {"sink_logits": torch.zeros(4, 1, dtype=torch.int64)}, {"sink_logits": None}, {"sink_logits": math.nan},
         {"scale": math.nan}, {"scale": 1},
         {"attn_mask": torch.ones(1, 1, 1, 19, dtype=torch.bool)},
     ):  # fmt: skip

@@ -92,7 +92,7 @@ def test_what_it_leaves_to_the_general_way():
         assert plain_attention(*changed) is None
     for keywords in (
         {"gamma": 0.0}, {"gamma": float("nan")}, {"gamma": torch.ones(4)}, {"gamma": 1},
-        {"sink_logits": torch.zeros(4)}, {"sink_logits": torch.zeros(2, 1)}, {"sink_logits": 1},
+        {"sink_logits": torch.zeros(4)}, {"sink_logits": torch.zeros(2, 1)}, {"sink_logits": 1}, {"sink_logits": math.nan},
         {"sink_logits": torch.zeros(4, 1, dtype=torch.int64)},
         {"scale": float("nan")}, {"scale": 1},
     ):  # fmt: skip

@@ -97,7 +97,10 @@ def plain_attention(
         if type(gamma) is not float or not gamma > 0:
             return None
         sink_logits = log_pseudo_mass(kv_len - 1, gamma)
-    elif type(sink_logits) is not float and not (
+    elif type(sink_logits) is float:
+        if math.isnan(sink_logits):
+            return None
+    elif not (
         isinstance(sink_logits, Tensor)
         and type(sink_logits) in (Tensor, Parameter)
         and _broadcasts(sink_logits.shape, batch, heads)

@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": shlex.join(["stablemask", *sys.argv[1:]]),
         "hardware": hardware(device),
-        "decode_steps": native.language(),
+        "plain_calls": native.language(),
         "versions": versions(),
     }
 

@@ -41,28 +41,9 @@ PANELS = {
     DECODE: ("decode of one token, batch 1", "keys in the cache (tokens)"),
 }
 RATIO_TICKS = (
-    0.03,
-    0.05,
-    0.07,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    0.7,
-    1,
-    1.5,
-    2,
-    3,
-    5,
-    7,
-    10,
-    15,
-    20,
-    30,
-    50,
-    100,
-)
+    0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7,
+    1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100,
+)  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#6b7280",

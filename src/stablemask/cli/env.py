@@ -86,7 +86,7 @@ def describe_environment() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "decode_steps": native.language(),
+            "plain_calls": native.language(),
         },
         "devices": devices,
         "backends": [
@@ -188,12 +188,12 @@ def _version(package: str) -> str | None:
 
 def _as_table(report: dict[str, Any]) -> str:
     cpu = report["cpu"]
-    hint = "" if cpu["decode_steps"] == "C++" else ", until `stablemask build` compiles them"
+    hint = "" if cpu["plain_calls"] == "C++" else ", until `stablemask build` compiles them"
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [
         ("platform", report["platform"]),
         ("cpu", f"{cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads"),
-        ("decode steps", f"in {cpu['decode_steps']}{hint}"),
+        ("plain calls", f"in {cpu['plain_calls']}{hint}"),
     ]
     rows += [(f"device {name}", text) for name, text in report["devices"].items()]
     lines = [f"{name:<14} {text}" for name, text in rows]

@@ -1,8 +1,12 @@
-"""What the CPU does in C++, compiled where it is used: a row of decoding, and a sink's share of an output.
+"""What the CPU does in C++, compiled where it is used.
+
+A sequence that attends to itself, with gradients (``causal.h``); a row of decoding (``row.h``); a sink's share of
+an output, and its gradient (``sink.h``); what a call must be for it (``plain.h``), and what Python calls
+(``library.cpp``).
 
 A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
 build`` compiles ``library.cpp`` beside its source, and the next process finds it there. Without it the same
-is computed by PyTorch's own kernels.
+is computed from Python, by PyTorch's own kernels.
 """
 
 import hashlib
@@ -46,7 +50,7 @@ def load() -> ModuleType | None:
 
 
 def language() -> str:
-    """What decode steps run in, in processes that start now."""
+    """What plain calls run in, in processes that start now."""
     return "Python" if load() is None else "C++"
 
 

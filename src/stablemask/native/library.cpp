@@ -62,7 +62,7 @@ struct SinkLogits {
 };
 
 std::optional<SinkLogits> read_sink_logits(PyObject* object) {
-  if (PyFloat_CheckExact(object)) {
+  if (PyFloat_CheckExact(object) && !std::isnan(PyFloat_AS_DOUBLE(object))) {
     return SinkLogits{PyFloat_AS_DOUBLE(object), {}};
   }
   if (!THPVariable_CheckExact(object)) {
@@ -128,65 +128,93 @@ bool read_number(PyObject* object, std::optional<double>& number) {
   return number.has_value() || object == Py_None;
 }
 
-PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 9, "attend takes nine arguments");
+struct Call {
+  at::Tensor query, key, value, mask; // the mask may be undefined
+  SinkLogits sink;
+  std::optional<double> gamma; // in place of the sink
+  double scale;
+};
+
+std::optional<Call> read_call(PyObject* const* arguments) {
   const auto tensors = read_tensors(arguments);
   if (!tensors || !stablemask::only_autograd_watches()) {
-    Py_RETURN_NONE;
+    return std::nullopt;
   }
   const auto& [query, key, value] = *tensors;
-  if (!fit(query, key, value)) {
-    Py_RETURN_NONE;
-  }
   std::optional<double> gamma, scale;
-  if (!read_number(arguments[4], gamma) || (gamma && !(*gamma > 0 && std::isfinite(*gamma))) || !read_number(arguments[5], scale) ||
+  if (!fit(query, key, value) || !read_number(arguments[4], gamma) ||
+      (gamma && !(*gamma > 0 && std::isfinite(*gamma))) || !read_number(arguments[5], scale) ||
       (scale && !std::isfinite(*scale))) {
-    Py_RETURN_NONE;
+    return std::nullopt;
   }
   const auto sink = gamma ? SinkLogits() : read_sink_logits(arguments[3]);
   if (!sink) {
+    return std::nullopt;
+  }
+  at::Tensor mask;
+  if (arguments[6] != Py_None) {
+    if (!THPVariable_CheckExact(arguments[6]) || !is_mask(THPVariable_Unpack(arguments[6]), key)) {
+      return std::nullopt;
+    }
+    mask = THPVariable_Unpack(arguments[6]).expand({key.size(0), 1, 1, key.size(2)});
+  }
+  return Call{query, key, value, mask, *sink, gamma, scale.value_or(1 / std::sqrt(query.size(3)))};
+}
+
+// Without gradients.
+at::Tensor attend_row(const Call& call) {
+  const auto sinks = call.gamma ? Sinks(1, log_pseudo_mass(call.key.size(2) - 1, *call.gamma))
+                                : of_row(call.sink, call.query);
+  at::Tensor out;
+  if (sinks) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, call.query.scalar_type(), "attend_row", [&] {
+      out = stablemask::attend_row<scalar_t>(call.query, call.key, call.value, call.mask, *sinks, call.scale);
+    });
+  }
+  return out;
+}
+
+// With as many rows as keys; a backward of no more than `longest` keys times head_dim is computed in float32.
+at::Tensor attend_causally(const Call& call, double longest) {
+  const auto& [query, key, value, mask, sink, gamma, scale] = call;
+  if (mask.defined() || value.size(3) != key.size(3) ||
+      (sink.tensor.defined() && !at::is_expandable_to(sink.tensor.sizes(), query.sizes().slice(0, 3)))) {
+    return {};
+  }
+  const auto options = query.options().dtype(at::toOpMathType(query.scalar_type()));
+  const at::Tensor logits = gamma ? pseudo_logsumexp(query.size(2), *gamma)
+      : sink.tensor.defined()     ? sink.tensor
+                                  : at::full({1, 1, 1}, sink.number, options);
+  const bool differentiable =
+      query.requires_grad() || key.requires_grad() || value.requires_grad() || logits.requires_grad();
+  if (at::GradMode::is_enabled() && differentiable) {
+    return stablemask::Causal::apply(query, key, value, logits, scale, key.size(2) * key.size(3) <= longest);
+  }
+  return std::get<0>(stablemask::attend_causally(query, key, value, logits, scale));
+}
+
+PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 9, "attend takes nine arguments");
+  std::optional<double> in_bfloat16, in_half;
+  TORCH_CHECK_TYPE(read_number(arguments[7], in_bfloat16) && in_bfloat16 && read_number(arguments[8], in_half) && in_half,
+                   "attend takes two numbers of keys times head_dim");
+  const auto call = read_call(arguments);
+  if (!call) {
     Py_RETURN_NONE;
   }
-  const double factor = scale.value_or(1 / std::sqrt(query.size(3)));
-  const int64_t q_len = query.size(2), kv_len = key.size(2);
+  const auto dtype = call->query.scalar_type();
   at::Tensor out;
-
-  if (q_len == 1 && !at::GradMode::is_enabled()) {
-    at::Tensor mask;
-    if (THPVariable_CheckExact(arguments[6]) && is_mask(THPVariable_Unpack(arguments[6]), key)) {
-      mask = THPVariable_Unpack(arguments[6]).expand({key.size(0), 1, 1, kv_len});
-    } else if (arguments[6] != Py_None) {
-      Py_RETURN_NONE;
-    }
-    const auto sinks = gamma ? Sinks(1, log_pseudo_mass(kv_len - 1, *gamma)) : of_row(*sink, query);
-    if (!sinks) {
-      Py_RETURN_NONE;
-    }
+  {
     pybind11::gil_scoped_release no_gil;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "attend", [&] {
-      out = stablemask::attend_row<scalar_t>(query, key, value, mask, *sinks, factor);
-    });
-  } else {
-    if (q_len != kv_len || value.size(3) != key.size(3) || arguments[6] != Py_None ||
-        (sink->tensor.defined() && !at::is_expandable_to(sink->tensor.sizes(), query.sizes().slice(0, 3)))) {
-      Py_RETURN_NONE;
+    if (call->query.size(2) == 1 && !at::GradMode::is_enabled()) {
+      out = attend_row(*call);
+    } else if (call->query.size(2) == call->key.size(2)) {
+      out = attend_causally(*call, dtype == at::kBFloat16 ? *in_bfloat16 : dtype == at::kHalf ? *in_half : 0);
     }
-    std::optional<double> in_bfloat16, in_half;
-    TORCH_CHECK_TYPE(read_number(arguments[7], in_bfloat16) && in_bfloat16 && read_number(arguments[8], in_half) && in_half,
-                     "attend takes two numbers of keys times head_dim");
-    const auto dtype = query.scalar_type();
-    const double longest = dtype == at::kBFloat16 ? *in_bfloat16 : dtype == at::kHalf ? *in_half : 0;
-    pybind11::gil_scoped_release no_gil;
-    const at::Tensor logits = gamma ? pseudo_logsumexp(q_len, *gamma)
-        : sink->tensor.defined() ? sink->tensor
-                                 : at::full({1, 1, 1}, sink->number, query.options().dtype(at::toOpMathType(dtype)));
-    const auto wants = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
-    if (at::GradMode::is_enabled() && (wants(query) || wants(key) || wants(value) || wants(logits))) {
-      out = stablemask::Causal::apply(query, key, value, logits, factor, kv_len * key.size(3) <= longest);
-    } else {
-      out = std::get<0>(stablemask::attend_causally(query, key, value, logits, factor));
-    }
+  }
+  if (!out.defined()) {
+    Py_RETURN_NONE;
   }
   return THPVariable_Wrap(std::move(out));
   END_HANDLE_TH_ERRORS
