@@ -26,6 +26,9 @@ _LONGEST_IN_FLOAT32 = tuple(
     float(longest_in_float32(dtype)) for dtype in (torch.bfloat16, torch.float16)
 )
 
+# Whether bfloat16 has a faster kernel than the stock one, which multiplies it so only with AMX.
+_BY_TILES = UNITS.avx512_bf16 and not UNITS.amx
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -71,7 +74,7 @@ def plain_attention(
     """
     if LIBRARY is not None and not torch.compiler.is_compiling():
         return LIBRARY.attend(
-            query, key, value, sink_logits, gamma, scale, attn_mask, *_LONGEST_IN_FLOAT32
+            query, key, value, sink_logits, gamma, scale, attn_mask, *_LONGEST_IN_FLOAT32, _BY_TILES
         )
     if attn_mask is not None or not nothing_watches():
         return None
@@ -127,7 +130,7 @@ def repeated_row(
     """:func:`plain_attention` of a row like one it served, in eager mode without gradients; None if it is not."""
     if LIBRARY is not None:  # which checks at no cost
         return LIBRARY.attend(
-            query, key, value, sink_logits, None, scale, attn_mask, *_LONGEST_IN_FLOAT32
+            query, key, value, sink_logits, None, scale, attn_mask, *_LONGEST_IN_FLOAT32, _BY_TILES
         )
     return _unchecked(query, key, value, sink_logits, scale)
 

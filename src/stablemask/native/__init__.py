@@ -28,7 +28,7 @@ from ..errors import InputError
 
 FOLDER = Path(__file__).parent
 _NAME = "_native"
-_SOURCES = ("library.cpp", "plain.h", "row.h", "causal.h", "sink.h", "setup.py")
+_SOURCES = ("library.cpp", "plain.h", "row.h", "causal.h", "tiles.h", "sink.h", "setup.py")
 
 
 def library_path() -> Path:

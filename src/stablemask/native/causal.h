@@ -15,6 +15,7 @@
 
 #include "plain.h"
 #include "sink.h"
+#include "tiles.h"
 
 namespace stablemask {
 namespace {
@@ -24,28 +25,40 @@ struct Gradients {
   at::Tensor query, key, value, sink;
 };
 
+// How a call is computed.
+struct Way {
+  bool by_tiles; // of ours
+  bool in_float32; // the backward
+};
+
 // Out (B, H, n, D), and lse (B, H, n) with the sink in it; sink is broadcast to that.
 std::tuple<at::Tensor, at::Tensor> attend_causally(const at::Tensor& query, const at::Tensor& key,
-                                                   const at::Tensor& value, const at::Tensor& sink, double scale) {
+                                                   const at::Tensor& value, const at::Tensor& sink, double scale,
+                                                   Way way) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  if (way.by_tiles) {
+    return tiles::attend(query, key, value, sink.to(at::kFloat).expand(query.sizes().slice(0, 3)), scale);
+  }
   const auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
       query, key, value, /*dropout_p=*/0.0, /*is_causal=*/true, /*attn_mask=*/{}, scale);
   return {out, absorb(out, lse, sink.to(lse.scalar_type()).expand(lse.sizes()))};
 }
 
-// By the kernel, in float32 where that is faster.
+// By a kernel.
 Gradients differentiate(at::Tensor grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                         const at::Tensor& sink, const at::Tensor& out, const at::Tensor& lse, double scale,
-                        bool in_float32, bool of_sink) {
+                        Way way, bool of_sink) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   if (grad.stride(-1) != 1) {
     grad = grad.contiguous();
   }
-  const auto computed = [&](const at::Tensor& tensor) { return in_float32 ? tensor.to(at::kFloat) : tensor; };
+  const auto computed = [&](const at::Tensor& tensor) { return way.in_float32 ? tensor.to(at::kFloat) : tensor; };
   const auto given = [&](const at::Tensor& tensor) { return tensor.to(query.scalar_type()); };
-  const auto [d_query, d_key, d_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      computed(grad), computed(query), computed(key), computed(value), computed(out), lse,
-      /*dropout_p=*/0.0, /*is_causal=*/true, /*attn_mask=*/{}, scale);
+  const auto [d_query, d_key, d_value] = way.by_tiles && tiles::can_differentiate(query, key)
+      ? tiles::differentiate(grad, query, key, value, out, lse, scale)
+      : at::_scaled_dot_product_flash_attention_for_cpu_backward(
+            computed(grad), computed(query), computed(key), computed(value), computed(out), lse,
+            /*dropout_p=*/0.0, /*is_causal=*/true, /*attn_mask=*/{}, scale);
   at::Tensor d_sink;
   if (of_sink) {
     const at::Tensor of_rows = sink_gradient(grad, out, lse, sink.to(lse.scalar_type()).expand(lse.sizes()));
@@ -72,14 +85,17 @@ Gradients differentiate_in_sight(const at::Tensor& grad, const at::Tensor& query
   return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), d_sink};
 }
 
+// The numbers of Way are arguments, for this function takes no other.
 struct Causal : torch::autograd::Function<Causal> {
   static constexpr bool is_traceable = true; // by compiled autograd, which shall see the operator
 
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
-                            const at::Tensor& value, const at::Tensor& sink, double scale, bool in_float32) {
-    const auto [out, lse] = attend_causally(query, key, value, sink, scale);
+                            const at::Tensor& value, const at::Tensor& sink, double scale, bool by_tiles,
+                            bool in_float32) {
+    const auto [out, lse] = attend_causally(query, key, value, sink, scale, {by_tiles, in_float32});
     context->save_for_backward({query, key, value, sink, out, lse});
     context->saved_data["scale"] = scale;
+    context->saved_data["by_tiles"] = by_tiles;
     context->saved_data["in_float32"] = in_float32;
     return out;
   }
@@ -88,17 +104,18 @@ struct Causal : torch::autograd::Function<Causal> {
                                                  const torch::autograd::variable_list& grads) {
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) {
-      return torch::autograd::variable_list(6);
+      return torch::autograd::variable_list(7);
     }
     const auto saved = context->get_saved_variables();
     const at::Tensor &query = saved[0], &key = saved[1], &value = saved[2], &sink = saved[3], &out = saved[4], &lse = saved[5];
     const double scale = context->saved_data["scale"].toDouble();
     const bool of_sink = context->needs_input_grad(3);
     const bool alone = !at::GradMode::is_enabled() && only_autograd_watches() && is_plain(grad);
+    const Way way{context->saved_data["by_tiles"].toBool(), context->saved_data["in_float32"].toBool()};
     const Gradients found = alone
-        ? differentiate(grad, query, key, value, sink, out, lse, scale, context->saved_data["in_float32"].toBool(), of_sink)
+        ? differentiate(grad, query, key, value, sink, out, lse, scale, way, of_sink)
         : differentiate_in_sight(grad, query, key, value, sink, out, lse, scale, of_sink);
-    return {found.query, found.key, found.value, found.sink, {}, {}};
+    return {found.query, found.key, found.value, found.sink, {}, {}, {}};
   }
 };
 

@@ -175,7 +175,7 @@ at::Tensor attend_row(const Call& call) {
 }
 
 // With as many rows as keys; a backward of no more than `longest` keys times head_dim is computed in float32.
-at::Tensor attend_causally(const Call& call, double longest) {
+at::Tensor attend_causally(const Call& call, bool by_tiles, double longest) {
   const auto& [query, key, value, mask, sink, gamma, scale] = call;
   if (mask.defined() || value.size(3) != key.size(3) ||
       (sink.tensor.defined() && !at::is_expandable_to(sink.tensor.sizes(), query.sizes().slice(0, 3)))) {
@@ -185,17 +185,20 @@ at::Tensor attend_causally(const Call& call, double longest) {
   const at::Tensor logits = gamma ? pseudo_logsumexp(query.size(2), *gamma)
       : sink.tensor.defined()     ? sink.tensor
                                   : at::full({1, 1, 1}, sink.number, options);
+  const stablemask::Way way{
+      by_tiles && query.scalar_type() == at::kBFloat16 && stablemask::tiles::fit(query.size(3)),
+      key.size(2) * key.size(3) <= longest};
   const bool differentiable =
       query.requires_grad() || key.requires_grad() || value.requires_grad() || logits.requires_grad();
   if (at::GradMode::is_enabled() && differentiable) {
-    return stablemask::Causal::apply(query, key, value, logits, scale, key.size(2) * key.size(3) <= longest);
+    return stablemask::Causal::apply(query, key, value, logits, scale, way.by_tiles, way.in_float32);
   }
-  return std::get<0>(stablemask::attend_causally(query, key, value, logits, scale));
+  return std::get<0>(stablemask::attend_causally(query, key, value, logits, scale, way));
 }
 
 PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 9, "attend takes nine arguments");
+  TORCH_CHECK_TYPE(count == 10, "attend takes ten arguments");
   std::optional<double> in_bfloat16, in_half;
   TORCH_CHECK_TYPE(read_number(arguments[7], in_bfloat16) && in_bfloat16 && read_number(arguments[8], in_half) && in_half,
                    "attend takes two numbers of keys times head_dim");
@@ -210,7 +213,7 @@ PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (call->query.size(2) == 1 && !at::GradMode::is_enabled()) {
       out = attend_row(*call);
     } else if (call->query.size(2) == call->key.size(2)) {
-      out = attend_causally(*call, dtype == at::kBFloat16 ? *in_bfloat16 : dtype == at::kHalf ? *in_half : 0);
+      out = attend_causally(*call, arguments[9] == Py_True, dtype == at::kBFloat16 ? *in_bfloat16 : dtype == at::kHalf ? *in_half : 0);
     }
   }
   if (!out.defined()) {
@@ -246,7 +249,7 @@ PyMethodDef methods[] = {
     {"absorb", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(absorb)), METH_FASTCALL,
      "absorb(out, lse, sink_logits): see stablemask.backends.operators."},
     {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(attend)), METH_FASTCALL,
-     "attend(query, key, value, sink_logits, gamma, scale, attn_mask, longest in float32 of bfloat16, of float16): "
+     "attend(query, key, value, sink_logits, gamma, scale, attn_mask, longest in float32 of bfloat16, of float16, by_tiles): "
      "see stablemask.plain."},
     {nullptr, nullptr, 0, nullptr},
 };
