@@ -10,10 +10,21 @@ from torch.autograd import forward_ad
 
 from stablemask import plain, sink_attention, stable_mask_attention
 from stablemask.plain import plain_attention
+from stablemask.processor import UNITS
 from tests.marks import native_library
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
 
 pytestmark = native_library
+
+
+# Rows from which on a sequence is computed by tiles: never, and always where the processor can.
+BY_TILES = {
+    False: (math.inf, math.inf),
+    True: (
+        1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else math.inf,
+        1.0 if UNITS.avx512_bf16 else math.inf,
+    ),
+}
 
 
 def tensors(dtype=torch.float32, length=19, **kwargs):
@@ -24,8 +35,8 @@ def tensors(dtype=torch.float32, length=19, **kwargs):
     batch=st.integers(1, 3),
     groups=st.integers(1, 4),
     key_heads=st.integers(1, 3),
-    length=st.sampled_from([1, 2, 7, 63, 64, 65, 200]),
-    head_dim=st.integers(1, 70),
+    length=st.sampled_from([1, 2, 7, 63, 64, 65, 128, 200]),
+    head_dim=st.one_of(st.integers(1, 70), st.sampled_from([16, 32, 48, 64, 128])),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     sink_dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     shared=st.tuples(*[st.booleans()] * 3),
@@ -33,11 +44,12 @@ def tensors(dtype=torch.float32, length=19, **kwargs):
     tokens_first=st.booleans(),
     scale=st.sampled_from([None, 0.3]),
     longest=st.sampled_from([0.0, math.inf]),
+    by_tiles=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_every_shape(
     batch, groups, key_heads, length, head_dim, dtype, sink_dtype, shared, axes, tokens_first,
-    scale, longest, seed,
+    scale, longest, by_tiles, seed,
 ):  # fmt: skip
     torch.manual_seed(seed)
     heads = groups * key_heads
@@ -60,13 +72,14 @@ def test_every_shape(
     exact = differentiated(doubled(leaves), backend="reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain, "_LONGEST_IN_FLOAT32", (longest, longest))
+        patch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[by_tiles])
         out = plain_attention(*inputs, sink_logits=sink, scale=scale)
         assert out is not None
         assert [d.dtype for d in gradients(out, leaves, grad)] == [t.dtype for t in leaves]
         ours = differentiated(leaves)
         assert torch.equal(ours[0], out)
-    with torch.no_grad():
-        alone = plain_attention(*inputs, sink_logits=sink, scale=scale)
+        with torch.no_grad():
+            alone = plain_attention(*inputs, sink_logits=sink, scale=scale)
         assert torch.equal(alone, out) or length == 1  # which is a row, with a kernel of its own
     if dtype == torch.float64:
         terms = batch * groups * (2 * length + 2 * head_dim)
@@ -109,12 +122,14 @@ def test_what_stands_for_the_sink(kind, dtype):
         assert not any(t.any() for t in found)
 
 
-def test_sinks_that_take_nothing_and_all_have_gradients():
-    inputs = tensors()
+@pytest.mark.parametrize("by_tiles", [False, True])
+def test_sinks_that_take_nothing_and_all_have_gradients(by_tiles, monkeypatch):
+    monkeypatch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[by_tiles])
+    inputs = make_inputs(2, 4, 2, 19, 19, 16, torch.float32)
     values = [[-math.inf], [math.inf], [200.0], [-200.0]]
     sink = torch.tensor(values, requires_grad=True)
     found, expected = (
-        gradients(out, (*inputs, sink), torch.ones(2, 4, 19, 8))
+        gradients(out, (*inputs, sink), torch.ones(2, 4, 19, 16))
         for out in (
             sink_attention(*inputs, sink),
             sink_attention(*inputs, sink, backend="reference"),
@@ -197,13 +212,49 @@ def test_in_inference_mode():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_bits_do_not_depend_on_threads(threads):
-    inputs = (*tensors(torch.bfloat16, 200), torch.zeros(4, 1, requires_grad=True))
-    grad = torch.randn(2, 4, 200, 8)
-    expected = gradients(sink_attention(*inputs), inputs, grad)[3]
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("by_tiles", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_do_not_depend_on_threads(dtype, by_tiles, threads, monkeypatch):
+    monkeypatch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[by_tiles])
+    inputs = make_inputs(2, 4, 2, 200, 200, 32, dtype)
+    inputs = (*inputs, torch.zeros(4, 1, requires_grad=True))
+    grad = torch.randn(2, 4, 200, 32)
+
+    def run():
+        out = sink_attention(*inputs)
+        found = (out, *gradients(out, inputs, grad))
+        return found if by_tiles else found[-1:]  # the stock kernel's may depend on them
+
+    expected, before = run(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(gradients(sink_attention(*inputs), inputs, grad)[3], expected)
+        assert all(map(torch.equal, run(), expected))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_numbers_that_are_not_finite(dtype, monkeypatch):
+    monkeypatch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[True])
+    query, key, value = (t.detach() for t in make_inputs(1, 1, 1, 150, 150, 32, dtype))
+    expected = sink_attention(query, key, value, 0.3)
+    damaged = key.clone()
+    damaged[0, 0, 100, 3] = math.nan
+    out = sink_attention(query, damaged, value, 0.3)
+    assert torch.equal(out[:, :, :100], expected[:, :, :100])
+    assert out[:, :, 100:].isnan().all()
+    # Scores of -inf for the first keys: the rows there see nothing.
+    query, damaged = query.abs(), key.clone()
+    damaged[:, :, :70] = -math.inf
+    out = sink_attention(query, damaged, value, 0.3)
+    assert not out[:, :, :70].any()
+    seen = torch.arange(150) >= 70
+    masked = sink_attention(query, key, value, 0.3, attn_mask=seen, backend="reference")
+    torch.testing.assert_close(out, masked, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_rules_of_the_processor():
+    """Where tiles are taken, they are what the processor can multiply."""
+    in_float32, in_bfloat16 = plain._SHORTEST_BY_TILES
+    assert in_float32 == math.inf or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert in_bfloat16 == math.inf or (UNITS.avx512_bf16 and not UNITS.amx)

@@ -21,13 +21,15 @@ from .native import LIBRARY
 from .processor import UNITS
 from .pseudo import log_pseudo_mass
 
-# Of a sequence in half precision, keys times head_dim up to which its backward is computed in float32.
-_LONGEST_IN_FLOAT32 = tuple(
-    float(longest_in_float32(dtype)) for dtype in (torch.bfloat16, torch.float16)
-)
+# Keys times head_dim up to which the stock kernel's backward of half precision is computed in float32.
+_LONGEST_IN_FLOAT32 = tuple(float(longest_in_float32(t)) for t in (torch.bfloat16, torch.float16))
 
-# Whether bfloat16 has a faster kernel than the stock one, which multiplies it so only with AMX.
-_BY_TILES = UNITS.avx512_bf16 and not UNITS.amx
+# Rows from which on native/tiles.h is faster than the stock kernel, in float32 and bfloat16, by measurement; with AMX
+# the stock kernel multiplies bfloat16 in its way too.
+_SHORTEST_BY_TILES = (
+    96.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else math.inf,
+    8.0 if UNITS.avx512_bf16 and not UNITS.amx else math.inf,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -74,8 +76,9 @@ def plain_attention(
     """
     if LIBRARY is not None and not torch.compiler.is_compiling():
         return LIBRARY.attend(
-            query, key, value, sink_logits, gamma, scale, attn_mask, *_LONGEST_IN_FLOAT32, _BY_TILES
-        )
+            query, key, value, sink_logits, gamma, scale, attn_mask,
+            _LONGEST_IN_FLOAT32, _SHORTEST_BY_TILES,
+        )  # fmt: skip
     if attn_mask is not None or not nothing_watches():
         return None
     if not (type(query) is type(key) is type(value) is Tensor):
@@ -130,8 +133,9 @@ def repeated_row(
     """:func:`plain_attention` of a row like one it served, in eager mode without gradients; None if it is not."""
     if LIBRARY is not None:  # which checks at no cost
         return LIBRARY.attend(
-            query, key, value, sink_logits, None, scale, attn_mask, *_LONGEST_IN_FLOAT32, _BY_TILES
-        )
+            query, key, value, sink_logits, None, scale, attn_mask,
+            _LONGEST_IN_FLOAT32, _SHORTEST_BY_TILES,
+        )  # fmt: skip
     return _unchecked(query, key, value, sink_logits, scale)
 
 

@@ -174,8 +174,31 @@ at::Tensor attend_row(const Call& call) {
   return out;
 }
 
-// With as many rows as keys; a backward of no more than `longest` keys times head_dim is computed in float32.
-at::Tensor attend_causally(const Call& call, bool by_tiles, double longest) {
+// What was measured of this processor, by dtype.
+struct Rules {
+  double longest_in_float32[2]; // of bfloat16 and half: keys times head_dim
+  double shortest_by_tiles[2]; // of float32 and bfloat16: rows
+
+  stablemask::Way way(const at::Tensor& query, const at::Tensor& key) const {
+    const auto dtype = query.scalar_type();
+    const bool in_float32 = at::isReducedFloatingType(dtype) &&
+        key.size(2) * key.size(3) <= longest_in_float32[dtype == at::kHalf];
+    const bool by_tiles = stablemask::tiles::fit(query, key) && query.size(2) >= shortest_by_tiles[dtype != at::kFloat];
+    return {by_tiles, in_float32};
+  }
+};
+
+void read_numbers(PyObject* object, double (&numbers)[2]) {
+  TORCH_CHECK_TYPE(PyTuple_CheckExact(object) && PyTuple_GET_SIZE(object) == 2 &&
+                       PyFloat_CheckExact(PyTuple_GET_ITEM(object, 0)) && PyFloat_CheckExact(PyTuple_GET_ITEM(object, 1)),
+                   "attend takes its rules as tuples of two floats");
+  for (int i = 0; i < 2; ++i) {
+    numbers[i] = PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(object, i));
+  }
+}
+
+// With as many rows as keys.
+at::Tensor attend_causally(const Call& call, const Rules& rules) {
   const auto& [query, key, value, mask, sink, gamma, scale] = call;
   if (mask.defined() || value.size(3) != key.size(3) ||
       (sink.tensor.defined() && !at::is_expandable_to(sink.tensor.sizes(), query.sizes().slice(0, 3)))) {
@@ -185,9 +208,7 @@ at::Tensor attend_causally(const Call& call, bool by_tiles, double longest) {
   const at::Tensor logits = gamma ? pseudo_logsumexp(query.size(2), *gamma)
       : sink.tensor.defined()     ? sink.tensor
                                   : at::full({1, 1, 1}, sink.number, options);
-  const stablemask::Way way{
-      by_tiles && query.scalar_type() == at::kBFloat16 && stablemask::tiles::fit(query.size(3)),
-      key.size(2) * key.size(3) <= longest};
+  const stablemask::Way way = rules.way(query, key);
   const bool differentiable =
       query.requires_grad() || key.requires_grad() || value.requires_grad() || logits.requires_grad();
   if (at::GradMode::is_enabled() && differentiable) {
@@ -198,22 +219,21 @@ at::Tensor attend_causally(const Call& call, bool by_tiles, double longest) {
 
 PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 10, "attend takes ten arguments");
-  std::optional<double> in_bfloat16, in_half;
-  TORCH_CHECK_TYPE(read_number(arguments[7], in_bfloat16) && in_bfloat16 && read_number(arguments[8], in_half) && in_half,
-                   "attend takes two numbers of keys times head_dim");
+  TORCH_CHECK_TYPE(count == 9, "attend takes nine arguments");
+  Rules rules;
+  read_numbers(arguments[7], rules.longest_in_float32);
+  read_numbers(arguments[8], rules.shortest_by_tiles);
   const auto call = read_call(arguments);
   if (!call) {
     Py_RETURN_NONE;
   }
-  const auto dtype = call->query.scalar_type();
   at::Tensor out;
   {
     pybind11::gil_scoped_release no_gil;
     if (call->query.size(2) == 1 && !at::GradMode::is_enabled()) {
       out = attend_row(*call);
     } else if (call->query.size(2) == call->key.size(2)) {
-      out = attend_causally(*call, arguments[9] == Py_True, dtype == at::kBFloat16 ? *in_bfloat16 : dtype == at::kHalf ? *in_half : 0);
+      out = attend_causally(*call, rules);
     }
   }
   if (!out.defined()) {
@@ -249,7 +269,7 @@ PyMethodDef methods[] = {
     {"absorb", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(absorb)), METH_FASTCALL,
      "absorb(out, lse, sink_logits): see stablemask.backends.operators."},
     {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(attend)), METH_FASTCALL,
-     "attend(query, key, value, sink_logits, gamma, scale, attn_mask, longest in float32 of bfloat16, of float16, by_tiles): "
+     "attend(query, key, value, sink_logits, gamma, scale, attn_mask, longest_in_float32, shortest_by_tiles): "
      "see stablemask.plain."},
     {nullptr, nullptr, 0, nullptr},
 };
