@@ -1,7 +1,7 @@
 """Compile what the CPU does in C++, for the PyTorch and Python installed; it needs a C++ compiler.
 
-A cached step of one token then takes about half of stock SDPA's time, and a short sequence little more than
-it, trained too. Results are the same to rounding. Run it again after an update of PyTorch or of this package.
+A cached step of one token then takes about half of stock SDPA's time, and so do sequences on processors with
+AVX-512, trained too. Results are the same to rounding. Run it again after an update of PyTorch or of this package.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """What the CPU does in C++, compiled where it is used.
 
-A sequence that attends to itself, with gradients (``causal.h``); a row of decoding (``row.h``); a sink's share of
-an output, and its gradient (``sink.h``); what a call must be for it (``plain.h``), and what Python calls
-(``library.cpp``).
+A sequence that attends to itself, with gradients (``causal.h``), by tiles (``tiles.h``) or by PyTorch's kernel and
+what a sink takes of its output (``sink.h``); a row of decoding (``row.h``); what a call must be for it
+(``plain.h``), and what Python calls (``library.cpp``).
 
 A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
 build`` compiles ``library.cpp`` beside its source, and the next process finds it there. Without it the same

@@ -1,10 +1,10 @@
-// Causal attention with a sink in bfloat16, by tiles, for processors whose vectors multiply it (AVX-512) and that
-// have no matrix units (AMX).
+// Causal attention with a sink by tiles, in float32 and bfloat16, forward and backward, for processors with AVX-512.
 //
-// PyTorch's kernel multiplies unpacked matrices there, slower than in float32. The products of packed ones that it
-// keeps for matrix units run at twice the speed of float32 in vectors too, in tiles that stay in the first cache.
-// The algorithm is FlashAttention's (Dao, 2023): weights are rounded to bfloat16 for their products, everything
-// else is float32. The sink takes part in a row's last sum, so no pass over the output is left for it.
+// The products of PyTorch's kernel reach half of such a processor's speed in float32, and in bfloat16 less than that:
+// they are of unpacked matrices, where there are no matrix units (AMX). oneDNN's products of small tiles, which PyTorch
+// exports, run at its full speed, twice that in bfloat16, and a tile stays in the first cache from one to the next.
+// The algorithm is FlashAttention's (Dao, 2023): weights and their gradients are rounded to bfloat16 for their products,
+// everything else is float32. The sink takes part in a row's last sum, so no pass over the output is left for it.
 
 #pragma once
 
@@ -17,11 +17,9 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <limits>
 #include <tuple>
-#include <vector>
 
 namespace stablemask {
 namespace tiles {
@@ -74,17 +72,19 @@ const float* pack(const float* from, int64_t, int64_t, float*) {
   return from;
 }
 
+// (rows, columns), multiples of 16, to (columns, rows).
+void transpose_words(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t row = 0; row < rows; row += 16) {
+    for (int64_t column = 0; column < columns; column += 16) {
+      at::vec::transpose_mxn<float, 16, 16>(from + row * columns + column, columns, to + column * rows + row, rows);
+    }
+  }
+}
+
 // ... of the transpose of (tile, dim): of bfloat16 [dim / 2][tile][2], for words are moved whole.
 template <typename scalar_t>
 const scalar_t* pack_transposed(const scalar_t* from, int64_t tile, int64_t dim, scalar_t* to) {
-  const int64_t words = dim / WORD<scalar_t>;
-  const auto* rows = reinterpret_cast<const float*>(from);
-  auto* columns = reinterpret_cast<float*>(to);
-  for (int64_t row = 0; row < tile; row += 16) {
-    for (int64_t word = 0; word < words; word += 16) {
-      at::vec::transpose_mxn<float, 16, 16>(rows + row * words + word, words, columns + word * tile + row, tile);
-    }
-  }
+  transpose_words(reinterpret_cast<const float*>(from), tile, dim / WORD<scalar_t>, reinterpret_cast<float*>(to));
   return to;
 }
 
@@ -123,13 +123,35 @@ const float* rounded(const float* from, int64_t, float*) {
   return from;
 }
 
-// A tile's buffers, of one kind of numbers.
-template <typename scalar_t, size_t count>
-std::array<std::vector<scalar_t>, count> buffers(int64_t size) {
-  std::array<std::vector<scalar_t>, count> all;
-  all.fill(std::vector<scalar_t>(size));
-  return all;
-}
+// Memory for each thread, taken once, aligned to lines of the cache, and cut into what a thread needs.
+class Buffers {
+ public:
+  explicit Buffers(int64_t bytes) : size_(bytes), memory_(at::empty({at::get_num_threads(), bytes}, at::kByte)) {}
+
+  // Of the calling thread.
+  class Cut {
+   public:
+    explicit Cut(char* at) : at_(at) {}
+
+    template <typename scalar_t>
+    scalar_t* take(int64_t count) {
+      auto* taken = reinterpret_cast<scalar_t*>(at_);
+      at_ += count * sizeof(scalar_t);
+      return taken;
+    }
+
+   private:
+    char* at_;
+  };
+
+  Cut cut() {
+    return Cut(static_cast<char*>(memory_.mutable_data_ptr()) + at::get_thread_num() * size_);
+  }
+
+ private:
+  int64_t size_;
+  at::Tensor memory_;
+};
 
 // What is known of the rows of a tile while its keys pass: the largest score so far, and the sum of the weights over it.
 template <int64_t TILE>
@@ -206,8 +228,34 @@ scalar_t* mutable_rows_of(const at::Tensor& tensor, int64_t b, int64_t h, int64_
   return tensor.mutable_data_ptr<scalar_t>() + b * tensor.stride(0) + h * tensor.stride(1) + first * tensor.stride(2);
 }
 
+template <typename scalar_t>
+void write_rows(const float* from, int64_t count, int64_t dim, scalar_t* to, int64_t stride) {
+  for (int64_t row = 0; row < count; ++row) {
+    at::vec::convert(from + row * dim, to + row * stride, dim);
+  }
+}
+
 at::Tensor tokens_first(const at::Tensor& tensor) {
   return at::empty({tensor.size(0), tensor.size(2), tensor.size(1), tensor.size(3)}, tensor.options()).transpose(1, 2);
+}
+
+// Of the square on the diagonal, what lies above it.
+template <int64_t TILE>
+void hide_later_keys(float* scores) {
+  for (int64_t row = 0; row < TILE; ++row) {
+    std::fill(scores + row * TILE + row + 1, scores + (row + 1) * TILE, -std::numeric_limits<float>::infinity());
+  }
+}
+
+template <int64_t TILE>
+void scale_rows(float* sums, const float* factors, int64_t dim) {
+  for (int64_t row = 0; row < TILE; ++row) {
+    if (factors[row] != 1) {
+      const lanes_t factor(factors[row]);
+      float* at = sums + row * dim;
+      at::vec::map<float>([factor](lanes_t x) { return x * factor; }, at, at, dim);
+    }
+  }
 }
 
 // Out (B, H, n, D) and lse (B, H, n) with the sink in it, which is of float32 and broadcast to (B, H, n).
@@ -219,41 +267,34 @@ std::tuple<at::Tensor, at::Tensor> attend_in(const at::Tensor& query, const at::
   at::Tensor out = tokens_first(query), lse = at::empty(sink.sizes(), sink.options());
   float* lses = lse.mutable_data_ptr<float>();
   const float* sinks = sink.const_data_ptr<float>();
+  Buffers buffers(TILE * (sizeof(scalar_t) * (3 * dim + TILE) + sizeof(float) * (dim + TILE)));
 
   at::parallel_for(0, query.size(0) * heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    auto [rows, tail, packed] = buffers<scalar_t, 3>(TILE * dim);
-    std::vector<scalar_t> weights(TILE * TILE);
-    std::vector<float> scores(TILE * TILE), sums(TILE * dim);
+    auto memory = buffers.cut();
+    auto *rows = memory.template take<scalar_t>(TILE * dim), *tile = memory.template take<scalar_t>(TILE * dim);
+    auto *packed = memory.template take<scalar_t>(TILE * dim), *weights = memory.template take<scalar_t>(TILE * TILE);
+    auto *scores = memory.template take<float>(TILE * TILE), *sums = memory.template take<float>(TILE * dim);
     float faded[TILE], taken[TILE], kept[TILE], totals[TILE];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / blocks / heads, h = i / blocks % heads, first = i % blocks * TILE;
       const int64_t count = std::min(TILE, length - first);
-      copy_rows(rows_of<scalar_t>(query, b, h, first), query.stride(2), count, TILE, dim, rows.data());
+      copy_rows(rows_of<scalar_t>(query, b, h, first), query.stride(2), count, TILE, dim, rows);
       Rows<TILE> known;
       for (int64_t start = 0; start <= first; start += TILE) {
         const int64_t keys = std::min(TILE, length - start);
-        copy_rows(rows_of<scalar_t>(key, b, h / groups, start), key.stride(2), keys, TILE, dim, tail.data());
-        const scalar_t* columns = pack_transposed(tail.data(), TILE, dim, packed.data());
-        multiply<scalar_t>(rows.data(), columns, scores.data(), TILE, TILE, dim, false);
+        copy_rows(rows_of<scalar_t>(key, b, h / groups, start), key.stride(2), keys, TILE, dim, tile);
+        const scalar_t* columns = pack_transposed(tile, TILE, dim, packed);
+        multiply<scalar_t>(rows, columns, scores, TILE, TILE, dim, false);
         if (start == first) {
-          for (int64_t row = 0; row < TILE; ++row) {
-            std::fill(scores.data() + row * TILE + row + 1, scores.data() + (row + 1) * TILE,
-                      -std::numeric_limits<float>::infinity());
-          }
+          hide_later_keys<TILE>(scores);
         }
-        known.add(scores.data(), static_cast<float>(scale), faded);
-        for (int64_t row = 0; start > 0 && row < TILE; ++row) {
-          if (faded[row] != 1) {
-            const lanes_t factor(faded[row]);
-            for (int64_t column = 0; column < dim; column += LANES) {
-              float* at = sums.data() + row * dim + column;
-              (lanes_t::loadu(at) * factor).store(at);
-            }
-          }
+        known.add(scores, static_cast<float>(scale), faded);
+        if (start > 0) {
+          scale_rows<TILE>(sums, faded, dim);
         }
-        copy_rows(rows_of<scalar_t>(value, b, h / groups, start), value.stride(2), keys, TILE, dim, tail.data());
-        multiply<scalar_t>(rounded(scores.data(), TILE * TILE, weights.data()), pack(tail.data(), TILE, dim, packed.data()),
-                           sums.data(), TILE, dim, TILE, start > 0);
+        copy_rows(rows_of<scalar_t>(value, b, h / groups, start), value.stride(2), keys, TILE, dim, tile);
+        multiply<scalar_t>(rounded(scores, TILE * TILE, weights), pack(tile, TILE, dim, packed),
+                           sums, TILE, dim, TILE, start > 0);
       }
       const float* sink_from = sinks + b * sink.stride(0) + h * sink.stride(1) + first * sink.stride(2);
       for (int64_t row = 0; row < TILE; ++row) {
@@ -261,17 +302,31 @@ std::tuple<at::Tensor, at::Tensor> attend_in(const at::Tensor& query, const at::
       }
       known.finish(taken, kept, totals);
       std::copy_n(totals, count, lses + (b * heads + h) * length + first);
-      scalar_t* to = mutable_rows_of<scalar_t>(out, b, h, first);
-      for (int64_t row = 0; row < count; ++row) {
-        float* from = sums.data() + row * dim;
-        const lanes_t factor(kept[row]);
-        at::vec::map<float>([factor](lanes_t x) { return x * factor; }, from, from, dim);
-        at::vec::convert(from, to + row * out.stride(2), dim);
-      }
+      scale_rows<TILE>(sums, kept, dim);
+      write_rows(sums, count, dim, mutable_rows_of<scalar_t>(out, b, h, first), out.stride(2));
     }
     at::native::cpublas::brgemm_release();
   });
   return {out, lse};
+}
+
+// Scores, (keys, rows), become weights, and gradients of weights those of scores.
+template <int64_t TILE>
+void differentiate_scores(float* scores, float* d_weights, const float* totals, const float* dots, float scale,
+                          bool on_diagonal) {
+  for (int64_t row = 0; row < TILE; row += LANES) {
+    const auto total = lanes_t::loadu(totals + row), dot = lanes_t::loadu(dots + row);
+    const auto lane = lanes_t::arange<float>(static_cast<float>(row), 1);
+    for (int64_t key = 0; key < TILE; ++key) {
+      float *score = scores + key * TILE + row, *d_weight = d_weights + key * TILE + row;
+      auto weight = (lanes_t::loadu(score) * lanes_t(scale) - total).exp_u20();
+      if (on_diagonal) {
+        weight = lanes_t::blendv(lanes_t(0), weight, lane >= lanes_t(static_cast<float>(key)));
+      }
+      weight.store(score);
+      (weight * (lanes_t::loadu(d_weight) - dot) * lanes_t(scale)).store(d_weight);
+    }
+  }
 }
 
 // Gradients of query, key and value; lse is contiguous, grad's last axis too.
@@ -283,18 +338,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiate_in(const at::Tensor
   const int64_t key_heads = key.size(1), groups = heads / key_heads, blocks = at::ceil_div(length, TILE);
   at::Tensor d_query = tokens_first(query), d_key = tokens_first(key), d_value = tokens_first(value);
   const float* lses = lse.const_data_ptr<float>();
+  const int64_t all_rows = groups * blocks * TILE; // of a key head
+  Buffers buffers(TILE * sizeof(scalar_t) * (5 * dim + TILE + std::max(dim, TILE)) +
+                  sizeof(float) * (2 * TILE * (TILE + dim) + all_rows * (dim + 2)));
 
   at::parallel_for(0, query.size(0) * key_heads, 1, [&](int64_t begin, int64_t end) {
-    auto [keys, values, transposed, rows, grads] = buffers<scalar_t, 5>(TILE * dim);
-    std::vector<scalar_t> packed(TILE * std::max(dim, TILE)), weights(TILE * TILE);
-    auto [scores, d_weights] = buffers<float, 2>(TILE * TILE);
-    auto [key_sums, value_sums] = buffers<float, 2>(TILE * dim);
+    auto memory = buffers.cut();
+    auto *keys = memory.template take<scalar_t>(TILE * dim), *values = memory.template take<scalar_t>(TILE * dim);
+    auto *transposed = memory.template take<scalar_t>(TILE * dim), *rows = memory.template take<scalar_t>(TILE * dim);
+    auto *grads = memory.template take<scalar_t>(TILE * dim), *weights = memory.template take<scalar_t>(TILE * TILE);
+    auto* packed = memory.template take<scalar_t>(TILE * std::max(dim, TILE));
+    auto *scores = memory.template take<float>(TILE * TILE), *d_weights = memory.template take<float>(TILE * TILE);
+    auto *key_sums = memory.template take<float>(TILE * dim), *value_sums = memory.template take<float>(TILE * dim);
     // By query head and block: a transposed tile of its gradient, and by row lse and rowsum(grad * out).
-    std::vector<float> query_sums(groups * blocks * TILE * dim);
-    std::vector<float> totals(groups * blocks * TILE), dots(groups * blocks * TILE);
+    auto* query_sums = memory.template take<float>(all_rows * dim);
+    auto *totals = memory.template take<float>(all_rows), *dots = memory.template take<float>(all_rows);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / key_heads, key_head = i % key_heads;
-      for (int64_t row = 0; row < groups * blocks * TILE; ++row) {
+      for (int64_t row = 0; row < all_rows; ++row) {
         const int64_t h = key_head * groups + row / (blocks * TILE), place = row % (blocks * TILE);
         const bool is_row = place < length;
         // Past the end every weight is 0.
@@ -305,61 +366,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiate_in(const at::Tensor
       }
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t start = block * TILE, count = std::min(TILE, length - start);
-        copy_rows(rows_of<scalar_t>(key, b, key_head, start), key.stride(2), count, TILE, dim, keys.data());
-        copy_rows(rows_of<scalar_t>(value, b, key_head, start), value.stride(2), count, TILE, dim, values.data());
-        transpose(keys.data(), TILE, dim, packed.data(), transposed.data());
+        copy_rows(rows_of<scalar_t>(key, b, key_head, start), key.stride(2), count, TILE, dim, keys);
+        copy_rows(rows_of<scalar_t>(value, b, key_head, start), value.stride(2), count, TILE, dim, values);
+        transpose(keys, TILE, dim, packed, transposed);
         bool begun = false;
         for (int64_t g = 0; g < groups; ++g) {
           for (int64_t other = block; other < blocks; ++other) {
-            const int64_t h = key_head * groups + g, first = other * TILE, some = std::min(TILE, length - first);
+            const int64_t h = key_head * groups + g, first = other * TILE, rows_left = std::min(TILE, length - first);
             const int64_t place = (g * blocks + other) * TILE;
-            copy_rows(rows_of<scalar_t>(query, b, h, first), query.stride(2), some, TILE, dim, rows.data());
-            copy_rows(rows_of<scalar_t>(grad, b, h, first), grad.stride(2), some, TILE, dim, grads.data());
+            copy_rows(rows_of<scalar_t>(query, b, h, first), query.stride(2), rows_left, TILE, dim, rows);
+            copy_rows(rows_of<scalar_t>(grad, b, h, first), grad.stride(2), rows_left, TILE, dim, grads);
             // Keys by rows, for then what is known of a row is a lane.
-            multiply<scalar_t>(keys.data(), pack_transposed(rows.data(), TILE, dim, packed.data()), scores.data(), TILE, TILE,
+            multiply<scalar_t>(keys, pack_transposed(rows, TILE, dim, packed), scores, TILE, TILE,
                                dim, false);
-            multiply<scalar_t>(values.data(), pack_transposed(grads.data(), TILE, dim, packed.data()), d_weights.data(), TILE,
+            multiply<scalar_t>(values, pack_transposed(grads, TILE, dim, packed), d_weights, TILE,
                                TILE, dim, false);
-            for (int64_t row = 0; row < TILE; row += LANES) {
-              const auto total = lanes_t::loadu(totals.data() + place + row);
-              const auto dot = lanes_t::loadu(dots.data() + place + row);
-              const auto lane = lanes_t::arange<float>(static_cast<float>(row), 1);
-              for (int64_t k = 0; k < TILE; ++k) {
-                float *score = scores.data() + k * TILE + row, *d_weight = d_weights.data() + k * TILE + row;
-                auto weight = (lanes_t::loadu(score) * lanes_t(static_cast<float>(scale)) - total).exp_u20();
-                if (other == block) {
-                  weight = lanes_t::blendv(lanes_t(0), weight, lane >= lanes_t(static_cast<float>(k)));
-                }
-                weight.store(score);
-                (weight * (lanes_t::loadu(d_weight) - dot) * lanes_t(static_cast<float>(scale))).store(d_weight);
-              }
-            }
-            multiply<scalar_t>(rounded(scores.data(), TILE * TILE, weights.data()),
-                               pack(grads.data(), TILE, dim, packed.data()), value_sums.data(), TILE, dim, TILE, begun);
-            const scalar_t* d_scores = rounded(d_weights.data(), TILE * TILE, weights.data());
-            multiply<scalar_t>(d_scores, pack(rows.data(), TILE, dim, packed.data()), key_sums.data(), TILE, dim, TILE, begun);
-            multiply<scalar_t>(transposed.data(), pack(d_scores, TILE, TILE, packed.data()), query_sums.data() + place * dim,
+            differentiate_scores<TILE>(scores, d_weights, totals + place, dots + place,
+                                       static_cast<float>(scale), other == block);
+            multiply<scalar_t>(rounded(scores, TILE * TILE, weights),
+                               pack(grads, TILE, dim, packed), value_sums, TILE, dim, TILE, begun);
+            const scalar_t* d_scores = rounded(d_weights, TILE * TILE, weights);
+            multiply<scalar_t>(d_scores, pack(rows, TILE, dim, packed), key_sums, TILE, dim, TILE, begun);
+            multiply<scalar_t>(transposed, pack(d_scores, TILE, TILE, packed), query_sums + place * dim,
                                dim, TILE, TILE, block > 0);
             begun = true;
           }
         }
-        for (int64_t row = 0; row < count; ++row) {
-          at::vec::convert(key_sums.data() + row * dim, mutable_rows_of<scalar_t>(d_key, b, key_head, start + row), dim);
-          at::vec::convert(value_sums.data() + row * dim, mutable_rows_of<scalar_t>(d_value, b, key_head, start + row), dim);
-        }
+        write_rows(key_sums, count, dim, mutable_rows_of<scalar_t>(d_key, b, key_head, start), d_key.stride(2));
+        write_rows(value_sums, count, dim, mutable_rows_of<scalar_t>(d_value, b, key_head, start), d_value.stride(2));
       }
-      for (int64_t tile = 0; tile < groups * blocks; ++tile) {
-        const int64_t h = key_head * groups + tile / blocks, first = tile % blocks * TILE;
-        float* sums = key_sums.data();
-        for (int64_t row = 0; row < TILE; row += 16) {
-          for (int64_t column = 0; column < dim; column += 16) {
-            at::vec::transpose_mxn<float, 16, 16>(
-                query_sums.data() + (tile * dim + column) * TILE + row, TILE, sums + row * dim + column, dim);
-          }
-        }
-        for (int64_t row = 0; row < std::min(TILE, length - first); ++row) {
-          at::vec::convert(sums + row * dim, mutable_rows_of<scalar_t>(d_query, b, h, first + row), dim);
-        }
+      for (int64_t n = 0; n < groups * blocks; ++n) {
+        const int64_t h = key_head * groups + n / blocks, first = n % blocks * TILE;
+        transpose_words(query_sums + n * TILE * dim, dim, TILE, key_sums);
+        write_rows(key_sums, std::min(TILE, length - first), dim, mutable_rows_of<scalar_t>(d_query, b, h, first),
+                   d_query.stride(2));
       }
     }
     at::native::cpublas::brgemm_release();
