@@ -1,6 +1,9 @@
 """A sequence that attends to itself, answered in C++: outputs and gradients, and what is left to others."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ BY_TILES = {
     False: (math.inf, math.inf),
     True: (
         1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else math.inf,
-        1.0 if UNITS.avx512_bf16 else math.inf,
+        1.0 if UNITS.avx512_bf16 and not UNITS.amx else math.inf,
     ),
 }
 
@@ -251,6 +254,28 @@ def test_tiles_of_numbers_that_are_not_finite(dtype, monkeypatch):
     seen = torch.arange(150) >= 70
     masked = sink_attention(query, key, value, 0.3, attn_mask=seen, backend="reference")
     torch.testing.assert_close(out, masked, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+SWITCHED_OFF = """
+import torch
+from stablemask import plain, sink_attention
+if {in_python}:
+    torch.backends.mkldnn.flags(enabled=False).__enter__()
+for dtype in (torch.float32, torch.bfloat16):
+    query = torch.randn(1, 1, 100, 32).to(dtype)
+    ours = sink_attention(query, query, query, 0.3)
+    exact = sink_attention(*[query.double()] * 3, 0.3, backend="reference")
+    assert (ours.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps, dtype
+"""
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+def test_without_onednns_products_it_is_the_stock_kernel(in_python):
+    """PyTorch refuses packed matrices there, or takes them for unpacked ones."""
+    held = {} if in_python else {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    code = SWITCHED_OFF.format(in_python=in_python)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | held, check=False)
+    assert done.returncode == 0
 
 
 def test_rules_of_the_processor():

@@ -54,7 +54,7 @@ Gradients differentiate(at::Tensor grad, const at::Tensor& query, const at::Tens
   }
   const auto computed = [&](const at::Tensor& tensor) { return way.in_float32 ? tensor.to(at::kFloat) : tensor; };
   const auto given = [&](const at::Tensor& tensor) { return tensor.to(query.scalar_type()); };
-  const auto [d_query, d_key, d_value] = way.by_tiles && tiles::has_room(query, key)
+  const auto [d_query, d_key, d_value] = way.by_tiles && tiles::fit(query, key) && tiles::has_room(query, key)
       ? tiles::differentiate(grad, query, key, value, out, lse, scale)
       : at::_scaled_dot_product_flash_attention_for_cpu_backward(
             computed(grad), computed(query), computed(key), computed(value), computed(out), lse,

@@ -183,7 +183,7 @@ struct Rules {
     const auto dtype = query.scalar_type();
     const bool in_float32 = at::isReducedFloatingType(dtype) &&
         key.size(2) * key.size(3) <= longest_in_float32[dtype == at::kHalf];
-    const bool by_tiles = stablemask::tiles::fit(query, key) && query.size(2) >= shortest_by_tiles[dtype != at::kFloat];
+    const bool by_tiles = query.size(2) >= shortest_by_tiles[dtype != at::kFloat] && stablemask::tiles::fit(query, key);
     return {by_tiles, in_float32};
   }
 };

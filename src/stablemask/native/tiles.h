@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/ceil_div.h>
 #include <ATen/core/Tensor.h>
@@ -17,6 +18,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <tuple>
@@ -38,12 +40,6 @@ constexpr int64_t WORD = sizeof(float) / sizeof(scalar_t);
 // Whether there is room for the gradients of a key head's queries.
 bool has_room(const at::Tensor& query, const at::Tensor& key) {
   return query.numel() / (query.size(0) * key.size(1)) <= LONGEST;
-}
-
-// Whether the output can be computed so, at the speed of shorter ones.
-bool fit(const at::Tensor& query, const at::Tensor& key) {
-  return (query.scalar_type() == at::kFloat && query.size(3) % 16 == 0 && has_room(query, key)) ||
-      (query.scalar_type() == at::kBFloat16 && query.size(3) % 32 == 0);
 }
 
 // A tile that is a contiguous copy of rows, zeros after them.
@@ -111,6 +107,51 @@ template <typename scalar_t>
 void multiply(const scalar_t* a, const scalar_t* b, float* c, int64_t rows, int64_t columns, int64_t inner, bool add) {
   constexpr bool packed = WORD<scalar_t> > 1;
   at::native::cpublas::brgemm(rows, columns, inner, inner, columns, columns, add, a, b, c, packed);
+}
+
+// Whether products are what they should be. Where oneDNN is held to an older processor (ONEDNN_MAX_CPU_ISA),
+// PyTorch refuses packed matrices, or takes them for unpacked ones.
+template <typename scalar_t>
+bool is_right() {
+  constexpr int64_t size = 32;
+  std::array<scalar_t, size * size> a, b, work;
+  std::array<float, size * size> c;
+  for (int64_t i = 0; i < size * size; ++i) {
+    a[i] = static_cast<scalar_t>(static_cast<float>(i % 7 - 3));
+    b[i] = static_cast<scalar_t>(static_cast<float>(i % 5 - 2));
+  }
+  try {
+    multiply<scalar_t>(a.data(), pack(b.data(), size, size, work.data()), c.data(), size, size, size, /*add=*/false);
+    at::native::cpublas::brgemm_release();
+  } catch (const c10::Error&) {
+    return false;
+  }
+  for (int64_t i = 0; i < size * size; ++i) {
+    float sum = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      sum += static_cast<float>(a[i / size * size + k]) * static_cast<float>(b[k * size + i % size]);
+    }
+    if (c[i] != sum) { // small integers: exact
+      return false;
+    }
+  }
+  return true;
+}
+
+// Whether the output can be computed so, at the speed of shorter ones.
+bool fit(const at::Tensor& query, const at::Tensor& key) {
+  if (!at::globalContext().userEnabledMkldnn()) {
+    return false;
+  }
+  if (query.scalar_type() == at::kFloat && query.size(3) % 16 == 0 && has_room(query, key)) {
+    static const bool right = is_right<float>();
+    return right;
+  }
+  if (query.scalar_type() == at::kBFloat16 && query.size(3) % 32 == 0) {
+    static const bool right = is_right<BFloat16>();
+    return right;
+  }
+  return false;
 }
 
 // The left side of a product, of numbers that were computed.
