@@ -147,7 +147,7 @@ def _claims(
     claims = [
         Claim(
             "It integrates easily with existing attention optimisation (FlashAttention).",
-            f"on the stock kernels {time_text}, peak memory {_range(memory)}; the formula as "
+            f"{time_text}, peak memory {_range(memory)}; the formula as "
             f"written, dense: {_range(dense, 1)} of the time",
             verdict([*fast, *small] if small else []),
         ),
