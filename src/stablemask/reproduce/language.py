@@ -16,7 +16,7 @@ from .study import SOURCE, Job, Record, Section, Study
 
 POSITIONS = ("rope", "alibi", "nope", "learned")
 GRID, TEXT, RATE, GAMMA, ABLATION = "grid", "text", "rate", "gamma", "ablation"
-CURVE_TOKENS, FINAL_TOKENS = 16384, 131072  # of validation, during a training and after it
+CURVE_TOKENS, FINAL_TOKENS = 8192, 65536  # of validation, during a training and after it
 GAMMA_X_CONTEXT = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 PAIR = ("softmax", "stablemask")
 PLANS = {
     "small": Plan(
-        sizes=(Size("nano", 500, 1024, 3e-3, 21), Size("micro", 500, 1024, 2e-3, 38)),
+        sizes=(Size("nano", 360, 1024, 3e-3, 19), Size("micro", 360, 1024, 2e-3, 46)),
         grid={
             "nano": dict.fromkeys(POSITIONS, KINDS),
             "micro": {"rope": KINDS, "alibi": PAIR, "nope": PAIR, "learned": PAIR},
