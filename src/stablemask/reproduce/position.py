@@ -52,6 +52,7 @@ LONGER_TRAININGS: dict[str, dict[str, Any]] = {
     "constant": {**_REPEATED, "steps": 700},
     "random": {**_MIXED, "batch": 4},
     "copy": {**_MIXED, "batch": 4, "grown": 0.6},
+    "even": {**TRAININGS["even"], "batch": 4},
 }
 # The variants of StableMask are compared in position identification, at the shortest length.
 VARIANTS = ("stablemask-finite", "stablemask-slopes")
