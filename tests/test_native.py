@@ -8,6 +8,12 @@ import torch
 from stablemask import native
 from stablemask.cli.main import BAD_INPUT, main
 
+EMPTY = """
+#include <Python.h>
+static PyModuleDef empty = {PyModuleDef_HEAD_INIT, "_native"};
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&empty); }
+"""
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -28,7 +34,13 @@ def build_error(folder, capsys):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_these_tests_run_in_cpp():
+    assert native.LIBRARY is not None, "compile it first: stablemask build"
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 def test_it_is_compiled_once(folder, capsys):
+    (folder / "library.cpp").write_text(EMPTY)
     assert native.language() == "Python"
     assert main(["build"]) == 0
     assert native.library_path().exists()

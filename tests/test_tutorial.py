@@ -19,7 +19,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path, smollm2_folder):
     blocks = BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
     assert len(blocks) == 6
     programs = Path(sys.executable).parent
-    environment = os.environ | {"STEPS": "3", "PATH": f"{programs}:{os.environ['PATH']}"}
+    environment = os.environ | {"STEPS": "2", "PATH": f"{programs}:{os.environ['PATH']}"}
     for language, text in blocks:
         command = ["bash", "-e", "-c", text] if language == "sh" else [sys.executable, "-c", text]
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

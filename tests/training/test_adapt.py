@@ -104,6 +104,7 @@ def test_a_shift_that_is_given_is_taken():
     schedule = adapt(neox(0.02), options(shift_from=-3.0, gamma="slopes", horizon=64), batch)
     assert (schedule.shift_from, schedule.shift_to) == (-3.0, 0.0)
     assert adapt(neox(0.02), options(shift_to=-300.0), batch).shift_from == -300.0
+    assert adapt(neox(0.02), options(shift_to=-4.0, shift_steps=0), batch).shift_from == -4.0
     assert schedule.settings["gamma"] == "slopes"
     assert schedule.settings["horizon"] == 64
 

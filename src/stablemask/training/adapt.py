@@ -79,7 +79,8 @@ def adapt(
     """Give a softmax model StableMask, shifted so far that it computes what it did.
 
     Args:
-        batch: what the model's forward takes, to find out how far where ``shift_from`` is None.
+        batch: what the model's forward takes, to find out how far where ``shift_from`` is None and
+            there are steps to go.
 
     Raises:
         InputError: the model has StableMask already or cannot have it, or a setting is out of range.
@@ -96,12 +97,13 @@ def adapt(
             start=options.start,
             hold=options.hold,
         )
-        harmless = harmless_shift(model, config.stablemask, batch)
+        shift_from = options.shift_from
+        if shift_from is None:
+            shift_from = options.shift_to
+            if options.shift_steps != 0:
+                shift_from = min(harmless_shift(model, config.stablemask, batch), shift_from)
     except ValueError as error:
         raise InputError(f"{options.model} cannot be adapted: {error}") from error
-    shift_from = options.shift_from
-    if shift_from is None:
-        shift_from = min(harmless, options.shift_to)
     assert options.shift_steps is not None
     return ShiftSchedule(config.stablemask, shift_from, options.shift_to, options.shift_steps)
 
