@@ -261,11 +261,12 @@ import torch
 from stablemask import plain, sink_attention
 if {in_python}:
     torch.backends.mkldnn.flags(enabled=False).__enter__()
+torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     query = torch.randn(1, 1, 100, 32).to(dtype)
     ours = sink_attention(query, query, query, 0.3)
     exact = sink_attention(*[query.double()] * 3, 0.3, backend="reference")
-    assert (ours.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps, dtype
+    assert (ours.double() - exact).abs().max() < 4 * query.abs().max() * torch.finfo(dtype).eps, dtype
 """
 
 
