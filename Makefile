@@ -48,16 +48,18 @@ setup: $(VENV)/.ready
 
 # A machine without an NVIDIA driver takes PyTorch's CPU build, which is a tenth of the download;
 # where that index cannot be reached, the default one serves. A C++ compiler is used where there is one.
+# Python compiles what is imported when it is: a part of what is installed, which pip would compile whole.
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablemask/native/*.cpp src/stablemask/native/*.h src/stablemask/native/setup.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stablemask needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	if command -v nvidia-smi >/dev/null 2>&1; then \
-	  $(BIN)/python -m pip install "$(TORCH)"; \
+	  $(PIP_INSTALL) "$(TORCH)"; \
 	else \
-	  $(BIN)/python -m pip install --index-url $(TORCH_CPU_INDEX) --retries 1 "$(TORCH)" \
-	  || $(BIN)/python -m pip install "$(TORCH)"; \
+	  $(PIP_INSTALL) --index-url $(TORCH_CPU_INDEX) --retries 1 "$(TORCH)" \
+	  || $(PIP_INSTALL) "$(TORCH)"; \
 	fi
-	$(BIN)/python -m pip install --editable ".[dev]"
+	$(PIP_INSTALL) --editable ".[dev]"
 	$(BIN)/stablemask build || echo "Decoding and short sequences on the CPU will take longer."
 	touch $@
