@@ -48,7 +48,7 @@ setup: $(VENV)/.ready
 
 # A machine without an NVIDIA driver takes PyTorch's CPU build, which is a tenth of the download;
 # where that index cannot be reached, the default one serves. A C++ compiler is used where there is one.
-# Python compiles what is imported when it is: a part of what is installed, which pip would compile whole.
+# What is installed is compiled by all cores at the end, not by pip package after package.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
 $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablemask/native/*.cpp src/stablemask/native/*.h src/stablemask/native/setup.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stablemask needs Python 3.10 or newer; try make PYTHON=python3.12")'
@@ -61,5 +61,6 @@ $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablem
 	  || $(PIP_INSTALL) "$(TORCH)"; \
 	fi
 	$(PIP_INSTALL) --editable ".[dev]"
+	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	$(BIN)/stablemask build || echo "Decoding and short sequences on the CPU will take longer."
 	touch $@
