@@ -61,6 +61,6 @@ $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablem
 	  || $(PIP_INSTALL) "$(TORCH)"; \
 	fi
 	$(PIP_INSTALL) --editable ".[dev]"
-	-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	$(BIN)/stablemask build || echo "Decoding and short sequences on the CPU will take longer."
 	touch $@
