@@ -263,10 +263,10 @@ if {in_python}:
     torch.backends.mkldnn.flags(enabled=False).__enter__()
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
-    query = torch.randn(1, 1, 100, 32).to(dtype)
+    query = torch.randn(1, 1, 100, 32).clamp(-2, 2).to(dtype)  # a rounding of 2 is 2 epsilon
     ours = sink_attention(query, query, query, 0.3)
     exact = sink_attention(*[query.double()] * 3, 0.3, backend="reference")
-    assert (ours.double() - exact).abs().max() < 4 * query.abs().max() * torch.finfo(dtype).eps, dtype
+    assert (ours.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps, dtype
 """
 
 

@@ -149,6 +149,7 @@ def bloom():
         (lambda: neox(0.02), {"hold": "often"}, "hold"),
     ],
 )
-def test_what_cannot_be_adapted_says_so(model, changes, match):
+@pytest.mark.parametrize("shift_steps", [0, 6])
+def test_what_cannot_be_adapted_says_so(model, changes, match, shift_steps):
     with pytest.raises(InputError, match=match):
-        adapt(model(), options(**changes), {"input_ids": random_ids(1, 5)})
+        adapt(model(), options(shift_steps=shift_steps, **changes), {"input_ids": random_ids(1, 5)})
