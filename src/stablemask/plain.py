@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from .backends.calls import nothing_watches
 from .backends.kernels import longest_in_float32
 from .native import LIBRARY
-from .processor import UNITS
+from .processor import AVX512, UNITS
 from .pseudo import log_pseudo_mass
 
 # Keys times head_dim up to which the stock kernel's backward of half precision is computed in float32.
@@ -27,7 +27,7 @@ _LONGEST_IN_FLOAT32 = tuple(float(longest_in_float32(t)) for t in (torch.bfloat1
 # Rows from which on native/tiles.h is faster than the stock kernel, in float32 and bfloat16, by measurement; with AMX
 # the stock kernel multiplies bfloat16 in its way too.
 _SHORTEST_BY_TILES = (
-    96.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else math.inf,
+    96.0 if AVX512 else math.inf,
     8.0 if UNITS.avx512_bf16 and not UNITS.amx else math.inf,
 )
 

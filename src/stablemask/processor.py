@@ -12,4 +12,9 @@ class Units(NamedTuple):
     avx512_bf16: bool
 
 
-UNITS = Units(torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported())
+# What PyTorch was told not to use (ATEN_CPU_CAPABILITY) is as good as not there.
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+UNITS = Units(
+    AVX512 and torch.cpu._is_amx_tile_supported(),
+    AVX512 and torch.cpu._is_avx512_bf16_supported(),
+)
