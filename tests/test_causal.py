@@ -279,6 +279,19 @@ def test_without_onednns_products_it_is_the_stock_kernel(in_python):
     assert done.returncode == 0
 
 
+def test_a_long_backward_in_float32_is_the_operators(monkeypatch):
+    monkeypatch.setattr(plain, "_LONGEST_IN_FLOAT32", (math.inf, math.inf))
+    inputs = make_inputs(2, 4, 2, 300, 300, 64, torch.float16)
+    sink = torch.randn(4, 1, requires_grad=True)
+    grad = torch.randn(2, 4, 300, 64).half()
+    found, expected = (
+        gradients(sink_attention(*inputs, sink, backend=backend), (*inputs, sink), grad)
+        for backend in ("auto", "flash")
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_rules_of_the_processor():
     """Where tiles are taken, they are what the processor can multiply."""
     in_float32, in_bfloat16 = plain._SHORTEST_BY_TILES

@@ -14,6 +14,7 @@ differences end in this file. None is called with dropout, so their random state
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -37,13 +38,41 @@ def _cpu_forward(query, key, value, bias, causal, scale):
 
 
 def _cpu_backward(grad, query, key, value, out, lse, bias, causal, scale):
-    tensors = (grad, query, key, value, out)
-    in_float32 = _faster_in_float32(query, key)
-    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(tensor.float() if in_float32 else tensor for tensor in tensors),
-        lse, 0.0, causal, attn_mask=bias, scale=scale,
-    )  # fmt: skip
-    return tuple(gradient.to(query.dtype) for gradient in gradients)
+    if _faster_in_float32(query, key):
+        return _cpu_backward_in_float32(grad, query, key, value, out, lse, bias, causal, scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+# Numbers of a slice of the queries; of fewer, the time of a call would show.
+_SLICE = 1 << 17
+
+
+def _cpu_backward_in_float32(grad, query, key, value, out, lse, bias, causal, scale):
+    """By slices of heads, one a thread at least, so that little is held in float32 at a time."""
+    batch, kv_heads, _, head_dim = key.shape
+    numbers_per_head = query.shape[1] // kv_heads * query.shape[2] * head_dim
+    at_once = max(torch.get_num_threads(), _SLICE // max(numbers_per_head, 1))
+    sequences, heads = max(at_once // kv_heads, 1), min(at_once, kv_heads)
+
+    def part(tensor, first, first_head):
+        of_head = tensor.shape[1] // kv_heads  # 0 if all have the same
+        return tensor[
+            slice(first, first + sequences) if tensor.shape[0] > 1 else slice(None),
+            slice(of_head * first_head, of_head * (first_head + heads)) if of_head else slice(None),
+        ]
+
+    gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+    for start in product(range(0, batch, sequences), range(0, kv_heads, heads)):
+        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(part(tensor, *start).float() for tensor in (grad, query, key, value, out)),
+            part(lse, *start), 0.0, causal,
+            attn_mask=None if bias is None else part(bias, *start), scale=scale,
+        )  # fmt: skip
+        for gradient, of_part in zip(gradients, found, strict=True):
+            part(gradient, *start).copy_(of_part)
+    return gradients
 
 
 def _faster_in_float32(query: Tensor, key: Tensor) -> bool:

@@ -44,6 +44,20 @@ std::tuple<at::Tensor, at::Tensor> attend_causally(const at::Tensor& query, cons
   return {out, absorb(out, lse, sink.to(lse.scalar_type()).expand(lse.sizes()))};
 }
 
+// Numbers of the query up to which an operator takes as long to enter as shows, and all is converted at once.
+constexpr int64_t FEW = 1 << 17;
+
+// By the operator: of query, key and value.
+Gradients differentiate_by_operator(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
+                                    const at::Tensor& value, const at::Tensor& out, const at::Tensor& lse,
+                                    double scale) {
+  static const auto flash_backward = c10::Dispatcher::singleton().findSchemaOrThrow("stablemask::flash_backward", "");
+  const c10::IValue none;
+  torch::jit::Stack stack{grad, query, key, value, out, lse, none, none, none, none, int64_t(0), scale, "cpu"};
+  flash_backward.callBoxed(stack);
+  return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), {}};
+}
+
 // By a kernel.
 Gradients differentiate(at::Tensor grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                         const at::Tensor& sink, const at::Tensor& out, const at::Tensor& lse, double scale,
@@ -52,37 +66,38 @@ Gradients differentiate(at::Tensor grad, const at::Tensor& query, const at::Tens
   if (grad.stride(-1) != 1) {
     grad = grad.contiguous();
   }
-  const auto computed = [&](const at::Tensor& tensor) { return way.in_float32 ? tensor.to(at::kFloat) : tensor; };
-  const auto given = [&](const at::Tensor& tensor) { return tensor.to(query.scalar_type()); };
-  const auto [d_query, d_key, d_value] = way.by_tiles && tiles::fit(query, key) && tiles::has_room(query, key)
-      ? tiles::differentiate(grad, query, key, value, out, lse, scale)
-      : at::_scaled_dot_product_flash_attention_for_cpu_backward(
-            computed(grad), computed(query), computed(key), computed(value), computed(out), lse,
-            /*dropout_p=*/0.0, /*is_causal=*/true, /*attn_mask=*/{}, scale);
-  at::Tensor d_sink;
+  Gradients found;
+  if (way.by_tiles && tiles::fit(query, key) && tiles::has_room(query, key)) {
+    std::tie(found.query, found.key, found.value) = tiles::differentiate(grad, query, key, value, out, lse, scale);
+  } else if (way.in_float32 && query.numel() > FEW) {
+    found = differentiate_by_operator(grad, query, key, value, out, lse, scale);
+  } else {
+    const auto computed = [&](const at::Tensor& tensor) { return way.in_float32 ? tensor.to(at::kFloat) : tensor; };
+    const auto given = [&](const at::Tensor& tensor) { return tensor.to(query.scalar_type()); };
+    const auto [d_query, d_key, d_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        computed(grad), computed(query), computed(key), computed(value), computed(out), lse,
+        /*dropout_p=*/0.0, /*is_causal=*/true, /*attn_mask=*/{}, scale);
+    found = {given(d_query), given(d_key), given(d_value), {}};
+  }
   if (of_sink) {
     const at::Tensor of_rows = sink_gradient(grad, out, lse, sink.to(lse.scalar_type()).expand(lse.sizes()));
-    d_sink = at::sum_to(of_rows, sink.sizes()).to(sink.scalar_type());
+    found.sink = at::sum_to(of_rows, sink.sizes()).to(sink.scalar_type());
   }
-  return {given(d_query), given(d_key), given(d_value), d_sink};
+  return found;
 }
 
-// By the operator, for whoever watches: that of all but the sink, whose gradient is operations they know.
+// By the operator, for whoever watches; the sink's gradient is operations they know.
 Gradients differentiate_in_sight(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
                                  const at::Tensor& value, const at::Tensor& sink, const at::Tensor& out,
                                  const at::Tensor& lse, double scale, bool of_sink) {
-  static const auto flash_backward = c10::Dispatcher::singleton().findSchemaOrThrow("stablemask::flash_backward", "");
-  const c10::IValue none;
-  torch::jit::Stack stack{grad, query, key, value, out, lse, none, none, none, none, int64_t(0), scale, "cpu"};
-  flash_backward.callBoxed(stack);
-  at::Tensor d_sink;
+  Gradients found = differentiate_by_operator(grad, query, key, value, out, lse, scale);
   if (of_sink) {
     const auto dtype = lse.scalar_type();
     const at::Tensor d_total = -(grad.to(dtype) * out.to(dtype)).sum(-1);
     const at::Tensor share = (sink.to(dtype) - lse).exp().nan_to_num(/*nan=*/1.0);
-    d_sink = at::sum_to(share * d_total, sink.sym_sizes()).to(sink.scalar_type());
+    found.sink = at::sum_to(share * d_total, sink.sym_sizes()).to(sink.scalar_type());
   }
-  return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), d_sink};
+  return found;
 }
 
 // The numbers of Way are arguments, for this function takes no other.
