@@ -11,7 +11,7 @@ DEMO_OUT ?= runs/demo
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
 	@echo "make test    set up, run the tests"
-	@echo "make nightly the tests with 500 examples of each property"
+	@echo "make nightly all tests, with 500 examples of each property"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
 	@echo "make reproduce  the paper's claims, measured again: docs/results.md, about 100 minutes"
@@ -26,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no
 test: setup
 	$(PYTEST)
 
-# The same tests with 500 examples of each property, at random, and what they cover.
+# And those that take long; 500 examples of each property, at random; what they cover.
 nightly: setup
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) --cov=stablemask --cov-report=term
 

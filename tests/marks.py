@@ -15,6 +15,11 @@ gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here"),
 ]
 
+# What other tests cover in most of it, at the price of many processes or of a compilation.
+nightly = pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="takes long; `make nightly` does it"
+)
+
 two_gpus = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),

@@ -1,6 +1,7 @@
 """Whole training loops: all train the same model, in the same precision, and a wrong one is found out."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from stablemask.benchmarks import timing
 from stablemask.benchmarks.correctness import IncorrectError
 from stablemask.benchmarks.training import ROWS, Workload, measure, measure_training, rows
 from stablemask.benchmarks.training.check import Reference
@@ -30,6 +32,7 @@ def _small_presets(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", {**SIZES, "tie_word_embeddings": True})
     monkeypatch.setitem(PRESETS, "71m", SIZES)
     monkeypatch.setattr(measure, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "PRECISION", math.inf)
 
 
 def build(name, folder, preset="71m", dtype="float32", batch_size=4):

@@ -21,6 +21,7 @@ import stablemask.hf  # noqa: F401
 from stablemask.errors import InputError
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
+from tests import marks
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -126,10 +127,7 @@ def test_devices_that_share_sequences_have_the_losses_of_one(options, alone, tol
     assert model.config.stablemask == {"gamma": 1 / 32, "horizon": None, "hold": 31}
 
 
-@pytest.mark.skipif(
-    os.environ.get("HYPOTHESIS_PROFILE") != "nightly",
-    reason="compiling takes a minute; `make nightly` does it",
-)
+@marks.nightly
 @pytest.mark.parametrize(
     "changes",
     [

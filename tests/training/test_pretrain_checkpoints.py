@@ -20,6 +20,7 @@ from stablemask.options import save_yaml
 from stablemask.training import checkpoints
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
+from tests import marks
 
 from .conftest import STEPS, assert_same_weights, metrics
 
@@ -48,8 +49,8 @@ def test_the_best_checkpoint_stays_beside_the_last(options, tmp_path, monkeypatc
     ("moment", "async_save"),
     [
         ("checkpoint-4", False),
-        ("checkpoint-16", True),
-        ("incomplete", False),
+        pytest.param("checkpoint-16", True, marks=marks.nightly),
+        pytest.param("incomplete", False, marks=marks.nightly),
         ("incomplete", True),
         ("metrics.jsonl", False),
     ],
@@ -204,7 +205,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, uninter
     assert_same_weights(Path(stopped.out), uninterrupted)
 
 
-@pytest.mark.parametrize("kind", ["stream", "mixture", "mixture of streams"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("stream", marks=marks.nightly),
+        pytest.param("mixture", marks=marks.nightly),
+        "mixture of streams",
+    ],
+)
 def test_other_data_goes_on_where_it_stopped(kind, options, uninterrupted, tmp_path, stop_at):
     """Two sources, with loading processes in one part of the run."""
     records = tmp_path / "records.jsonl"
