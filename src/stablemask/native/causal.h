@@ -44,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor> attend_causally(const at::Tensor& query, cons
   return {out, absorb(out, lse, sink.to(lse.scalar_type()).expand(lse.sizes()))};
 }
 
-// Numbers of the query up to which an operator takes as long to enter as shows, and all is converted at once.
+// Numbers of a query up to which entering the operator would take time that shows: all is converted at once instead.
 constexpr int64_t FEW = 1 << 17;
 
 // By the operator: of query, key and value.
