@@ -26,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no
 test: setup
 	$(PYTEST)
 
-# And those that take long; 500 examples of each property, at random; what they cover.
+# All tests, those that take long too, with 500 random examples of each property, and what they cover.
 nightly: setup
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) --cov=stablemask --cov-report=term
 

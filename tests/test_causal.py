@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from stablemask import plain, sink_attention, stable_mask_attention
+from stablemask.backends import kernels
 from stablemask.plain import plain_attention
 from stablemask.processor import UNITS
 from tests.marks import native_library
@@ -281,6 +283,9 @@ def test_without_onednns_products_it_is_the_stock_kernel(in_python):
 
 def test_a_long_backward_in_float32_is_the_operators(monkeypatch):
     monkeypatch.setattr(plain, "_LONGEST_IN_FLOAT32", (math.inf, math.inf))
+    monkeypatch.setattr(kernels, "_faster_in_float32", lambda query, key: True)
+    in_slices = Mock(wraps=kernels._cpu_backward_in_float32)
+    monkeypatch.setattr(kernels, "_cpu_backward_in_float32", in_slices)
     inputs = make_inputs(2, 4, 2, 300, 300, 64, torch.float16)
     sink = torch.randn(4, 1, requires_grad=True)
     grad = torch.randn(2, 4, 300, 64).half()
@@ -288,6 +293,7 @@ def test_a_long_backward_in_float32_is_the_operators(monkeypatch):
         gradients(sink_attention(*inputs, sink, backend=backend), (*inputs, sink), grad)
         for backend in ("auto", "flash")
     )
+    assert in_slices.call_count == 2
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 

@@ -50,10 +50,12 @@ _SLICE = 1 << 17
 
 
 def _cpu_backward_in_float32(grad, query, key, value, out, lse, bias, causal, scale):
-    """By slices of heads, one a thread at least, so that little is held in float32 at a time."""
+    """By slices of heads, of which every thread has as many, so that little is held in float32 at a time."""
     batch, kv_heads, _, head_dim = key.shape
     numbers_per_head = query.shape[1] // kv_heads * query.shape[2] * head_dim
-    at_once = max(torch.get_num_threads(), _SLICE // max(numbers_per_head, 1))
+    threads = torch.get_num_threads()
+    busy = math.lcm(threads, kv_heads) if kv_heads % threads else threads
+    at_once = busy * max(1, _SLICE // max(busy * numbers_per_head, 1))
     sequences, heads = max(at_once // kv_heads, 1), min(at_once, kv_heads)
 
     def part(tensor, first, first_head):
