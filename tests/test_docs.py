@@ -47,7 +47,14 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(lines_before + block[1], page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")),
+    ],
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", _prose(path)):
@@ -69,8 +76,14 @@ def _anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_tree_of_the_readme_is_the_tree():
+def test_the_readme_is_a_front_page():
     text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 900
+
+
+def test_the_tree_that_contributors_see_is_the_tree():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = text.partition("src/stablemask/\n")[2].partition("configs/")[0]
     named = set(re.findall(r"^  (\S+)", tree, flags=re.M))
     there = {
