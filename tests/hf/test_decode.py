@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import stablemask.hf.attention as attention
+from stablemask.models.cache import CACHE
 from tests.marks import native_library
 
 from .families import FAMILIES, PSEUDO, Family, outcome
@@ -55,10 +56,8 @@ def test_steps_equal_one_pass(family, settings):
     ids = torch.randint(3, 61, (2, LENGTH))
     truth = model(ids, use_cache=False).logits
     cache = DynamicCache(config=model.config)
-    logits = [model(ids[:, :PROMPT], past_key_values=cache).logits]
-    logits += [
-        model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(PROMPT, LENGTH)
-    ]
+    logits = [model(ids[:, :PROMPT], **{CACHE: cache}).logits]
+    logits += [model(ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(PROMPT, LENGTH)]
     assert_same(torch.cat(logits, 1), truth)
 
 
@@ -66,9 +65,9 @@ def test_all_layers_but_the_first_share_a_step(shared):
     model, ids = build(LLAMA), torch.randint(3, 61, (2, LENGTH))
     truth = model(ids, use_cache=False).logits
     cache = DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=cache)
+    model(ids[:, :-1], **{CACHE: cache})
     assert not shared
-    assert_same(model(ids[:, -1:], past_key_values=cache).logits, truth[:, -1:])
+    assert_same(model(ids[:, -1:], **{CACHE: cache}).logits, truth[:, -1:])
     assert len(shared) == 3
 
 
@@ -80,9 +79,9 @@ def test_padded_batches_share_it_too_and_are_as_each_text_alone(shared):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-          past_key_values=cache)  # fmt: skip
+          **{CACHE: cache})  # fmt: skip
     logits = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:],
-                   past_key_values=cache).logits  # fmt: skip
+                   **{CACHE: cache}).logits  # fmt: skip
     assert len(shared) == 3
     assert all(call[-1] is not None for call in shared)
     for row, start in enumerate(padding):

@@ -11,6 +11,7 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, StaticCache
 
 from stablemask.hf import apply_stablemask
+from stablemask.models.cache import CACHE
 
 from .families import MIXED, WINDOW, Family
 
@@ -89,7 +90,7 @@ def test_chunks_behind_a_cache_equal_one_pass(model, chunks, static):
     (ids,) = texts(LENGTH)
     config = model.config
     cache = StaticCache(config, max_cache_len=24) if static else DynamicCache(config=config)
-    logits = [model(part, past_key_values=cache).logits for part in ids.split(chunks, -1)]
+    logits = [model(part, **{CACHE: cache}).logits for part in ids.split(chunks, -1)]
     assert_same(torch.cat(logits, 1), whole(model, ids))
 
 
@@ -207,9 +208,7 @@ def test_under_the_name_of_sdpa_everything_is_the_same(model):
     for row in range(2):
         assert_same(logits[row][mask[row].bool()], truth[row][0])
     for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=24)):
-        parts = [
-            model(part, past_key_values=cache).logits for part in alone[0].split([9, 7, 1], -1)
-        ]
+        parts = [model(part, **{CACHE: cache}).logits for part in alone[0].split([9, 7, 1], -1)]
         assert_same(torch.cat(parts, 1), truth[0])
 
 
@@ -217,5 +216,5 @@ def test_start_and_a_finite_horizon_behind_a_cache(model):
     apply_stablemask(model, gamma=0.05, horizon=12, start=2, shift=-0.5)
     (ids,) = texts(LENGTH)
     cache = DynamicCache(config=model.config)
-    logits = [model(part, past_key_values=cache).logits for part in ids.split([4, 7, 6], -1)]
+    logits = [model(part, **{CACHE: cache}).logits for part in ids.split([4, 7, 6], -1)]
     assert_same(torch.cat(logits, 1), whole(model, ids))

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 from stablemask.hf import apply_stablemask
+from stablemask.models.cache import CACHE
 from tests import marks
 
 from .families import EXPERTS, MIXED, Family
@@ -62,8 +63,8 @@ def test_compiled_decoding_with_a_static_cache_follows_positions_and_settings():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     cache = StaticCache(model.config, max_cache_len=16)
     with torch.no_grad():
-        logits = [model(ids[:, :4], past_key_values=cache).logits]
-        logits += [compiled(ids[:, [i]], past_key_values=cache).logits for i in range(4, 9)]
+        logits = [model(ids[:, :4], **{CACHE: cache}).logits]
+        logits += [compiled(ids[:, [i]], **{CACHE: cache}).logits for i in range(4, 9)]
         torch.testing.assert_close(torch.cat(logits, 1), truth, rtol=0, atol=64 * EPS * 8)
         plain = compiled(ids).logits
         model.config.stablemask["shift"] = -3.0

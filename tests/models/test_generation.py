@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from stablemask.models.cache import CACHE, CACHE_NAMES
+
 from .tiny import DESIGNS, random_ids, tiny_model
 
 NEW_TOKENS = 8
@@ -78,12 +80,12 @@ def test_logits_of_chunks_and_steps_equal_the_full_pass(position, kind, cache):
         full = model(input_ids, attention_mask=mask).logits
         past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
         if cache == "static, used before":
-            model(input_ids, past_key_values=past)
+            model(input_ids, **{CACHE: past})
             past.reset()
         # A prefill, a chunk, then token by token.
         edges = [0, 6, 10, 11, 12, 13, 14]
         steps = [
-            model(input_ids[:, a:b], attention_mask=mask[:, :b], past_key_values=past).logits
+            model(input_ids[:, a:b], attention_mask=mask[:, :b], **{CACHE: past}).logits
             for a, b in pairwise(edges)
         ]
     real = mask.bool()
@@ -98,7 +100,7 @@ def test_a_static_cache_without_mask_equals_the_full_pass(position):
     with torch.no_grad():
         full = model(input_ids).logits
         edges = [0, 5, 6, 8]
-        steps = [model(input_ids[:, a:b], past_key_values=past).logits for a, b in pairwise(edges)]
+        steps = [model(input_ids[:, a:b], **{CACHE: past}).logits for a, b in pairwise(edges)]
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=1e-9)
 
 
@@ -113,3 +115,38 @@ def test_beam_search_and_prompt_lookup_agree_with_and_without_cache():
     assert beams[0] == beams[1]
     greedy = model.generate(input_ids, **options).tolist()
     assert model.generate(input_ids, prompt_lookup_num_tokens=3, **options).tolist() == greedy
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_is_read_under_both_of_its_names(name):
+    model = tiny_model(torch.float64)
+    input_ids = random_ids(1, 7)
+    with torch.no_grad():
+        full = model(input_ids).logits
+        past = DynamicCache(config=model.config)
+        steps = [
+            model(input_ids[:, a:b], **{name: past}).logits for a, b in ((0, 5), (5, 6), (6, 7))
+        ]
+        torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=1e-9)
+        hidden = model.model(input_ids[:, :1], **{name: past}).last_hidden_state
+    assert past.get_seq_length() == 8
+    assert (hidden - model.model(input_ids[:, :1]).last_hidden_state).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["past_key_value", "layer_past", "cache_position", "encoder_mask", "cu_seq_lens_q"]
+)
+def test_an_unknown_keyword_that_would_matter_is_refused_by_name(name):
+    model = tiny_model()
+    input_ids = random_ids(1, 4)
+    with pytest.raises(ValueError, match=f"^{name} is not read"):
+        model(input_ids, **{name: torch.tensor([0])})
+    with pytest.raises(ValueError, match=r"^is_causal is not read"):
+        model(input_ids, is_causal=False)
+    model(input_ids, **{name: None}, is_causal=True, token_type_ids=torch.zeros_like(input_ids))
+
+
+def test_two_caches_are_refused():
+    caches = {name: DynamicCache() for name in CACHE_NAMES}
+    with pytest.raises(ValueError, match="give one of them"):
+        tiny_model()(random_ids(1, 4), **caches)

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, Tr
 
 import stablemask
 from stablemask.models import StableMaskForCausalLM
+from stablemask.models.cache import CACHE
 from stablemask.models.layers import StableMaskAttention
 from stablemask.models.positions import sinusoidal_encoding
 
@@ -204,7 +205,7 @@ def test_a_mask_ready_for_attention_is_taken_bool_or_additive(position, static):
                 input_ids,
                 attention_mask=mask[None, None],
                 position_ids=positions,
-                past_key_values=past,
+                **{CACHE: past},
             ).logits
             torch.testing.assert_close(logits[:, 2:], expected[:, 2:], rtol=0, atol=1e-9)
 
@@ -355,8 +356,8 @@ def test_logits_to_keep_and_hidden_states():
         kept = model(input_ids, logits_to_keep=rows).logits
     torch.testing.assert_close(kept, outputs.logits[:, rows])
     assert len(outputs.hidden_states) == 3
-    assert outputs.past_key_values.get_seq_length() == 6
-    assert model(input_ids, use_cache=False).past_key_values is None
+    assert outputs[CACHE].get_seq_length() == 6
+    assert CACHE not in model(input_ids, use_cache=False)
     assert isinstance(model(input_ids, return_dict=False), tuple)
 
 
@@ -421,9 +422,9 @@ def test_attention_maps_are_refused():
 
 def test_a_mask_that_forgets_the_cache_is_refused():
     model = tiny_model()
-    past = model(random_ids(1, 4)).past_key_values
+    past = model(random_ids(1, 4))[CACHE]
     with pytest.raises(ValueError, match="attention_mask must cover the cache and the input, 6"):
-        model(random_ids(1, 2), attention_mask=torch.ones(1, 2), past_key_values=past)
+        model(random_ids(1, 2), attention_mask=torch.ones(1, 2), **{CACHE: past})
 
 
 def test_dropout_acts_in_training_only():

@@ -29,6 +29,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import InputError
+from ..models.cache import CACHE
 from .model import evaluating
 
 Graph = Callable[..., tuple[Tensor, ...]]
@@ -190,8 +191,8 @@ class _Decoder(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         )
         return outputs.logits, *([] if cache is None else _keys_and_values(cache))
 
@@ -233,7 +234,7 @@ def _sample_inputs(
     ids = (torch.arange(shape[0] * shape[1], device=model.device) % vocab_size).view(shape)
     if not cache:
         return ids, torch.ones_like(ids)
-    filled = model(input_ids=ids[:, :past], use_cache=True).past_key_values
+    filled = model(input_ids=ids[:, :past], use_cache=True).get(CACHE)
     if not isinstance(filled, DynamicCache):
         raise InputError(f"{type(model).__name__} has no cache of keys and values alone")
     mask = torch.ones(shape[0], past + shape[1], dtype=torch.int64, device=model.device)

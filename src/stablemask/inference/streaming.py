@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from ..hf.settings import changed_settings, model_settings
+from ..models.cache import CACHE
 
 
 def window_cache(model: PreTrainedModel, window: int) -> Cache:
@@ -74,8 +75,8 @@ def cached_logits(model: PreTrainedModel, input_ids: Tensor, cache: Cache, **kwa
         input_ids=input_ids,
         attention_mask=_sliding_masks(model, input_ids, cache),
         position_ids=positions[None],
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
         **kwargs,
     ).logits
 

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .cache import CACHE_NAMES
 from .settings import complete_settings, is_number, require_positive_int
 
 POSITION_ENCODINGS = ("rope", "alibi", "nope", "learned", "sinusoidal")
@@ -33,7 +34,7 @@ class StableMaskConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "stablemask"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
     # A learned sink is not in it: whole on every rank, it is sliced as its heads are.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",

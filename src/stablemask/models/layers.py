@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..attention import sink_attention
+from .cache import CACHE
 from .configuration import StableMaskConfig
 from .norm import RMSNorm
 from .positions import Rotary, rotate
@@ -91,7 +92,7 @@ class StableMaskAttention(nn.Module):
         rotary: Rotary | None = None,
         attn_mask: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         sequence_group: ProcessGroup | None = None,
     ) -> Tensor:
         """Attend.
@@ -101,12 +102,12 @@ class StableMaskAttention(nn.Module):
             sink_logits: broadcastable to (batch, heads, length); None where the layer has its own.
             rotary: cos and sin from :func:`rotary_angles`.
             attn_mask, alibi_slopes: as in :func:`stablemask.sink_attention`.
-            past_key_values: the cache, to which this layer's keys and values are added.
+            cache: the one to which this layer's keys and values are added.
             sequence_group: the processes that hold the other parts of these sequences.
         """
         query, key, value = self.project(hidden_states, rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if self.sinks is not None:
             sink_logits = self.sinks[:, None]
         assert sink_logits is not None
@@ -156,6 +157,7 @@ class StableMaskDecoderLayer(GradientCheckpointingLayer):
         self.mlp = StableMaskMLP(config)
 
     def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
+        cache = attention_inputs.pop(CACHE, None)
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attn(normed, **attention_inputs)
+        hidden_states = hidden_states + self.self_attn(normed, cache=cache, **attention_inputs)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

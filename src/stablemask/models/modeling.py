@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ..pseudo import head_decay_rates
+from .cache import CACHE, CACHE_NAMES, one_cache
 from .configuration import StableMaskConfig
 from .layers import StableMaskAttention, StableMaskDecoderLayer
 from .loss import chunked_causal_lm_loss
@@ -48,7 +49,7 @@ class StableMaskPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["StableMaskDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": StableMaskDecoderLayer}  # noqa: RUF012
 
@@ -115,9 +116,11 @@ class StableMaskModel(StableMaskPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -129,11 +132,14 @@ class StableMaskModel(StableMaskPreTrainedModel):
             position_ids: (batch or 1, length), each token's absolute position in its own sequence.
                 Default: counted from ``attention_mask`` (2-D), else from the cache. Positions that
                 restart, with neither mask nor cache, mark packed documents, kept apart.
-            past_key_values: a DynamicCache, a StaticCache, or None.
+            cache: a DynamicCache, a StaticCache, or None; ``past_key_values`` is its older name.
             use_cache: make a DynamicCache where none is given; default ``config.use_cache``.
+            kwargs: ``output_hidden_states``. Others are dropped, but for caches, masks and positions
+                under names that nothing here reads.
 
         Raises:
-            ValueError: the ``learned`` position table is too short, or inputs do not fit together.
+            ValueError: the ``learned`` position table is too short, inputs do not fit together, or a
+                keyword that would matter is not known.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -141,9 +147,11 @@ class StableMaskModel(StableMaskPreTrainedModel):
             raise ValueError(
                 "output_attentions must be False: the fast kernels store no attention map"
             )
+        _refuse_unknown(kwargs, position_ids)
+        cache = one_cache(cache, past_key_values)
         config = self.config
         given: Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
         positions = self._positions(position_ids, attention_mask, past_length, given)
         if config.position_encoding == "learned":
             check_table(positions, config.max_position_embeddings)
@@ -157,23 +165,23 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 config=config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 position_ids=position_ids,
             )
-        elif position_ids is None or attention_mask is not None or past_key_values is not None:
+        elif position_ids is None or attention_mask is not None or cache is not None:
             raise ValueError(
                 "sequences shared by several processes need position_ids, and take no attention_mask and "
-                "no past_key_values"
+                "no cache"
             )
-        if use_cache and past_key_values is None and self.sequence_group is None:
-            past_key_values = DynamicCache(config=config)
+        if use_cache and cache is None and self.sequence_group is None:
+            cache = DynamicCache(config=config)
 
         rotary = alibi_slopes = None
         if config.position_encoding == "rope":
             rotary = rotary_angles(positions, config.head_dim, config.rope_parameters["rope_theta"])  # type: ignore[arg-type,index]
         elif config.position_encoding == "alibi":
             alibi_slopes = head_decay_rates(config.num_attention_heads).to(positions.device)
-            if attn_mask is not None and getattr(past_key_values, "is_compileable", False):
+            if attn_mask is not None and getattr(cache, "is_compileable", False):
                 # The last key of a static cache is not the last query's: count from the first.
                 attn_mask = alibi_mask(alibi_slopes, attn_mask, past_length)
                 alibi_slopes = None
@@ -193,12 +201,10 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 rotary=rotary,
                 attn_mask=attn_mask,
                 alibi_slopes=alibi_slopes,
-                past_key_values=past_key_values,
+                **{CACHE: cache},  # so named, for gradient checkpointing takes it away
                 sequence_group=self.sequence_group,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     @staticmethod
     def _positions(
@@ -247,11 +253,13 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given; the rest as in :class:`StableMaskModel`.
@@ -269,7 +277,7 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -295,8 +303,8 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _validate_generated_length(
@@ -308,3 +316,22 @@ class StableMaskForCausalLM(StableMaskPreTrainedModel, GenerationMixin):
         super()._validate_generated_length(  # type: ignore[misc]
             generation_config, input_ids_length, *args
         )
+
+
+# Parts of the names of what would change the result if somebody read it.
+_MATTERS = ("cache", "past", "mask", "position", "is_causal")
+# Collators that pack give the limits of documents too, beside the positions that say the same.
+_MATTERS_WITHOUT_POSITIONS = ("cu_seq", "seq_idx")
+
+
+def _refuse_unknown(kwargs: dict[str, Any], position_ids: Tensor | None) -> None:
+    """ValueError for a keyword that nothing reads, where the caller must think that something does."""
+    matters = _MATTERS if position_ids is not None else _MATTERS + _MATTERS_WITHOUT_POSITIONS
+    for name, value in kwargs.items():
+        if value is None or (name == "is_causal" and value):
+            continue
+        if any(part in name for part in matters):
+            raise ValueError(
+                f"{name} is not read; what a token sees follows from attention_mask, position_ids and "
+                "cache, and is causal"
+            )
