@@ -156,8 +156,10 @@ class StableMaskDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = StableMaskMLP(config)
 
-    def forward(self, hidden_states: Tensor, **attention_inputs: Any) -> Tensor:
-        cache = attention_inputs.pop(CACHE, None)
+    def forward(
+        self, hidden_states: Tensor, sink_logits: Tensor | None = None, **attention_inputs: Any
+    ) -> Tensor:
+        inputs = {"cache": attention_inputs.pop(CACHE, None), "sink_logits": sink_logits}
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attn(normed, cache=cache, **attention_inputs)
+        hidden_states = hidden_states + self.self_attn(normed, **inputs, **attention_inputs)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -197,7 +197,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
-                sink_logits=sink_logits[index],
+                # By place: reentrant checkpointing gives no gradient to a keyword.
+                sink_logits[index],
                 rotary=rotary,
                 attn_mask=attn_mask,
                 alibi_slopes=alibi_slopes,
