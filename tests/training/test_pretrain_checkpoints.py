@@ -1,8 +1,10 @@
 """Pretraining that stops, is killed or loses a checkpoint, and goes on to the same weights."""
 
 import errno
+import io
 import json
 import os
+import pickle
 import random
 import shlex
 import shutil
@@ -14,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from stablemask.errors import InputError
 from stablemask.options import save_yaml
@@ -197,6 +200,80 @@ def stopped(options, tmp_path, stop_at) -> PretrainOptions:
     assert pretrain(options).stopped_by is signal.SIGTERM
     stop_at(None)
     return replace(options, resume=True)
+
+
+class Hostile:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def poison(checkpoint: Path, file: str, hostile: Hostile) -> None:
+    """Put it into a file of a checkpoint, whose hashes are made to fit."""
+    if file == "a number of the optimizer":
+        state = checkpoint / "state"
+        index = pickle.loads((state / ".metadata").read_bytes())
+        place, entry = next((k, v) for k, v in index.storage_data.items() if k.fqn.endswith(".lr"))
+        content = io.BytesIO()
+        torch.save(hostile, content)
+        (state / "hostile").write_bytes(content.getvalue())
+        other = replace(entry, relative_path="hostile", offset=0, length=len(content.getvalue()))
+        index.storage_data[place] = other
+        (state / ".metadata").write_bytes(pickle.dumps(index))
+    elif file.endswith(".metadata"):
+        (checkpoint / file).write_bytes(pickle.dumps(hostile))
+    else:
+        torch.save(hostile, checkpoint / file)
+    (checkpoint / checkpoints.MANIFEST).unlink()
+    checkpoints.commit(checkpoint, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def foreign(request, options, tmp_path_factory) -> PretrainOptions:
+    """A run that stopped and is gone on with, from someone else."""
+    from stablemask.training.callbacks import StopOnSignal
+
+    def stop(self, args, state, control, **_):
+        self.received = signal.SIGTERM
+        control.should_save = control.should_training_stop = True
+
+    folder = tmp_path_factory.mktemp("foreign") / "run"
+    options = replace(options, out=str(folder), async_save=request.param == "in shards")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", stop)
+        pretrain(options)
+    return replace(options, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "file"),
+    [
+        ("whole", "optimizer.pt"),
+        ("whole", "pytorch_model.bin"),
+        ("in shards", "state/.metadata"),
+        ("in shards", "a number of the optimizer"),
+        ("in shards", "scheduler.pt"),
+        ("in shards", "rng_state.pth"),
+    ],
+    indirect=["foreign"],
+)
+def test_nothing_in_a_foreign_checkpoint_runs(foreign, file, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(foreign.out, run)
+    checkpoint = run / "checkpoints" / "checkpoint-1"
+    if file == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    poison(checkpoint, file, Hostile(tmp_path / "it ran"))
+    poison(checkpoint, "training_args.bin", Hostile(tmp_path / "it ran"))
+    with pytest.raises(
+        InputError, match=r"checkpoint-1 is no checkpoint of this run.*more than data"
+    ):
+        pretrain(replace(foreign, out=str(run)))
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, uninterrupted):

@@ -51,12 +51,20 @@ def save_state(
 
 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Read what :func:`save_state` wrote into a model and its optimizer, however either is sharded."""
+    """Read what :func:`save_state` wrote into a model and its optimizer, however either is sharded.
+
+    Nothing in it is run, wherever it comes from.
+
+    Raises:
+        UnpicklingError: its index holds what no index does.
+        CheckpointException: the rest of it does; on every process.
+    """
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     dcp.load(
         state,
         storage_reader=_Reader(folder),
+        planner=_Planner(),
         process_group=saving_group(),
         no_dist=saving_group() is None,
     )
@@ -77,12 +85,27 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
 class _Reader(dcp.FileSystemReader):
     """Reads the index of a checkpoint, a pickle, with nothing but the classes that belong in it."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        # Here, for PyTorch would wrap and log what is wrong with it.
+        self._index = _IndexUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        index = _IndexUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+        index = self._index
         if getattr(index, "storage_meta", None) is None:
             index.storage_meta = dcp.metadata.StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Reads what is no tensor, the numbers of an optimizer, as data: the default would run a pickle."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        data = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), data)
+        data.seek(0)
+        super().load_bytes(read_item, data)
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException  # no Exception, but a BaseException
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batches import TrainBatches, eval_loader, loader, merge_states
+from ..errors import InputError
+from ..reading import first_line, read_json
 from . import checkpoints
 from .processes import all_agree, control_group, gather, is_main
 from .sequences import SequenceGroup
@@ -27,6 +31,7 @@ from .state import load_state, save_state, whole_weights
 STATE_FOLDER = "state"
 DATA_FILE = "data.json"
 SCHEDULER_FILE = "scheduler.pt"
+STATE_FILE = "trainer_state.json"
 
 
 class LanguageModelTrainer(Trainer):
@@ -87,7 +92,9 @@ class LanguageModelTrainer(Trainer):
             checkpoint = Path(resume_from_checkpoint)
             self._first_step = checkpoints.step_of(checkpoint)
             file = checkpoint / DATA_FILE
-            self._data_state = json.loads(file.read_text()) if file.exists() else {}
+            with _foreign(checkpoint):
+                self._data_state = dict(read_json(file)) if file.exists() else {}
+                TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -224,15 +231,23 @@ class LanguageModelTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _state_of(resume_from_checkpoint).is_dir():  # else they come with the optimizer
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _foreign(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not _state_of(checkpoint).is_dir():
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        load_state(self._bare_model, self._bare_optimizer, _state_of(checkpoint))
-        scheduler = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        with _foreign(checkpoint):
+            if not _state_of(checkpoint).is_dir():
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            load_state(self._bare_model, self._bare_optimizer, _state_of(checkpoint))
+            scheduler = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
+            self.lr_scheduler.load_state_dict(scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _foreign(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     @property
     def _bare_model(self) -> Any:
@@ -293,6 +308,32 @@ class LanguageModelTrainer(Trainer):
 
 def _state_of(checkpoint: str | Path) -> Path:
     return Path(checkpoint) / STATE_FOLDER
+
+
+@contextmanager
+def _foreign(checkpoint: str | Path | None) -> Iterator[None]:
+    """One line for a checkpoint that holds what it should not: its files may be anybody's."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError,
+        AttributeError, EOFError,
+    ) as error:  # fmt: skip
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, OSError | MemoryError):
+                raise cause from error
+        # PyTorch's own words for it advise to load the file as code.
+        is_code = isinstance(cause, pickle.UnpicklingError)
+        reason = "it holds a pickle of more than data" if is_code else first_line(cause)
+        refusal: Any = InputError(
+            f"{checkpoint} is no checkpoint of this run ({reason}); remove it to go on from the one before"
+        )
+        refusal.told_by_main = not is_main()
+        raise refusal from error
 
 
 class _Feed:
