@@ -10,6 +10,7 @@ from stablemask import __version__
 from stablemask.backends import BACKENDS, choice
 from stablemask.cli import env
 from stablemask.cli.main import main
+from stablemask.models import StableMaskForCausalLM
 
 
 @pytest.fixture
@@ -42,6 +43,30 @@ def test_table_has_a_line_for_each_backend_and_package(capsys):
     assert ["torch", torch.__version__] in lines
     for name in BACKENDS:
         assert [name, "cpu"] in [line[:2] for line in lines]
+
+
+def test_decoding_is_checked(report):
+    assert report["decoding"]["works"]
+
+
+def test_a_decoder_that_gets_no_cache_is_told(monkeypatch, capsys):
+    """As when Transformers hands the cache over under another name."""
+    forward = StableMaskForCausalLM.forward
+
+    def without_cache(self, *args, past_key_values=None, cache=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(StableMaskForCausalLM, "forward", without_cache)
+    assert env.check_decoding().works is False
+    main(["env"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("decoding"))
+    assert "WRONG" in line
+
+
+def test_a_newer_version_is_told_first(monkeypatch, capsys):
+    monkeypatch.setattr(env, "newer_than_tested", lambda: "newer: torch 3")
+    main(["env"])
+    assert capsys.readouterr().out.splitlines()[0] == "newer: torch 3"
 
 
 def test_the_choice_is_that_of_the_attention(report):

@@ -1,7 +1,6 @@
-"""What is installed here, which attention backends work, each checked by running it, and which of them
-"auto" takes."""
+"""What is installed here, whether decoding with a cache is right in it, which attention backends work,
+each checked by running it, and which of them "auto" takes."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from stablemask.backends.choice import KINDS, PASSES, choose, rank
 from stablemask.call import Call
 from stablemask.masks import NO_MASKS, Masks
 from stablemask.options import option
+from stablemask.versions import installed, newer_than_tested
 
 SUMMARY = "what is installed, and which attention backends work here"
 
@@ -55,6 +55,14 @@ class BackendCheck:
 
 
 @dataclass(frozen=True)
+class DecodingCheck:
+    """Whether a tiny decoder writes the same tokens with its cache as without; None: not checked."""
+
+    works: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """What ``backend="auto"`` takes for a call, and whether by a measurement or the default order."""
 
@@ -79,8 +87,10 @@ def describe_environment() -> dict[str, Any]:
         "versions": {
             "stablemask": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: installed(name) for name in PACKAGES},
         },
+        "newer_than_tested": newer_than_tested(),
+        "decoding": asdict(check_decoding()),
         "platform": platform.platform(),
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -114,6 +124,36 @@ def available_devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     return devices
+
+
+def check_decoding() -> DecodingCheck:
+    """Write greedily with a tiny decoder, with its cache and without: the tokens must be equal.
+
+    So a version of Transformers that hands the cache over in another way is noticed, whatever it is.
+    """
+    try:
+        from stablemask.models import StableMaskConfig, StableMaskForCausalLM
+    except ModuleNotFoundError as error:
+        return DecodingCheck(None, f"not checked: needs the package {error.name!r}")
+    config = StableMaskConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        initializer_range=0.3, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = StableMaskForCausalLM(config).double().eval()
+    prompt = torch.tensor([[7, 3, 55, 20, 41]])
+    try:
+        cached, uncached = (
+            model.generate(prompt, max_new_tokens=16, do_sample=False, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+    except Exception as reason:  # whatever stops it is the answer
+        return DecodingCheck(False, " ".join(str(reason).split()))
+    if torch.equal(cached, uncached):
+        return DecodingCheck(True, "a tiny decoder's cached and uncached tokens are equal")
+    return DecodingCheck(False, "a tiny decoder's cached tokens are NOT those without a cache")
 
 
 def check_backend(name: str, device: str) -> BackendCheck:
@@ -179,13 +219,6 @@ def _distance(tensors: list[Tensor], exact: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _as_table(report: dict[str, Any]) -> str:
     cpu = report["cpu"]
     hint = "" if cpu["plain_calls"] == "C++" else ", until `stablemask build` compiles them"
@@ -197,6 +230,11 @@ def _as_table(report: dict[str, Any]) -> str:
     ]
     rows += [(f"device {name}", text) for name, text in report["devices"].items()]
     lines = [f"{name:<14} {text}" for name, text in rows]
+    if report["newer_than_tested"]:
+        lines.insert(0, f"{report['newer_than_tested']}\n")
+    decoding = report["decoding"]
+    verdict = {True: "works: ", False: "WRONG: ", None: ""}[decoding["works"]]
+    lines.append(f"{'decoding':<14} {verdict}{decoding['detail']}")
     lines += ["", "backends, each run forward and backward here:"]
     for check in report["backends"]:
         verdict = "works" if check["works"] else "no"

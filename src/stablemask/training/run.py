@@ -34,6 +34,7 @@ from ..data.batches import TrainBatches
 from ..errors import InputError
 from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
+from ..versions import tell_newer
 from . import checkpoints
 from .callbacks import Probe, Record, SkipBadSteps, StopOnSignal, training_flops
 from .machine import world_size
@@ -110,6 +111,7 @@ def start(options: Options) -> Start[Options]:
         resolved = _same_batches(options).resolved()
         folder, checkpoint = _open_run(resolved)
         finished = _finished_run(folder) if options.resume else None
+        tell_newer()
         return Start(resolved, folder, checkpoint, finished)
 
     return on_main(look)
