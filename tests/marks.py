@@ -1,11 +1,13 @@
 """Every reason to skip a test, in one place."""
 
 import os
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from stablemask import native
 from stablemask.backends import flash_attn, flex
@@ -58,3 +60,21 @@ torchao = pytest.mark.skipif(
     find_spec("torchao") is None, reason="needs torchao, the extra `quant`"
 )
 gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the package gguf")
+
+
+TRANSFORMERS = Version(version("transformers"))
+
+
+def transformers_since(oldest: str):
+    return pytest.mark.skipif(
+        Version(oldest) > TRANSFORMERS,
+        reason=f"needs Transformers {oldest}, here is {TRANSFORMERS}",
+    )
+
+
+# Whatever the attention: its layers do not tell the paged cache the keywords that it asks for.
+neox_continuous_batching = pytest.mark.xfail(
+    TRANSFORMERS.release[:2] == (5, 24),
+    reason="Transformers 5.24's GPT-NeoX cannot run its own continuous batching",
+    strict=True,
+)

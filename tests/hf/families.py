@@ -18,6 +18,7 @@ import stablemask.hf  # noqa: F401
 from .dense import densely
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+OLDEST = "5.16"  # Transformers that we support
 LENGTH = 11
 SIZES = {
     "vocab_size": 61,
@@ -47,6 +48,9 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     window: bool = False
     notes: str = ""
+    since: str = (
+        ""  # the first Transformers in which it works, where older ones that we support refuse it
+    )
 
     @property
     def model_class(self) -> Any:
@@ -159,8 +163,8 @@ FAMILIES = [
     Family("MPT", "MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2}, notes=ALIBI),
     Family("Falcon", "FalconForCausalLM"),
     Family("Falcon, ALiBi", "FalconForCausalLM", {"alibi": True}, notes=ALIBI),
-    Family("GPT-J", "GPTJForCausalLM", {"rotary_dim": 4}),
-    Family("CodeGen", "CodeGenForCausalLM", {"rotary_dim": 4}),
+    Family("GPT-J", "GPTJForCausalLM", {"rotary_dim": 4}, since="5.24"),
+    Family("CodeGen", "CodeGenForCausalLM", {"rotary_dim": 4}, since="5.24"),
     Family("XGLM", "XGLMForCausalLM", {"d_model": 32, "ffn_dim": 48}),
     Family("GPT-Neo", "GPTNeoForCausalLM", {"attention_types": [[["global", "local"], 1]]}),
     Family("BERT as a decoder", "BertLMHeadModel", {"is_decoder": True}, notes=NO_POSITIONS),
@@ -271,7 +275,9 @@ def page() -> str:
             notes = "; ".join(filter(None, (reason, family.notes)))
             verdict = "refused"
         window = "yes" if family.window else ""
-        rows.append(f"| {family.name} | `{family.model}` | {verdict} | {window} | {notes} |")
+        since = (family.since or OLDEST) if found.works else ""
+        cells = family.name, f"`{family.model}`", verdict, since, window, notes
+        rows.append(f"| {' | '.join(cells)} |")
     return PREFACE + "\n".join(rows) + "\n"
 
 
@@ -282,11 +288,12 @@ Written by `python -m tests.hf.families`, and checked by `tests/hf/test_families
 random model of two layers in float64 gives the logits and the gradient of every parameter that its own eager
 attention gives with the pseudo columns of [method.md](method.md) written out in it: with one gamma a head, an
 infinite horizon and a text padded on the left, and with one gamma, a finite horizon, a `start` and a `shift`. *Refused* means a ValueError with the reason given, when the model is made
-or, for soft-capping, when it is run; nothing else runs in its stead. A family that is not named here works if
+or, for soft-capping, when it is run; nothing else runs in its stead. *From* is the first Transformers of those we support in
+which it works; older ones refuse it. A family that is not named here works if
 its layers call Transformers' attention interface and are told `position_ids`.
 
-| family | class | StableMask | sliding window | notes |
-|---|---|---|---|---|
+| family | class | StableMask | from | sliding window | notes |
+|---|---|---|---|---|---|
 """
 
 

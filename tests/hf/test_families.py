@@ -2,15 +2,24 @@
 
 import pytest
 import torch
+from packaging.version import Version
 
 from stablemask.hf import apply_stablemask
 from stablemask.hf.attention import stablemask_attention_forward
+from tests import marks
 
 from .families import FAMILIES, PAGE, PSEUDO, outcome, page
 
 EPS = torch.finfo(torch.float32).eps
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.since], ids=lambda family: family.name
+)
+def test_a_family_works_from_the_version_that_the_page_names(family):
+    assert outcome(family).works == (Version(family.since) <= marks.TRANSFORMERS)
 
 
 @families
@@ -80,5 +89,6 @@ def test_settings_in_the_wrong_configuration_are_refused():
         apply_stablemask(model)
 
 
+@marks.transformers_since(max(family.since for family in FAMILIES))
 def test_the_page_says_what_was_found():
     assert PAGE.read_text() == page(), "run python -m tests.hf.families"

@@ -12,6 +12,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache, StaticCache
 
 from stablemask.hf import apply_stablemask
 from stablemask.models.cache import CACHE
+from tests import marks
 
 from .families import MIXED, WINDOW, Family
 
@@ -179,6 +180,12 @@ def test_a_left_padded_batch_without_position_ids_warns(model):
         greedy(model, ids, attention_mask=padded(alone, "left")[1])
 
 
+@pytest.mark.parametrize(
+    "model",
+    [*MODELS[:-1], pytest.param(MODELS[-1], marks=marks.neox_continuous_batching)],
+    ids=lambda family: family.name,
+    indirect=True,
+)
 def test_continuous_batching(model):
     """Transformers' scheduler for a server: it takes no attention but its own names."""
     alone = texts(LENGTH, 9, 3)
