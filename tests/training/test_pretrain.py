@@ -16,8 +16,10 @@ from stablemask.errors import InputError, RunError
 from stablemask.options import load_yaml
 from stablemask.training import checkpoints
 from stablemask.training.dry_run import describe_cost
-from stablemask.training.options import PretrainOptions
+from stablemask.training.finetune import finetune
+from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
+from stablemask.writing import only_writer
 
 from .conftest import STEPS, assert_same_weights, metrics
 
@@ -100,8 +102,19 @@ def test_the_run_folder_is_guarded(uninterrupted, options, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("do not touch")
     with pytest.raises(InputError, match="not empty"):
         pretrain(replace(options, out=str(tmp_path / "full")))
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match="it is a file"):
         pretrain(replace(options, out=str(tmp_path / "full" / "thesis.tex")))
+
+
+def test_one_run_at_a_time_in_a_folder(uninterrupted, options, tmp_path):
+    busy = "another process is writing to"
+    with only_writer(tmp_path / "new"):
+        with pytest.raises(InputError, match=busy):
+            pretrain(replace(options, out=str(tmp_path / "new")))
+        with pytest.raises(InputError, match=busy):
+            finetune(FinetuneOptions(model="m", data="d", steps=1, out=str(tmp_path / "new")))
+    with only_writer(uninterrupted), pytest.raises(InputError, match=busy):
+        pretrain(replace(options, out=str(uninterrupted), resume=True))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from stablemask.inference.batch import answer_prompts, open_answers, read_prompt
 from stablemask.inference.generate import check_chat_template, check_settings, encode_prompt
 from stablemask.inference.model import choose_device
 from stablemask.options import option
+from stablemask.writing import only_writer
 
 SUMMARY = "continue prompts with a trained model"
 
@@ -47,7 +48,9 @@ class GenerateOptions:
 def run(options: GenerateOptions) -> None:
     _check(options)
     if options.prompts is not None:
-        return _answer_file(options)
+        assert options.out is not None
+        with only_writer(options.out, is_file=True):
+            return _answer_file(options)
     answer, _ = _load(options)
     answer = partial(answer, seed=options.seed)
 

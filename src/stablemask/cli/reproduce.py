@@ -24,6 +24,7 @@ from stablemask.reproduce import (
 )
 from stablemask.reproduce.studies import STUDIES
 from stablemask.reproduce.study import SCALES
+from stablemask.writing import only_writer
 
 SUMMARY = "the paper's claims, measured again, with a page of what came out"
 
@@ -58,14 +59,15 @@ def run(options: ReproduceOptions) -> int:
     names = [name for name in STUDIES if name in options.names or not options.names]
     workers = options.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     try:
-        run_studies(
-            [_study(name, options) for name in names],
-            scale=options.scale,
-            seeds=options.seeds,
-            workers=workers,
-            out=out,
-            command=_command(options),
-        )
+        with only_writer(out):
+            run_studies(
+                [_study(name, options) for name in names],
+                scale=options.scale,
+                seeds=options.seeds,
+                workers=workers,
+                out=out,
+                command=_command(options),
+            )
     except Stopped as stop:
         print(f"stopped; go on with: {_command(options)} --resume")
         return 130 if stop.signal is signal.SIGINT else 0

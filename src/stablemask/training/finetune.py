@@ -25,6 +25,7 @@ from .options import FinetuneOptions
 from .processes import is_main, main_first
 from .run import (
     RunResult,
+    alone,
     begin_run,
     build_trainer,
     command_line,
@@ -45,6 +46,7 @@ class _Prepared:
     record: dict[str, Any]
 
 
+@alone
 def finetune(options: FinetuneOptions) -> RunResult:
     """Train a model further, or go on with a run that was interrupted.
 

@@ -17,6 +17,7 @@ from .run import (
     METRICS_FILE,
     RUN_FILE,
     RunResult,
+    alone,
     begin_run,
     build_trainer,
     command_line,
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 
+@alone
 def pretrain(options: PretrainOptions) -> RunResult:
     """Train a model from scratch, or go on with a run that was interrupted.
 

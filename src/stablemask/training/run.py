@@ -10,6 +10,7 @@ The run folder, ``--out``::
 """
 
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -35,6 +37,7 @@ from ..errors import InputError
 from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
 from ..versions import tell_newer
+from ..writing import only_writer
 from . import checkpoints
 from .callbacks import Probe, Record, SkipBadSteps, StopOnSignal, training_flops
 from .machine import world_size
@@ -98,14 +101,28 @@ class Start(Generic[Options]):
     finished: RunResult | None
 
 
+def alone(run: Callable[[Options], RunResult]) -> Callable[[Options], RunResult]:
+    """Of a function that trains: no other run may write to its folder meanwhile."""
+
+    @functools.wraps(run)
+    def guarded(options: Options) -> RunResult:
+        join_processes(options)
+        with ExitStack() as held:
+            if options.out is not None:
+                folder = Path(options.out)
+                on_main(lambda: held.enter_context(only_writer(folder)))
+            return run(options)
+
+    return guarded
+
+
 def start(options: Options) -> Start[Options]:
-    """Join the other processes of the run, resolve its options and look into its folder.
+    """Resolve the options of a run and look into its folder.
 
     Raises:
         InputError: an option is out of its range, or the folder holds something else, was started with
             other options, or is damaged.
     """
-    join_processes(options)
 
     def look() -> Start[Options]:
         resolved = _same_batches(options).resolved()
@@ -132,8 +149,6 @@ def _same_batches(options: Options) -> Options:
 def _open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
     folder = Path(given(options.out))
     written = folder / options_file(options)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"out must be a folder, {folder} is a file")
     if not options.resume:
         if written.exists():
             raise InputError(f"{folder} already holds a run; add --resume, or name another --out")
@@ -177,7 +192,6 @@ def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[st
                 "tokenizer has changed; restore it, or name another --out"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
     save_yaml(options, folder / options_file(options))  # from here on --resume finds the run
     versions = {
         "stablemask": __version__,
