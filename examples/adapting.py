@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import stablemask
+from stablemask import strict_json
 from stablemask.data import load_tokenizer
 from stablemask.evaluation import layer_statistics, perplexity
 from stablemask.evaluation.activations import hidden_state_outliers
@@ -226,7 +227,7 @@ def main() -> None:
         model, test_tokens[: options.tokens], train_tokens, sequences=options.sequences
     )
     versions = {m.__name__: m.__version__ for m in (stablemask, torch, transformers)}
-    print(json.dumps({"model": options.model, **result, "versions": versions}))
+    print(strict_json.dumps({"model": options.model, **result, "versions": versions}))
 
 
 if __name__ == "__main__":

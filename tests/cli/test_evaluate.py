@@ -160,3 +160,21 @@ def test_options_of_the_other_way_are_refused(model_folder, capsys, argv, words)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("stablemask: error: ")
     assert words in last
+
+
+def test_a_perplexity_past_all_bounds_is_valid_json(model_folder, text_file, tmp_path, capsys):
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    model.lm_head.weight.data *= 1e7
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    argv = ["evaluate", "--model", str(tmp_path), "--data", text_file, "--lengths", "32"]
+    assert main([*argv, "--max-tokens", "100"]) == 0
+    _, row, last = capsys.readouterr().out.splitlines()
+    assert row.split()[2] == "inf"
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (result,) = json.loads(last, parse_constant=refuse)["results"]
+    assert result["perplexity"] is None
+    assert result["nats_per_token"] > 710

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from stablemask.errors import InputError
-from stablemask.evaluation import perplexity
+from stablemask.evaluation import perplexity, perplexity_of, perplexity_text
 
 from ..models.tiny import random_ids, tiny_model
 
@@ -157,3 +157,24 @@ def test_bad_inputs():
     broken.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(InputError, match="loss is nan"):
         perplexity(broken, random_ids(40), length=16, progress=False)
+
+
+def test_a_loss_whose_exponential_is_no_float():
+    assert perplexity_of(709.0) == math.exp(709.0) == 8.218407461554972e307
+    assert perplexity_of(710.0) == perplexity_of(math.inf) == math.inf
+    assert math.isnan(perplexity_of(math.nan))
+    assert [perplexity_text(p) for p in (12.345, math.exp(709), math.inf)] == [
+        "12.35",
+        "8.22e+307",
+        "inf",
+    ]
+
+    torch.manual_seed(0)
+    model, tokens = tiny_model(), random_ids(40)
+    model.lm_head.weight.data *= 1e6
+    with torch.no_grad():
+        loss = model(input_ids=tokens[None], labels=tokens[None]).loss.item()
+    assert loss > 710
+    result = perplexity(model, tokens, length=40, stride=40, progress=False)
+    assert result.nats_per_token == pytest.approx(loss, rel=1e-5)
+    assert result.perplexity == math.inf

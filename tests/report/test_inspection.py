@@ -19,6 +19,7 @@ from stablemask.data import train_tokenizer
 from stablemask.errors import InputError
 from stablemask.evaluation import attention_maps
 from stablemask.hf import apply_stablemask
+from stablemask.report import inspection as inspection_module
 from stablemask.report.drawing import COLORS
 from stablemask.report.inspection import SHADES, HeadMaps, Inspection, inspect_model
 from stablemask.report.inspection_page import (
@@ -268,3 +269,12 @@ def test_every_setting_of_the_mass_is_told(tokenizer):
     assert attention_in_words(inspection) == (
         "stablemask: learned gamma, infinite horizon, constant from position 7, floor 2, in layers 1"
     )
+
+
+def test_a_loss_whose_exponential_is_no_float(tokenizer, monkeypatch):
+    model = make("Llama", tokenizer)
+    losses = inspection_module._token_losses
+    monkeypatch.setattr(inspection_module, "_token_losses", lambda *given: losses(*given) + 800)
+    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=8, progress=False)
+    assert inspection.perplexity == math.inf
+    assert "<td>inf</td>" in render_inspection([inspection])

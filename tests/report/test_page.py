@@ -7,11 +7,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 
+from stablemask.evaluation import perplexity_of
 from stablemask.models.configuration import ATTENTION_KINDS
-from stablemask.report.drawing import COLORS, visible_token
-from stablemask.report.figures import draw_all
+from stablemask.report.drawing import COLORS, STYLE, visible_token
+from stablemask.report.figures import draw_all, mask_ratio
 from stablemask.report.html import FIGURES, render
 from stablemask.report.page import PAPER
 from stablemask.report.summary import captions, table, text_table, what_differs
@@ -176,3 +178,54 @@ def test_tokens_as_labels():
     assert visible_token("$x$") == r"\$x\$"
     assert visible_token("\u6f22\u5b57") == "□□"
     assert re.fullmatch(r".{10}…", visible_token("a" * 30))
+
+
+@pytest.mark.parametrize("nats", [700.0, 712.5])
+def test_a_perplexity_past_all_bounds_is_told_and_spoils_nothing(comparison, nats):
+    wild = {"nats": nats, "perplexity": perplexity_of(nats)}
+    run = comparison.runs["stablemask"]
+    runs = {
+        **comparison.runs,
+        "stablemask": replace(run, perplexity=[{**row, **wild} for row in run.perplexity]),
+    }
+    comparison = replace(comparison, runs=runs)
+    shown = "inf" if nats > 709.8 else "1.01e+304"  # e^700 = 1.0142e304
+    assert table(comparison)[0].text("stablemask") == shown
+    assert table(comparison)[0].best == "softmax"
+    assert shown in text_table(comparison)
+    caption = captions(comparison)["perplexity"]
+    assert "inf" not in caption
+    assert "nan" not in caption
+    assert len(caption) < 1000
+    drawn = base64.b64decode(draw_all(comparison)["perplexity"].split(",")[1]).decode()
+    assert f"<!-- {shown} -->" in drawn
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    plain = json.loads(comparison.to_json(), parse_constant=refuse)
+    row = plain["runs"]["stablemask"]["perplexity"][0]
+    assert row["nats"] == nats
+    assert (row["perplexity"] is None) == (nats > 709.8)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 5, 12])
+def test_every_figure_of_any_number_of_layers_and_heads(comparison, layers):
+    heads = 2 * layers - 1
+
+    def resized(run):
+        ratio = [[run.mask_ratio[0][0]] * heads] * layers
+        return replace(
+            run,
+            mask_ratio=ratio,
+            map_real=[run.map_real[0]] * heads,
+            map_pseudo=[run.map_pseudo[0]] * heads,
+            **dict.fromkeys(("first_token", "first_token_of_real", "real_share"), [0.1] * layers),
+        )
+
+    runs = {label: resized(run) for label, run in comparison.runs.items()}
+    with matplotlib.rc_context(STYLE):
+        panels = mask_ratio(replace(comparison, runs=runs, head=0)).axes
+    shown = [axes.get_title(loc="left") for axes in panels if axes.get_visible()]
+    assert shown == [f"layer {layer}" for layer in range(layers)]
+    assert draw_all(replace(comparison, runs=runs, head=0)).keys() == FIGURES.keys()

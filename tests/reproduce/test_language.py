@@ -130,3 +130,11 @@ def test_the_section_has_its_tables_and_figures_at_any_number_of_seeds(seeds):
 def test_the_grid_alone_is_told_too():
     records = [r for r in made_up(lambda r: 3 + noisy(r)) if r["group"] == "grid"]
     assert len(section(records).claims) == 1
+
+
+@pytest.mark.parametrize("loss", [400.0, 800.0])  # the square of exp(400) is no float either
+def test_a_loss_past_all_bounds_stops_no_page(loss):
+    body = section(made_up(lambda record: loss + noisy(record))).body
+    assert ("| inf" in body) == (loss > 709.8)
+    assert "nan |" not in body
+    assert "0000000000" not in body

@@ -253,3 +253,16 @@ def test_a_model_that_cannot_be_probed_trains_on_with_one_line(tmp_path, capsys)
     ).train()  # fmt: skip
     assert [row["step"] for row in spy.evaluations] == [2, 4]
     assert capsys.readouterr().err.count("attention is not probed: ") == 1
+
+
+def test_an_evaluation_past_all_bounds(tmp_path, capsys):
+    record = Record(tmp_path / "metrics.jsonl")
+    model = tiny_model()
+    model.lm_head.weight.data *= 1e6
+    make_loop(
+        model, tmp_path / "c", record, steps=1, eval_strategy="steps", eval_steps=1, learning_rate=0.0
+    ).train()  # fmt: skip
+    (row,) = (row for row in rows_of(record.path) if "eval_loss" in row)
+    assert row["eval_loss"] > 710
+    assert "eval_perplexity" not in row
+    assert "validation perplexity inf" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Which backend is fastest where: the measurements that ``backend="auto"`` chooses by."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from .. import strict_json
 from ..backends import BACKENDS
+from ..bars import progress_bar
 from .cases import HEADS, Case
 from .environment import describe
 from .masks import MASKS
@@ -57,7 +57,7 @@ def measure_backends(
     shapes = [(max(1, tokens // n), n, n) for n in lengths] + [(1, 1, m) for m in caches]
     cells = list(product(dtypes, MASKS, shapes))
     found: dict[tuple, dict[str, Any]] = {}
-    for dtype, kind, (batch, q_len, kv_len) in tqdm(cells, unit="cell", leave=False, disable=None):
+    for dtype, kind, (batch, q_len, kv_len) in progress_bar(cells, unit="cell", leave=False):
         case = Case(device.type, dtype, batch, q_len, kv_len, HEAD_DIM, mask=kind)
         cell = measure(case, own, _BUDGET)
         for skipped in cell.not_timed:
@@ -87,10 +87,10 @@ def save_json(result: dict[str, Any], path: Path) -> Path:
     """Write whole or not at all; a line for each entry, and for each record of a list."""
     entries = []
     for key, value in result.items():
-        text = json.dumps(value)
+        text = strict_json.dumps(value)
         if isinstance(value, list) and value:
-            text = "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in value) + "\n ]"
-        entries.append(f" {json.dumps(key)}: {text}")
+            text = "[\n" + ",\n".join(f"  {strict_json.dumps(record)}" for record in value) + "\n ]"
+        entries.append(f" {strict_json.dumps(key)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")

@@ -8,8 +8,6 @@ With ``--decode N`` it times N tokens read one by one instead, and weighs the ca
 """
 
 import argparse
-import json
-import math
 import shlex
 import statistics
 import sys
@@ -26,8 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from .. import strict_json
 from ..data import load_documents, load_tokenizer, tokenize_documents
 from ..errors import InputError
+from ..evaluation.perplexity import perplexity_of
 from ..evaluation.streaming import (
     mean_and_error,
     position_bins,
@@ -127,7 +127,7 @@ def draw(result: dict[str, Any]) -> Figure:
         for name in (name for name in STYLES if name in measured["caches"]):
             by_position = measured["caches"][name]
             bins = [row for row in by_position["bins"] if row["start"] >= FIRST_DRAWN]
-            perplexities = [math.exp(row["nats"]) for row in bins]
+            perplexities = [perplexity_of(row["nats"]) for row in bins]
             above.plot(_middles(bins), perplexities, label=name, markersize=4, **STYLES[name])
             saved = by_position["less than the window"][1:]
             below.errorbar(
@@ -180,7 +180,7 @@ def table(measured: dict[str, Any]) -> str:
     header = [f"{row['start']:,}-{row['end'] - 1:,}" for row in octaves]
     lines = [["position", *header], ["---"] * (len(header) + 1)]
     for name, rows in caches.items():
-        lines.append([name, *(f"{math.exp(row['nats']):.2f}" for row in rows["octaves"])])
+        lines.append([name, *(f"{perplexity_of(row['nats']):.2f}" for row in rows["octaves"])])
     for name, rows in caches.items():
         if name != "window":
             differences = rows["less than the window"]
@@ -238,7 +238,7 @@ def main() -> None:
             shown = table(measured)
         result["models"][label or Path(path).name] = measured
         print(f"{label or path}\n\n{shown}\n", flush=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    options.out.with_suffix(".json").write_text(strict_json.dumps(result, indent=1) + "\n")
     if not options.decode:
         with matplotlib.rc_context(STYLE):
             draw(result).savefig(options.out.with_suffix(".png"), dpi=160)

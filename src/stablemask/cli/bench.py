@@ -5,7 +5,6 @@ rounds. With --table, time the backends against each other instead, for backend=
 with --model, a Transformers model that generates; with --train, whole training loops, ours and others'.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from stablemask import strict_json
+from stablemask.bars import progress_bar
 from stablemask.benchmarks import plan, tables
 from stablemask.benchmarks.backends import measure_backends, save_json, write_measurements
 from stablemask.benchmarks.cases import HEADS
@@ -218,7 +218,7 @@ def _generation(options: BenchOptions, device: torch.device) -> None:
     _print(tables.generation_table(result["generation"]))
     if options.save:
         save_json(result, Path(options.save) / f"generation-{device.type}-{result['date']}.json")
-    print(json.dumps(result))
+    print(strict_json.dumps(result))
 
 
 def _save(result: dict[str, Any], folder: Path, device: torch.device) -> None:
@@ -241,7 +241,7 @@ def _report_checks(result: dict[str, Any], claim: str) -> None:
 
 def _end(result: dict[str, Any]) -> None:
     """The last line, and the exit code."""
-    print(json.dumps(result))
+    print(strict_json.dumps(result))
     wrong = sorted({record["row"] for record in result["not_timed"] if record["incorrect"]})
     if wrong:
         raise RunError(f"not what they claim to compute, see the report: {', '.join(wrong)}")
@@ -256,7 +256,7 @@ def _clock(result: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def _progress(items: list[Any], name: str) -> Iterable[Any]:
-    return tqdm(items, desc=name, unit="cell", leave=False, disable=None)
+    return progress_bar(items, desc=name, unit="cell", leave=False)
 
 
 def _print(text: str) -> None:

@@ -2,7 +2,6 @@
 --tasks, its scores in tasks of the lm-evaluation-harness.
 """
 
-import json
 import time
 from dataclasses import MISSING, asdict, dataclass
 from importlib.metadata import version
@@ -11,10 +10,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from stablemask import __version__
+from stablemask import __version__, strict_json
 from stablemask.data import load_documents, load_tokenizer, tokenize_documents
 from stablemask.errors import InputError
-from stablemask.evaluation import perplexity
+from stablemask.evaluation import perplexity, perplexity_text
 from stablemask.evaluation.tasks import evaluate_tasks, results_table
 from stablemask.hf.loading import load_model
 from stablemask.inference.model import choose_device
@@ -90,7 +89,7 @@ def _run_tasks(options: EvaluateOptions, model: PreTrainedModel) -> None:
         "device": str(model.device),
         "versions": _versions("torch", "transformers", "lm_eval"),
     }
-    print(json.dumps(summary, default=float))  # NumPy's numbers
+    print(strict_json.dumps(summary))
 
 
 def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel) -> None:
@@ -133,7 +132,7 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel) -> None:
         "device": str(model.device),
         "versions": _versions("torch"),
     }
-    print(json.dumps(summary))
+    print(strict_json.dumps(summary))
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -188,7 +187,7 @@ class _Table:
             self.columns.format(
                 row["length"],
                 multiple,
-                f"{row['perplexity']:.2f}",
+                perplexity_text(row["perplexity"]),
                 f"{row['nats_per_token']:.4f}",
                 f"{row['bits_per_byte']:.4f}",
                 row["tokens"],

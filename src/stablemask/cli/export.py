@@ -1,12 +1,12 @@
 """Write a model as an ONNX file or a torch.export program, and check that it gives the model's logits."""
 
-import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from stablemask import strict_json
 from stablemask.errors import InputError, RunError
 from stablemask.hf import load_model
 from stablemask.inference.export import (
@@ -59,7 +59,7 @@ def run(options: ExportOptions) -> None:
         "dtype": options.dtype,
         "difference": difference,
     }
-    print(json.dumps(summary))
+    print(strict_json.dumps(summary))
 
 
 def _shape(options: ExportOptions) -> tuple[int, int] | None:

@@ -2,10 +2,11 @@
 
 import signal
 
+from stablemask.evaluation.perplexity import perplexity_text
 from stablemask.training.machine import world_size
 from stablemask.training.options import TrainingOptions
 from stablemask.training.processes import is_main, leave_processes
-from stablemask.training.run import RunResult, command_line
+from stablemask.training.run import RunResult, command_line, given
 
 
 def report(result: RunResult, options: TrainingOptions) -> int:
@@ -20,7 +21,7 @@ def report(result: RunResult, options: TrainingOptions) -> int:
 def _outcome(result: RunResult, options: TrainingOptions) -> tuple[str, int]:
     if result.stopped_by is None:
         return (
-            f"{result.folder}: {result.step} steps, validation perplexity {result.perplexity:.2f} "
+            f"{result.folder}: {result.step} steps, validation perplexity {perplexity_text(given(result.perplexity))} "
             f"(loss {result.eval_loss:.4f})"
         ), 0
     launcher = " the same launcher and" if world_size() > 1 else ""

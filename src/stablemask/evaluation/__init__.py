@@ -10,7 +10,7 @@ from .attention_maps import (
     capture_attention,
     reduce_attention,
 )
-from .perplexity import PerplexityResult, perplexity
+from .perplexity import PerplexityResult, perplexity, perplexity_of, perplexity_text
 from .sinks import (
     IdenticalTokens,
     LayerStatistics,
@@ -32,6 +32,8 @@ __all__ = [
     "identical_token_spread",
     "layer_statistics",
     "perplexity",
+    "perplexity_of",
+    "perplexity_text",
     "real_share",
     "reduce_attention",
 ]

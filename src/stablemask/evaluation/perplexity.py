@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..bars import progress_bar
 from ..errors import InputError
 from ..inference.model import check_length, check_token_ids, evaluating
 
@@ -21,9 +21,22 @@ LOGITS_PER_BATCH = 2**26
 MAX_WINDOWS_PER_BATCH = 64
 
 
+def perplexity_of(nats: float) -> float:
+    """The perplexity of a mean loss in nats a token: ``exp(nats)``, infinite where no float holds it (709.8)."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def perplexity_text(perplexity: float, digits: int = 2) -> str:
+    """A perplexity to read: so many decimals, or three digits and a power of ten from ten million on."""
+    return f"{perplexity:.{digits}f}" if perplexity < 1e7 else f"{perplexity:.3g}"
+
+
 @dataclass(frozen=True)
 class PerplexityResult:
-    """``perplexity`` is ``exp(nats_per_token)``, the mean over the ``tokens`` that were scored."""
+    """``perplexity`` is ``perplexity_of(nats_per_token)``, the mean over the ``tokens`` scored."""
 
     length: int
     stride: int
@@ -94,13 +107,13 @@ def perplexity(
     total = 0.0
     with (
         evaluating(model),
-        tqdm(
+        progress_bar(
             total=sum(scored),
             desc=f"length {length}",
             unit="tok",
             unit_scale=True,
             leave=False,
-            disable=None if progress else True,  # None: shown on a terminal
+            show=progress,
         ) as bar,
     ):
         for i in range(0, len(starts), batch_size):
@@ -119,7 +132,7 @@ def perplexity(
         length=length,
         stride=stride,
         tokens=sum(scored),
-        perplexity=math.exp(nats),
+        perplexity=perplexity_of(nats),
         nats_per_token=nats,
         bits_per_byte=nats / math.log(2) / bytes_per_token if bytes_per_token else None,
     )

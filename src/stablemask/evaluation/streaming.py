@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from ..bars import progress_bar
 from ..errors import InputError
 from ..inference.model import check_token_ids, evaluating
 from ..inference.streaming import cached_logits
@@ -37,9 +37,7 @@ def streaming_losses(
     losses = []
     with (
         evaluating(model),
-        tqdm(
-            total=tokens.shape[1] - 1, unit="tok", leave=False, disable=None if progress else True
-        ) as bar,
+        progress_bar(total=tokens.shape[1] - 1, unit="tok", leave=False, show=progress) as bar,
     ):
         chunks = tokens[:, :-1].split(chunk_size, 1)
         targets = tokens[:, 1:].split(chunk_size, 1)

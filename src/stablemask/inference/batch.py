@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from ..bars import progress_bar
 from ..errors import InputError
 
 ANSWER = "generated_text"  # as Transformers' text-generation pipeline calls it
@@ -151,7 +150,7 @@ def answer_prompts(
     """
     with (
         out.open("ab") as file,
-        tqdm(total=len(records), initial=done, unit="prompt", disable=None) as bar,
+        progress_bar(total=len(records), initial=done, unit="prompt") as bar,
     ):
         for start in range(done - done % batch_size, len(records), batch_size):
             batch = records[start : start + batch_size]

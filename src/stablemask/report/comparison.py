@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .. import __version__
+from .. import __version__, strict_json
+from ..bars import progress_bar
 from ..data import Corpus, load_tokenizer
 from ..data.stream import StreamedCorpus
 from ..errors import InputError
@@ -52,7 +52,8 @@ class RunMeasurement:
         gamma: decay of its pseudo scores, None where it has none.
         training, validation: loss in nats a token by step, ``{"step": ..., "loss": ...}``.
         tokens_per_second: median over the log lines of the training.
-        perplexity: one entry a length; its ``perplexity`` is None where ``note`` says why not.
+        perplexity: one entry a length; its ``nats`` a token and its ``perplexity`` are None where ``note``
+            says why not.
         first_token: mean attention on token 0 by layer, (L,).
         first_token_of_real: the same as a share of what real tokens receive.
         real_share: mean share of attention that real tokens receive, by layer, (L,).
@@ -122,7 +123,7 @@ class Comparison:
         return next(iter(self.runs))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False) + "\n"
+        return strict_json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def compare(
 
     measured: dict[str, dict[str, Any]] = {}
     maps: dict[str, AttentionMaps] = {}
-    for label, run in tqdm(found.items(), "measuring", disable=None if progress else True):
+    for label, run in progress_bar(found.items(), "measuring", show=progress):
         model: Any = load_model(str(run.folder), dtype=torch.float32, device=choose_device(None))
         maps[label] = attention_maps(model, snippet)
         identical = identical_token_spread(model, context, common)
@@ -304,9 +305,15 @@ def _perplexities(
                 progress=progress,
             )
         except InputError as error:  # one length may be impossible and the others not
-            yield {**row, "tokens": 0, "perplexity": None, "note": str(error)}
+            yield {**row, "tokens": 0, "nats": None, "perplexity": None, "note": str(error)}
         else:
-            yield {**row, "tokens": result.tokens, "perplexity": result.perplexity, "note": None}
+            yield {
+                **row,
+                "tokens": result.tokens,
+                "nats": result.nats_per_token,
+                "perplexity": result.perplexity,
+                "note": None,
+            }
 
 
 def _attention(model: Any, corpus: Corpus | StreamedCorpus) -> dict[str, Any]:

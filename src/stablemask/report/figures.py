@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..evaluation.perplexity import perplexity_text
 from ..evaluation.sinks import even_first_token
 from .comparison import Comparison, RunMeasurement
 from .drawing import (
@@ -26,6 +27,9 @@ from .drawing import (
 )
 
 WIDTH = 9.6  # inches
+TALLEST = (
+    1e6  # of a bar of perplexity; beyond, it would flatten the others, and its label says enough
+)
 
 
 def draw_all(comparison: Comparison) -> dict[str, str]:
@@ -76,13 +80,14 @@ def perplexity_by_length(comparison: Comparison) -> Figure:
     rows = next(iter(comparison.runs.values())).perplexity
     for number, (label, run, style) in enumerate(_styled(comparison)):
         offset = (number - (len(comparison.runs) - 1) / 2) * width
-        values = [row["perplexity"] or 0.0 for row in run.perplexity]
+        values = [row["perplexity"] for row in run.perplexity]
+        heights = [value if value and value < TALLEST else 0.0 for value in values]
         bars = axes.bar(
-            np.arange(len(values)) + offset, values, 0.92 * width,
+            np.arange(len(values)) + offset, heights, 0.92 * width,
             color=style["color"], label=label, hatch=("", "//", "..", "xx")[number % 4],
             edgecolor="white", linewidth=0,
         )  # fmt: skip
-        texts = [f"{value:.1f}" if value else "not scored" for value in values]
+        texts = [perplexity_text(value, 1) if value else "not scored" for value in values]
         axes.bar_label(bars, texts, padding=2, fontsize=9)
     axes.set_xticks(
         range(len(rows)),
@@ -148,7 +153,7 @@ def mask_ratio(comparison: Comparison) -> Figure:
     )
     for layer, axes in enumerate(panels.flat):
         if layer >= layers:
-            axes.setvisible_token(False)
+            axes.set_visible(False)
             continue
         for label, run, style in _styled(comparison):
             heads = run.mask_ratio[layer]

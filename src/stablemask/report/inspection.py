@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..bars import progress_bar
 from ..errors import InputError
 from ..evaluation.activations import hidden_state_outliers
 from ..evaluation.attention_maps import LayerAttention, capture_attention
+from ..evaluation.perplexity import perplexity_of
 from ..evaluation.sinks import LayerStatistics
 from ..hf.settings import model_settings
 from ..inference.model import check_length, check_token_ids, evaluating
@@ -134,7 +135,7 @@ def inspect_model(
     maps: list[HeadMaps] = []
     with (
         evaluating(model),
-        tqdm(total=num_layers, desc=label, unit="layer", disable=None if progress else True) as bar,
+        progress_bar(total=num_layers, desc=label, unit="layer", show=progress) as bar,
     ):
 
         def record(attention: LayerAttention) -> None:
@@ -156,7 +157,7 @@ def inspect_model(
         dtype=str(model.dtype).removeprefix("torch."),
         tokens=[str(tokenizer.decode([token])) for token in ids.tolist()],
         total_tokens=len(every),
-        perplexity=math.exp(losses.mean().item()),
+        perplexity=perplexity_of(losses.mean().item()),
         layers=layers,
         maps=maps,
         block=block,

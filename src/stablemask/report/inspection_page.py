@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from .. import __version__
+from ..evaluation.perplexity import perplexity_text
 from ..evaluation.sinks import even_first_token
 from .inspection import HeadMaps, Inspection
 from .inspection_figures import (
@@ -73,7 +74,7 @@ def summary_rows(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]
         row("parameters", lambda one: f"{one.parameters:,} in {one.dtype}"),
         row("layers × heads", _sizes),
         row("tokens read", _tokens_read),
-        row("perplexity of them", lambda one: f"{one.perplexity:.2f}"),
+        row("perplexity of them", lambda one: perplexity_text(one.perplexity)),
         row("attention on the first token", lambda one: f"{one.first_token:.1%}"),
         row("pseudo share", lambda one: f"{one.pseudo:.1%}"),
         row("largest activation", lambda one: _activation(one.largest)),

@@ -1,14 +1,18 @@
 """A comparison in words and in a table. What a sentence claims, it computes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
+from ..evaluation.perplexity import perplexity_text
 from ..evaluation.sinks import even_first_token
 from .comparison import Comparison, RunMeasurement
 
 # Outputs of unit scale that differ by less than this differ by the rounding of float32.
 ROUNDING = 1e-4
+MANIFOLD = 10  # from this ratio on it is told as such, not in percent
 ATTENTION_OPTIONS = {"attention", "gamma", "horizon", "hold", "floor", "layers"}
 
 
@@ -18,12 +22,12 @@ class Row:
 
     name: str
     values: dict[str, float | None]
-    format: str
+    show: Callable[[float], str]
     better: Callable | None = None
 
     def text(self, label: str) -> str:
         value = self.values[label]
-        return "–" if value is None else format(value, self.format)
+        return "–" if value is None else self.show(value)
 
     @property
     def best(self) -> str | None:
@@ -40,27 +44,35 @@ def table(comparison: Comparison) -> list[Row]:
     def row(
         name: str,
         value: Callable[[RunMeasurement], float | None],
-        form: str,
+        show: Callable[[float], str],
         better: Callable | None = None,
     ) -> Row:
-        return Row(name, {lab: value(run) for lab, run in comparison.runs.items()}, form, better)
+        return Row(name, {lab: value(run) for lab, run in comparison.runs.items()}, show, better)
 
     lengths = [
         row(
             f"validation perplexity, {length['length']:,} tokens ({length['multiple']}x)",
             lambda run, i=i: run.perplexity[i]["perplexity"],  # type: ignore[misc]
-            ".2f",
+            perplexity_text,
             min,
         )
         for i, length in enumerate(comparison.runs[comparison.baseline].perplexity)
     ]
     return [
         *lengths,
-        row("training, tokens per second", lambda run: run.tokens_per_second, ",.0f"),
-        row("attention on the first token", lambda run: fmean(run.first_token), ".1%"),
-        row("... of what real tokens receive", lambda run: fmean(run.first_token_of_real), ".1%"),
-        row("attention that real tokens receive", lambda run: fmean(run.real_share), ".1%"),
-        row("spread of identical tokens' output", lambda run: run.identical_spread, ".2g"),
+        row("training, tokens per second", lambda run: run.tokens_per_second, "{:,.0f}".format),
+        row("attention on the first token", lambda run: fmean(run.first_token), "{:.1%}".format),
+        row(
+            "... of what real tokens receive",
+            lambda run: fmean(run.first_token_of_real),
+            "{:.1%}".format,
+        ),
+        row(
+            "attention that real tokens receive", lambda run: fmean(run.real_share), "{:.1%}".format
+        ),
+        row(
+            "spread of identical tokens' output", lambda run: run.identical_spread, "{:.2g}".format
+        ),
     ]
 
 
@@ -138,20 +150,26 @@ def _perplexity(comparison: Comparison) -> list[str]:
         parts = [
             f"{change(ours['perplexity'], theirs['perplexity'])} at {ours['length']:,} tokens"
             for ours, theirs in zip(run.perplexity, base.perplexity)
-            if ours["perplexity"] and theirs["perplexity"]
+            if _is_finite(ours) and _is_finite(theirs)
         ]
         if parts:
             sentences.append(
                 f"Against {comparison.baseline}, the perplexity of {label} is {_listed(parts)}."
             )
+    known = {
+        label: {row["length"]: row["perplexity"] for row in run.perplexity if _is_finite(row)}
+        for label, run in comparison.runs.items()
+    }
+    longest = max(
+        length for by_length in [*known.values(), {comparison.context: 0}] for length in by_length
+    )
     growth = []
-    for label, run in comparison.runs.items():
-        known = [row for row in run.perplexity if row["perplexity"]]
-        if len(known) > 1:
-            ratio = known[-1]["perplexity"] / known[0]["perplexity"] - 1
-            growth.append(f"{label}'s by {ratio:+.1%}")
+    for label, by_length in known.items():
+        if longest > comparison.context and {comparison.context, longest} <= by_length.keys():
+            ratio = by_length[longest] / by_length[comparison.context]
+            by = f"{ratio - 1:+.1%}" if ratio < MANIFOLD else f"a factor of {ratio:.3g}"
+            growth.append(f"{label}'s by {by}")
     if growth:
-        longest = known[-1]["length"]
         sentences.append(
             f"From {comparison.context:,} to {longest:,} tokens it changes: {_listed(growth)}."
         )
@@ -276,10 +294,16 @@ def _identical(comparison: Comparison) -> list[str]:
 
 def change(value: float, base: float) -> str:
     """``value`` against ``base`` in words."""
+    if value / base >= MANIFOLD:
+        return f"{value / base:.3g} times as high"
     ratio = value / base - 1
     if abs(ratio) < 0.0005:
         return "the same within 0.1%"
     return f"{abs(ratio):.1%} {'lower' if ratio < 0 else 'higher'}"
+
+
+def _is_finite(row: dict[str, Any]) -> bool:
+    return row["perplexity"] is not None and math.isfinite(row["perplexity"])
 
 
 def _base(comparison: Comparison) -> RunMeasurement:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..evaluation.perplexity import perplexity_of
 from ..evaluation.streaming import position_bins, sink_cache, streaming_losses
 from ..hf.loading import load_model
 from ..hf.settings import changed_settings
@@ -190,7 +191,7 @@ class _Found:
 
     def text(self, cache: str, kind: str, position: str, last: bool) -> str:
         nats = self.nats(cache, kind, position, last)
-        return estimate([math.exp(value) for value in nats]).text(1) if nats else ""
+        return estimate([perplexity_of(value) for value in nats]).text(1) if nats else ""
 
     def difference(self, ours: tuple[str, str], theirs: tuple[str, str], position: str) -> Estimate:
         """Nats at the last doubling, (cache, kind) less another, seed by seed."""
@@ -255,7 +256,7 @@ def _draw(found: _Found) -> Figure:
                     continue
                 middle = [math.sqrt(start * (stop - 1)) for start, stop in found.bins]
                 means = [
-                    math.exp(sum(values) / len(values)) for values in zip(*curves, strict=True)
+                    perplexity_of(sum(values) / len(values)) for values in zip(*curves, strict=True)
                 ]
                 shown = [(x, y) for x, y in zip(middle, means, strict=True) if x >= 8]
                 (handles[kind],) = axes.plot(*zip(*shown, strict=True), **line_style(kind))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..evaluation.perplexity import perplexity_of
 from ..report.drawing import GRAY
 from .kinds import KINDS, LABELS, line_style
 from .language import (
@@ -117,7 +117,7 @@ def _perplexities(records: list[Record]) -> str:
         for position in positions:
             ours = by_seed(records, position=position, label=kind)
             less = difference(ours, by_seed(records, position=position, label="softmax"))
-            cell = estimate([math.exp(v) for v in ours.values()]).text(2) if ours else ""
+            cell = estimate([perplexity_of(v) for v in ours.values()]).text(2) if ours else ""
             if ours and less is not None and kind != "softmax":
                 cell += f" ({less.text(3)})"
             cells.append(cell)
@@ -218,7 +218,7 @@ def _ablation_table(ablation: list[Record], grid: list[Record]) -> str:
     rows = []
     for label, ours in _ablations(ablation, grid).items():
         against = [difference(ours, theirs) for theirs in (default, softmax)]
-        perplexity = estimate([math.exp(value) for value in ours.values()]).text(2)
+        perplexity = estimate([perplexity_of(value) for value in ours.values()]).text(2)
         rows.append([label, perplexity, *(less.text(3) if less else "" for less in against)])
     head = ["the mass", "perplexity", "nats less the default's", "nats less softmax's"]
     return (

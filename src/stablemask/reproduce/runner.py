@@ -24,8 +24,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from .. import strict_json
+from ..bars import progress_bar
 from ..benchmarks.environment import describe
 from ..errors import InputError, RunError
 from .study import Job, Record, Study
@@ -70,11 +71,10 @@ def run_studies(
     with (
         _pool(workers, out / "work") as pool,
         _stop_on_signals(pool),
-        tqdm(
+        progress_bar(
             total=sum(job.cost for _, job in queue),
             initial=sum(job.cost for _, job in queue) - sum(job.cost for _, job in todo),
             bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",
-            disable=None,
         ) as bar,
     ):
         running: dict[Future, tuple[Study, Job]] = {}
@@ -234,8 +234,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _as_json(content: dict[str, Any]) -> str:
     """A line for each field and, at the end, each record, so that a study can be compared with an older one."""
     fields = {name: value for name, value in content.items() if name != "records"}
-    text = json.dumps(fields, indent=1)
+    text = strict_json.dumps(fields, indent=1)
     if "records" in content:
-        lines = ",\n".join(map(json.dumps, content["records"]))
+        lines = ",\n".join(map(strict_json.dumps, content["records"]))
         text = f'{text[:-2]},\n "records": [\n{lines}\n]\n}}'
     return text + "\n"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..evaluation.perplexity import perplexity_text
+
 # Student's t, two-sided 95 %, by degrees of freedom; past these it is near the normal's 1.96.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -37,12 +39,10 @@ class Estimate(NamedTuple):
         return True if self.high < limit else None if self.mean < limit - margin else False
 
     def text(self, digits: int, scale: float = 1.0) -> str:
-        mean = f"{scale * self.mean:.{digits}f}"
-        return (
-            mean
-            if math.isnan(self.half_width)
-            else f"{mean} ± {scale * self.half_width:.{digits}f}"
-        )
+        mean = perplexity_text(scale * self.mean, digits)
+        if math.isnan(self.half_width):
+            return mean
+        return f"{mean} ± {perplexity_text(scale * self.half_width, digits)}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -51,6 +51,6 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = sum(values) / count
     if count == 1:
         return Estimate(mean, math.nan)
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    variance = sum((value - mean) * (value - mean) for value in values) / (count - 1)
     quantile = _T95[count - 2] if count - 2 < len(_T95) else 1.96
     return Estimate(mean, quantile * math.sqrt(variance / count))

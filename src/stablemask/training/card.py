@@ -1,9 +1,9 @@
 """The model card of a run."""
 
-import math
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.perplexity import perplexity_of, perplexity_text
 from .options import FinetuneOptions, PretrainOptions
 
 _PRETRAIN_CARD = """\
@@ -23,7 +23,7 @@ positions, pretrained from scratch with `stablemask`
 |---|---|
 | training data | {data} |
 | training | {steps:,} steps of {tokens_per_step:,} tokens, context {context}, {dtype} |
-| validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity:.2f}), on {validation_tokens:,} tokens |
+| validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity}), on {validation_tokens:,} tokens |
 
 ```sh
 {command}
@@ -62,7 +62,7 @@ def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str
         context=options.context,
         dtype=options.dtype,
         eval_loss=eval_loss,
-        perplexity=math.exp(eval_loss),
+        perplexity=perplexity_text(perplexity_of(eval_loss)),
         command=record["command"],
     )
     (folder / "README.md").write_text(card)
@@ -86,7 +86,7 @@ tags: [stablemask]
 | attention | {attention} |
 | training data | {data} |
 | training | {steps:,} steps of {batch} {unit}, context {context}, {dtype}, learning rate {rate:g} |
-| validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity:.2f}) |
+| validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity}) |
 
 ```sh
 {command}
@@ -139,7 +139,7 @@ def write_finetune_card(
         dtype=options.dtype,
         rate=options.learning_rate,
         eval_loss=eval_loss,
-        perplexity=math.exp(eval_loss),
+        perplexity=perplexity_text(perplexity_of(eval_loss)),
         command=record["command"],
     )
     (folder / "README.md").write_text(card)

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from .. import __version__
 from ..data.batches import TrainBatches
 from ..errors import InputError
+from ..evaluation.perplexity import perplexity_of
 from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
 from ..versions import tell_newer
@@ -73,7 +74,7 @@ class RunResult:
 
     @property
     def perplexity(self) -> float | None:
-        return None if self.eval_loss is None else math.exp(self.eval_loss)
+        return None if self.eval_loss is None else perplexity_of(self.eval_loss)
 
 
 def given(value: Value | None) -> Value:

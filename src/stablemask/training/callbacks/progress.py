@@ -15,6 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...bars import progress_bar
+from ...evaluation.perplexity import perplexity_of, perplexity_text
 from ...models.configuration import StableMaskConfig
 from ...models.cost import flops_per_token
 
@@ -67,12 +69,11 @@ class Record(TrainerCallback):
             return
         # A run that begins again evaluates step 0 again.
         _keep_lines_up_to(self.path, state.global_step or -1)
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=state.max_steps,
             initial=state.global_step,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
         )
         self._first_step, self._first_time = state.global_step, time.perf_counter()
         self._timed_to = self._first_time
@@ -101,14 +102,14 @@ class Record(TrainerCallback):
         **_: Any,
     ) -> None:
         if self._evaluation is None:
-            self._evaluation = tqdm(
+            self._evaluation = progress_bar(
                 total=len(eval_dataloader),
                 desc="evaluating",
                 unit="batch",
                 dynamic_ncols=True,
                 leave=False,
                 delay=1,
-                disable=not (state.is_world_process_zero and sys.stderr.isatty()),
+                show=state.is_world_process_zero,
             )
         self._evaluation.update()
 
@@ -135,7 +136,7 @@ class Record(TrainerCallback):
             self._show(state, logs)
             names += [*_LOSS, *added, "skipped"]
         elif "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+            logs["eval_perplexity"] = perplexity_of(logs["eval_loss"])
             self._bar.write(_evaluation_line(state.global_step, logs), file=sys.stderr)
             names += ["eval_loss", "eval_perplexity", *(n for n in logs if n in _PROBED)]
         self.add({"step": state.global_step} | {n: logs[n] for n in names if n in logs})
@@ -169,7 +170,7 @@ class Record(TrainerCallback):
         return added
 
     def _show(self, state: TrainerState, logs: dict[str, float]) -> None:
-        """On the bar, or where there is no terminal as a line of its own."""
+        """On the bar, or where there is none as a line of its own."""
         assert self._bar is not None
         text = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in logs:
@@ -217,7 +218,7 @@ _PROBED = ("eval_first_token_attention", "eval_first_token_attention_max", "eval
 
 def _evaluation_line(step: int, logs: dict[str, float]) -> str:
     shift = f" with log M shifted by {logs['shift']:g}" if logs.get("shift") else ""
-    line = f"step {step}: validation perplexity {logs['eval_perplexity']:.2f}{shift}"
+    line = f"step {step}: validation perplexity {perplexity_text(logs['eval_perplexity'])}{shift}"
     if "eval_first_token_attention" in logs:
         first, mask = logs["eval_first_token_attention"], logs["eval_mask_ratio"]
         line += f", attention on the first token {first:.1%}, mask ratio {mask:.1%}"
