@@ -23,8 +23,8 @@ def option(
 ) -> Any:
     """A dataclass field that carries its help text and, where limited, its allowed values.
 
-    Pass ``dataclasses.MISSING`` as the default of a required option. The values of a list that is
-    ``positional`` stand on the command line without a flag.
+    Pass ``dataclasses.MISSING`` as the default of a required option. The value of a ``positional`` one,
+    or the values of its list, stand on the command line without a flag.
     """
     metadata = {"help": help, "choices": choices, "positional": positional}
     if isinstance(default, list):

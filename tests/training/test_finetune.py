@@ -167,9 +167,8 @@ def test_a_stopped_adapter_on_conversations_goes_on(step, chat_options, tmp_path
     result = finetune(part)
     assert (result.stopped_by, result.step) == (signal.SIGTERM, step)
     monkeypatch.undo()
-    saved = json.loads(
-        (tmp_path / "part" / "checkpoints" / f"checkpoint-{step}" / "config.json").read_text()
-    )
+    checkpoint = tmp_path / "part" / "checkpoints" / f"checkpoint-{step}"
+    saved = json.loads((checkpoint / "adapter_config.json").read_text())
     assert ("shift" in saved["stablemask"]) == (step < 5)  # 5 of 8 steps: the default
     finetune(replace(part, resume=True))
     assert_same_weights(tmp_path / "part", tmp_path / "whole", "adapter_model.safetensors")

@@ -17,7 +17,7 @@ from stablemask.errors import InputError, RunError
 
 # In the order a new user meets them. Each is the module of that name in this folder.
 COMMANDS = (
-    "env", "build", "demo", "pretrain", "finetune", "generate", "serve", "evaluate", "inspect", "export",
+    "env", "build", "demo", "pretrain", "finetune", "merge", "generate", "serve", "evaluate", "inspect", "export",
     "bench", "reproduce",
 )  # fmt: skip
 

@@ -32,7 +32,10 @@ def parse_options(
     """
     fields = option_fields(options_class)
     positional = next((field for field in fields if field.positional), None)
-    usage = "%(prog)s [options]" + (f" [{_metavar(positional)} ...]" if positional else "")
+    usage = "%(prog)s [options]"
+    if positional:
+        one = _metavar(positional)
+        usage += f" {one}" if positional.item_kind is None else f" [{one} ...]"
     parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of options; flags win over it"
@@ -48,9 +51,10 @@ def parse_options(
     if config is not None:
         values = options_from_values(options_class, load_yaml(config), str(config))
     values |= flags
-    missing = [field.flag for field in fields if field.required and field.name not in values]
+    missing = [field for field in fields if field.required and field.name not in values]
     if missing:
-        parser.error(f"{' and '.join(missing)} must be given")
+        names = [_metavar(field) if field.positional else field.flag for field in missing]
+        parser.error(f"{' and '.join(names)} must be given")
     return options_class(**values)
 
 
@@ -75,8 +79,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: OptionField) -> None:
     common["metavar"] = _metavar(field)
     if field.positional:
         del common["dest"]
-        convert = _converter(field.item_kind, field.choices)
-        parser.add_argument(field.name, nargs="*", type=convert, **common)
+        convert = _converter(field.item_kind or field.kind, field.choices)
+        nargs = "?" if field.item_kind is None else "*"
+        parser.add_argument(field.name, nargs=nargs, type=convert, **common)
     elif field.item_kind is not None:
         convert = _converter(field.item_kind, field.choices)
         parser.add_argument(field.flag, nargs="+", action="extend", type=convert, **common)
@@ -109,6 +114,8 @@ def _help(field: OptionField) -> str:
 def _metavar(field: OptionField) -> str:
     if field.choices:
         return "{" + ",".join(field.choices) + "}"
+    if field.positional and field.item_kind is None:
+        return field.name.upper()
     words: list[str] = []
     for member in union_members(field.item_kind or field.kind):
         if get_origin(member) is Literal:

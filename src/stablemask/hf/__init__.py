@@ -3,14 +3,15 @@
 - registers our model with the Auto classes,
 - registers ``attn_implementation="stablemask"`` for every decoder (`attention.py`), also under the
   name "sdpa" for models whose ``config.stablemask`` asks for it,
-- refuses what would silently run something else (`guard.py`).
+- refuses what would silently run something else (`guard.py`),
+- lets PEFT's adapters keep and bring their settings (`adapters.py`).
 """
 
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ..models import StableMaskConfig, StableMaskForCausalLM, StableMaskModel
 from ..models.modeling import ATTN_IMPLEMENTATION
-from . import guard
+from . import adapters, guard
 from .apply import apply_stablemask
 from .attention import dispatch_sdpa, stablemask_attention_forward
 from .loading import load_model
@@ -22,5 +23,6 @@ AutoModelForCausalLM.register(StableMaskConfig, StableMaskForCausalLM, exist_ok=
 AttentionInterface.register(ATTN_IMPLEMENTATION, stablemask_attention_forward)
 AttentionInterface.register("sdpa", dispatch_sdpa)
 guard.install()
+adapters.install()
 
 __all__ = ["apply_stablemask", "load_model"]

@@ -1,7 +1,8 @@
 """Loading a causal language model from a folder or the hub, with every failure in one line."""
 
-import json
 import re
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,15 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 
+from ..data import load_tokenizer
 from ..errors import InputError
 from ..models import StableMaskConfig
+from ..reading import first_line, parse_json, user_path
+from .adapters import adapter_settings, settle
 
 # NAME or OWNER/NAME; anything else can only be a path.
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -36,8 +41,7 @@ def load_model(
 
     Args:
         name_or_path: a folder, or the name of a model on the hub. That of a PEFT adapter brings the
-            model it was trained on, with the adapter in its layers, and the settings in the adapter's
-            own ``config.json`` where it has one.
+            model it was trained on, with the adapter in its layers, and the settings of the adapter.
         dtype: of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; default: as saved.
         device: where to put it; default: the CPU.
 
@@ -45,14 +49,9 @@ def load_model(
         InputError: there is no such model, it cannot be reached, its files are damaged, or there is no
             such dtype.
     """
-    _check_dtype(dtype)
     name = _find(name_or_path)
-    adapter = _adapter_of(name)
-    base = name if adapter is None else _base_of(name, adapter)
-    config = _read_config(base if adapter is None or not _has_config(name) else name)
-    model, report = _from_pretrained(base, config, "auto" if dtype is None else dtype)
-    _check_report(base, report, isinstance(config, StableMaskConfig))
-    if adapter is not None:
+    model, adapted = _load_base(name, dtype)
+    if adapted:
         _add_adapter(model, name)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
@@ -65,16 +64,51 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     Raises:
         InputError: as :func:`load_model`.
     """
-    name = _find(name_or_path)
-    adapter = _adapter_of(name)
-    if adapter is not None and not _has_config(name):
-        name = _base_of(name, adapter)
-    return _read_config(name)
+    return _config_of(_find(name_or_path))[0]
 
 
 def is_adapter(name_or_path: str) -> bool:
     """Whether this is a PEFT adapter in place of a whole model; InputError where it is neither."""
     return _adapter_of(_find(name_or_path)) is not None
+
+
+def merge_adapter(name_or_path: str, out: str | Path) -> str:
+    """Write the model that a PEFT adapter makes of its base: whole, or not at all.
+
+    The adapter's StableMask settings come with it, and the tokenizer: the adapter's where it has one, else
+    the model's.
+
+    Args:
+        name_or_path: of the adapter, a folder or a name on the hub.
+        out: a folder that is empty or not there.
+
+    Returns:
+        The name or path of the base.
+
+    Raises:
+        InputError: this is no adapter, of a kind that cannot be merged, or does not fit its base; the base
+            cannot be loaded; or ``out`` holds something.
+    """
+    out = user_path(out)
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise InputError(f"{out} is not an empty folder; name another --out")
+    name = _find(name_or_path)
+    adapter = _adapter_of(name)
+    if adapter is None:
+        raise InputError(f"{name_or_path} is a whole model, and no adapter to merge into one")
+    base = _base_of(name, adapter)
+    model = _merged(_load_base(name, None)[0], name)
+    tokenizer = next(filter(_has_tokenizer, (name, base)), None)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            load_tokenizer(tokenizer).save_pretrained(partial)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return base
 
 
 def _check_dtype(dtype: torch.dtype | str | None) -> None:
@@ -90,13 +124,34 @@ def _find(name_or_path: str) -> str:
     folder = Path(name_or_path).expanduser()
     if name_or_path and folder.is_dir():
         _check_folder(folder)
-        return str(folder)
+        return str(folder.absolute())  # as an adapter of it will remember it
     if folder.is_file():
         raise InputError(f"{name_or_path} is a file; give the folder that holds the model")
     if not HUB_NAME.fullmatch(name_or_path):
         raise InputError(f"no model folder at {name_or_path!r}")
     _check_hub(name_or_path)
     return name_or_path
+
+
+def _load_base(name: str, dtype: torch.dtype | str | None) -> tuple[PreTrainedModel, bool]:
+    """A model, or that an adapter was trained on with its settings, and whether the name is an adapter's."""
+    _check_dtype(dtype)
+    config, base = _config_of(name)
+    model, report = _from_pretrained(base, config, "auto" if dtype is None else dtype)
+    _check_report(base, report, isinstance(config, StableMaskConfig))
+    return model, base != name
+
+
+def _config_of(name: str) -> tuple[PreTrainedConfig, str]:
+    """The configuration of a model or of an adapted one, and where the model's weights are."""
+    adapter = _adapter_of(name)
+    if adapter is None:
+        return _read_config(name), name
+    base = _base_of(name, adapter)
+    config = _read_config(base)
+    with _one_line(f"the adapter {name}"):
+        settle(config, adapter_settings(name), "it")
+    return config, base
 
 
 def _read_config(name: str) -> PreTrainedConfig:
@@ -134,7 +189,7 @@ def _one_line(what: str) -> Iterator[None]:
         ) from error
     # For a bad folder, name, connection or configuration, and no more.
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"cannot load {what}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {what}: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -152,28 +207,68 @@ def _base_of(name: str, adapter: dict[str, Any]) -> str:
     if not isinstance(base, str):
         raise InputError(f"{name} is an adapter, and its adapter_config.json names no model")
     try:
-        return _find(base)
+        found = _find(base)
     except InputError as error:
         raise InputError(f"{name} is an adapter of {base!r}: {error}") from error
+    if _adapter_of(found) is not None:
+        raise InputError(f"{name} is an adapter of an adapter, {base}; merge that one first")
+    return found
 
 
 def _add_adapter(model: PreTrainedModel, name: str) -> None:
+    config, weights = _read_adapter(name)
+    with _one_line(f"the adapter {name}"):
+        report = model.load_adapter(
+            peft_config=config, adapter_state_dict=weights, ignore_mismatched_sizes=True
+        )
+    _check_report(name, vars(report), True)
+
+
+def _read_adapter(name: str) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's configuration of an adapter and its weights."""
     if not is_peft_available():
         raise InputError(f"{name} is an adapter, which needs PEFT: pip install 'stablemask[train]'")
     from peft import PeftConfig
 
     with _one_line(f"the adapter {name}"):
         weights: Any = cached_file(name, ADAPTER_WEIGHTS)
-        report = model.load_adapter(
-            peft_config=PeftConfig.from_pretrained(name),
-            adapter_state_dict=load_file(weights),
-            ignore_mismatched_sizes=True,
+        return PeftConfig.from_pretrained(name), load_file(weights)
+
+
+def _merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """A model with an adapter added to its weights."""
+    config, weights = _read_adapter(name)
+    from peft import (
+        PeftType,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
+
+    config.base_model_name_or_path = model.name_or_path
+    with _one_line(f"the adapter {name}"), warnings.catch_warnings():
+        # PEFT asks by a name that Transformers has changed.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: Any = get_peft_model(model, config)
+        expected = get_peft_model_state_dict(adapted)
+    both = expected.keys() & weights.keys()
+    report = {
+        "missing_keys": expected.keys() - weights.keys(),
+        "mismatched_keys": [key for key in both if expected[key].shape != weights[key].shape],
+        "unexpected_keys": weights.keys() - expected.keys(),
+    }
+    _check_report(name, report, True)
+    set_peft_model_state_dict(adapted, weights)
+    if not hasattr(adapted, "merge_and_unload"):
+        raise InputError(
+            f"{name} is an adapter of the kind {PeftType(config.peft_type).value}, which cannot be merged"
         )
-    _check_report(name, vars(report), True)
+    return adapted.merge_and_unload()
 
 
-def _has_config(name: str) -> bool:
-    return cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False) is not None
+def _has_tokenizer(name: str) -> bool:
+    file = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    return file is not None
 
 
 def _check_folder(folder: Path) -> None:
@@ -199,7 +294,7 @@ def _check_hub(name: str) -> None:
     except Exception as error:  # its HTTP client, and so its errors, differ between versions
         raise InputError(
             f"no model folder at {name!r}, and the hub could not be asked for a model of that name "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
@@ -219,13 +314,9 @@ def _check_report(name: str, report: dict[str, Any], ours: bool) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {_first_line(error)}") from error
+        raise InputError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is damaged: it must hold a JSON object")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

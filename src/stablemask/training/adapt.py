@@ -44,7 +44,7 @@ class ShiftSchedule(TrainerCallback):
         left = 1 - step / self.shift_steps
         return self.shift_to + left * (self.shift_from - self.shift_to)
 
-    def _set(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
         shift = self.shift_at(step)
         if shift:
             self.settings["shift"] = shift
@@ -54,12 +54,12 @@ class ShiftSchedule(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._set(state.global_step)
+        self.set_step(state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._set(state.global_step)
+        self.set_step(state.global_step)
 
     def on_log(
         self,

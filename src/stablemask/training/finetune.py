@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..hf import load_model
 from ..hf.loading import is_adapter
 from ..inference.model import check_length, check_token_ids, decoder_layers
+from . import checkpoints
 from .adapt import ShiftSchedule, adapt
 from .card import write_finetune_card
 from .options import FinetuneOptions
@@ -165,6 +166,9 @@ def _build_trainer(
     options: FinetuneOptions, folder: Path, prepared: _Prepared, checkpoint: Path | None
 ) -> LanguageModelTrainer:
     model: Any = prepared.model
+    if checkpoint is not None and prepared.schedule is not None:
+        # An adapter is only loaded into a model that runs what it was saved with.
+        prepared.schedule.set_step(checkpoints.step_of(checkpoint))
     if options.lora:
         model = _with_adapter(model, options)
     if options.fsdp:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException  # no Exception, but a BaseException
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batches import TrainBatches, eval_loader, loader, merge_states
@@ -39,8 +39,7 @@ class LanguageModelTrainer(Trainer):
 
     Checkpoints are renamed into place. A sharded model, and any that is saved in the background, has its
     weights and optimizer in a distributed checkpoint (``state/``), others in the Trainer's own files.
-    ``eval_loss`` is the mean over tokens, whatever the lengths in a batch. An adapter is saved with its
-    model's configuration.
+    ``eval_loss`` is the mean over tokens, whatever the lengths in a batch.
 
     Args:
         batches: makes the batches of this process, from a step and the state that the data had then.
@@ -274,8 +273,6 @@ class LanguageModelTrainer(Trainer):
         model: Any = self.model
         model.config.use_cache = self._use_cache
         super()._save(output_dir, state_dict)
-        if self.args.should_save and not isinstance(model, PreTrainedModel):  # a PEFT model
-            model.config.save_pretrained(output_dir)
         model.config.use_cache = self.args.use_cache
 
     # Evaluation
