@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -19,9 +20,10 @@ import pytest
 import torch
 
 from stablemask.errors import InputError
-from stablemask.options import save_yaml
+from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
-from stablemask.training.options import PretrainOptions
+from stablemask.training.finetune import finetune
+from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
 from tests import marks
 
@@ -110,6 +112,63 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted, options):
     result = pretrain(replace(options, out=str(uninterrupted), resume=True))
     assert result.step == STEPS
     assert (uninterrupted / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def rates(monkeypatch) -> list[float]:
+    """The learning rate of every step."""
+    from stablemask.training.trainer import LanguageModelTrainer
+
+    step, seen = LanguageModelTrainer.training_step, []
+
+    def record(self, *args):
+        seen.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", record)
+    return seen
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_a_finished_run_goes_on_to_more_steps(in_shards, options, rates, tmp_path):
+    def cosine(step: int, steps: int) -> float:
+        """Two steps of warm-up, then down to a tenth."""
+        share = (step - 2) / (steps - 2)
+        falling = 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2
+        return 1e-3 * (step / 2 if step < 2 else falling)
+
+    folder = tmp_path / "run"
+    options = replace(options, out=str(folder), steps=20, async_save=in_shards)
+    pretrain(options)
+    assert rates == pytest.approx([cosine(step, 20) for step in range(20)])
+    rates.clear()
+    more = replace(options, steps=30, resume=True)
+    assert pretrain(more).step == 30
+    assert rates == pytest.approx([cosine(step, 30) for step in range(20, 30)])
+
+    rates.clear()
+    assert pretrain(more).step == 30
+    assert rates == []
+    written = load_yaml(folder / "pretrain.yaml")
+    assert (written["steps"], written["warmup"], written["resume"]) == (30, 2, False)
+    assert "--steps 30" in json.loads((folder / "run.json").read_text())["command"]
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(5, 31, 5))
+    with pytest.raises(InputError, match="taken 30 steps already, and --steps asks for 29"):
+        pretrain(replace(more, steps=29))
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(InputError, match="holds no checkpoint of them to go on from"):
+        pretrain(replace(more, steps=40))
+
+
+def test_adapting_keeps_its_ramp_when_it_goes_on(base, prose, tmp_path):
+    options = FinetuneOptions(
+        model=str(base), data=str(prose), adapt=True, steps=4, out=str(tmp_path / "run"), context=32,
+        batch_size=2, dtype="float32", final_eval_tokens=64, eval_tokens=64,
+    )  # fmt: skip
+    finetune(options)
+    assert finetune(replace(options, steps=6, resume=True)).step == 6
+    written = load_yaml(tmp_path / "run" / "finetune.yaml")
+    assert (written["steps"], written["shift_steps"]) == (6, 2)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path, monkeypatch):

@@ -17,13 +17,15 @@ from ..models.settings import given_settings
 from ..options import option
 from .machine import default_dtype, world_size
 
-# Options that may differ between the parts of a run that was interrupted: they change nothing that
-# is computed.
+# Options that may differ between the parts of a run: they change nothing that is computed, but for the
+# number of steps, by which a run goes on where it had ended.
 FREE_ON_RESUME = {
-    "out", "resume", "dry_run", "tensorboard", "wandb", "keep_checkpoints", "async_save", "workers",
+    "steps", "out", "resume", "dry_run", "tensorboard", "wandb", "keep_checkpoints", "async_save", "workers",
     "batch_size", "gradient_accumulation", "peak_flops", "utilization", "devices",
     "final_eval_tokens",
 }  # fmt: skip
+# Options whose defaults follow from others: left out, they stay what they were in a run that is resumed.
+KEPT_ON_RESUME = ("global_batch_size", "warmup", "eval_every", "save_every", "shift_steps")
 
 
 @dataclass(kw_only=True)
@@ -87,7 +89,7 @@ class TrainingOptions:
     seed: int = option(0, "of the weights and the order of the data")
     tensorboard: bool = option(True, "write event files for TensorBoard")
     wandb: bool = option(False, "log to Weights & Biases")
-    resume: bool = option(False, "go on with the run in --out")
+    resume: bool = option(False, "go on with the run in --out, also to more --steps than it had")
     dry_run: bool = option(False, "print what the run would cost, and stop")
     peak_flops: float | None = option(
         None, "FLOP/s of one device in this dtype, for utilization; by default known from its name"

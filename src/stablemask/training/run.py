@@ -37,12 +37,13 @@ from ..errors import InputError
 from ..evaluation.perplexity import perplexity_of
 from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
+from ..reading import read_json
 from ..versions import tell_newer
 from ..writing import only_writer
 from . import checkpoints
 from .callbacks import Probe, Record, SkipBadSteps, StopOnSignal, training_flops
 from .machine import world_size
-from .options import FREE_ON_RESUME, TrainingOptions
+from .options import FREE_ON_RESUME, KEPT_ON_RESUME, TrainingOptions
 from .processes import is_main, join_processes, on_main, rank
 from .sequences import SequenceGroup
 from .sharding import is_sharded
@@ -126,25 +127,30 @@ def start(options: Options) -> Start[Options]:
     """
 
     def look() -> Start[Options]:
-        resolved = _same_batches(options).resolved()
+        resolved = _as_begun(options).resolved()
         folder, checkpoint = _open_run(resolved)
-        finished = _finished_run(folder) if options.resume else None
+        finished = None
+        if options.resume:
+            finished = _finished_run(folder, given(resolved.steps), checkpoint)
         tell_newer()
         return Start(resolved, folder, checkpoint, finished)
 
     return on_main(look)
 
 
-def _same_batches(options: Options) -> Options:
-    """A run that is resumed keeps its global batch, on any number of devices."""
-    if not options.resume or options.global_batch_size is not None or options.out is None:
+def _as_begun(options: Options) -> Options:
+    """A run that is resumed keeps what would follow from other options, where it is not given anew.
+
+    So it has the same global batch on any number of devices, and the same warm-up for more steps.
+    """
+    if not options.resume or options.out is None:
         return options
     written = Path(options.out) / options_file(options)
     if not written.exists():
         return options
-    return dataclasses.replace(
-        options, global_batch_size=load_yaml(written).get("global_batch_size")
-    )
+    before = load_yaml(written)
+    kept = {n: before.get(n) for n in KEPT_ON_RESUME if getattr(options, n, before) is None}
+    return dataclasses.replace(options, **kept)
 
 
 def _open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
@@ -171,13 +177,28 @@ def _open_run(options: TrainingOptions) -> tuple[Path, Path | None]:
     return folder, checkpoints.last_whole(folder / "checkpoints")
 
 
-def _finished_run(folder: Path) -> RunResult | None:
-    """The result of a run that has nothing left to do."""
+def _finished_run(folder: Path, steps: int, checkpoint: Path | None) -> RunResult | None:
+    """The result of a run that has nothing left to do.
+
+    Raises:
+        InputError: it has taken more steps, or its checkpoints are gone and it has to take more.
+    """
     try:
         result = json.loads((folder / RUN_FILE).read_text())["result"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return RunResult(folder, result["step"], result["eval_loss"])
+        finished = RunResult(folder, result["step"], result["eval_loss"])
+    except (OSError, ValueError, LookupError):
+        finished = RunResult(folder, 0, None)
+    done = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
+    if steps < max(done, finished.step):
+        raise InputError(
+            f"{folder} has taken {max(done, finished.step)} steps already, and --steps asks for {steps}"
+        )
+    if steps > finished.step > done:
+        raise InputError(
+            f"{folder} has finished its {finished.step} steps and holds no checkpoint of them to go on "
+            "from; its model can be trained on with `stablemask finetune`"
+        )
+    return finished if finished.step == steps else None
 
 
 def begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
@@ -187,11 +208,16 @@ def begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str
 
 def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
     if (folder / RUN_FILE).exists():
-        if json.loads((folder / RUN_FILE).read_text())["corpus"] != key:
+        before = read_json(folder / RUN_FILE)
+        if before["corpus"] != key:
             raise InputError(
                 f"{options.data} is not what {folder} was started with: its text or its "
                 "tokenizer has changed; restore it, or name another --out"
             )
+        if load_yaml(folder / options_file(options)).get("steps") != options.steps:
+            lasting = dataclasses.replace(options, resume=False)
+            save_yaml(lasting, folder / options_file(options))
+            _write_json(folder / RUN_FILE, before | {"command": record["command"]})
         return
     save_yaml(options, folder / options_file(options))  # from here on --resume finds the run
     versions = {

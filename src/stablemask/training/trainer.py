@@ -239,10 +239,14 @@ class LanguageModelTrainer(Trainer):
         with _foreign(checkpoint):
             if not _state_of(checkpoint).is_dir():
                 super()._load_optimizer_and_scheduler(checkpoint)
-                return
-            load_state(self._bare_model, self._bare_optimizer, _state_of(checkpoint))
-            scheduler = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
-            self.lr_scheduler.load_state_dict(scheduler)
+            else:
+                load_state(self._bare_model, self._bare_optimizer, _state_of(checkpoint))
+                scheduler = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
+                self.lr_scheduler.load_state_dict(scheduler)
+            # The part of the run before may have had fewer steps to come, and so a lower rate.
+            shapes = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas)
+            for group, (peak, shape) in zip(self._bare_optimizer.param_groups, shapes):
+                group["lr"] = peak * shape(self.lr_scheduler.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _foreign(checkpoint):
