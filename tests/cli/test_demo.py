@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +65,10 @@ def test_results_report_and_table(demo):
     assert shown in page
     assert shown in finished.stdout
     assert str(out / "report.html") in finished.stdout
-    assert "stablemask generate --model" in finished.stdout
+    commands = finished.stdout.partition("Try next:\n")[2].splitlines()
+    assert [shlex.split(command)[1] for command in commands] == ["generate", "evaluate", "pretrain"]
+    for command in commands:
+        assert shutil.which(shlex.split(command)[0]), command
     assert not list(out.glob(".*"))
 
 

@@ -74,4 +74,4 @@ def test_a_port_that_is_taken(model_folder, capsys):
 
 def test_without_a_web_server(model_folder, capsys, monkeypatch):
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
-    assert 'pip install "stablemask[serve]"' in fails(capsys, "--model", model_folder)
+    assert "pip install -e '.[serve]'" in fails(capsys, "--model", model_folder)

@@ -88,5 +88,5 @@ def test_bad_arguments(make, arguments, words):
 
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(InputError, match=r'pip install "stablemask\[quant\]"'):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[quant\]'"):
         quantize_int8(tiny_llama())

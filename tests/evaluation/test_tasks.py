@@ -225,4 +225,5 @@ def test_tasks_that_cannot_be_run(folder, tokenizer, monkeypatch):
     )
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert refused("fox_choice") == 'tasks need lm-eval; pip install "stablemask[eval]"'
+    assert refused("fox_choice").startswith("tasks need lm-eval: ")
+    assert refused("fox_choice").endswith("pip install -e '.[eval]'")

@@ -194,4 +194,4 @@ def test_an_adapter_that_cannot_be_loaded(adapter, monkeypatch, capfd):
     refused(folder, "cannot load the adapter")
     config.write_text(text)
     monkeypatch.setattr("stablemask.hf.loading.is_peft_available", lambda: False)
-    refused(folder, r"needs PEFT: pip install 'stablemask\[train\]'")
+    refused(folder, r"needs PEFT: .*pip install -e '\.\[train\]'")

@@ -1,6 +1,6 @@
 """What others offer for attention with a sink, each called as its documentation has it.
 
-The packages come with ``pip install 'stablemask[bench]'``; without one its rows are not timed.
+The packages are those of the extra ``bench``; without one its rows are not timed.
 """
 
 import functools

@@ -26,6 +26,7 @@ from stablemask.benchmarks.memory import can_measure, peak_memory
 from stablemask.benchmarks.rows import MAX_DENSE_LENGTH, Row, all_rows
 from stablemask.errors import InputError, RunError
 from stablemask.options import option
+from stablemask.shell import pip_install
 
 SUMMARY = "time the attention against stock SDPA and what others offer"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -227,9 +228,7 @@ def _save(result: dict[str, Any], folder: Path, device: torch.device) -> None:
         try:
             from stablemask.benchmarks.figure import save_figure
         except ModuleNotFoundError as error:
-            raise InputError(
-                f"the figure needs {error.name}; pip install 'stablemask[report]'"
-            ) from error
+            raise InputError(f"the figure needs {error.name}: {pip_install('report')}") from error
         save_figure(result, path.with_suffix(".png"))
 
 

@@ -15,6 +15,7 @@ from stablemask.options import option, option_fields
 from stablemask.report.comparison import compare
 from stablemask.report.html import render
 from stablemask.report.summary import text_table
+from stablemask.shell import runnable
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import OPTIONS_FILE, pretrain
 
@@ -49,7 +50,7 @@ def run(options: DemoOptions) -> int:
             if result.stopped_by is signal.SIGINT:
                 raise KeyboardInterrupt
             if result.stopped_by is not None:
-                print(f"stopped; go on with: {_command(options, resume=True)}")
+                print(f"stopped; go on with: {runnable(_command(options, resume=True))}")
                 return 0
         print("[3/3] comparing", flush=True)
         comparison = compare(
@@ -100,7 +101,7 @@ def _advice_when_interrupted(options: DemoOptions) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         begun = any((Path(options.out) / kind / OPTIONS_FILE).exists() for kind in KINDS)
-        print(f"\nstopped; go on with: {_command(options, resume=begun)}", flush=True)
+        print(f"\nstopped; go on with: {runnable(_command(options, resume=begun))}", flush=True)
         raise
 
 
@@ -127,11 +128,12 @@ def _what_next(options: DemoOptions) -> str:
     out = Path(options.out)
     model = shlex.quote(str(out / "stablemask"))
     report = (out / REPORT).resolve()
+    command = runnable("stablemask")
     return f"""report   {report}
          open it in a browser: {report.as_uri()}
 numbers  {out / RESULTS}
 
 Try next:
-  stablemask generate --model {model} --prompt "def " --temperature 0.8 --stream
-  stablemask evaluate --model {model} --lengths 1x 2x 4x 8x
-  stablemask pretrain --attention stablemask --steps 2000 --out runs/longer"""
+  {command} generate --model {model} --prompt "def " --temperature 0.8 --stream
+  {command} evaluate --model {model} --lengths 1x 2x 4x 8x
+  {command} pretrain --attention stablemask --steps 2000 --out runs/longer"""

@@ -14,6 +14,7 @@ from typing import get_type_hints
 from stablemask import __version__
 from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError, RunError
+from stablemask.shell import pip_install
 
 # In the order a new user meets them. Each is the module of that name in this folder.
 COMMANDS = (
@@ -87,9 +88,7 @@ def _import_command(name: str) -> ModuleType:
         package = (error.name or "").partition(".")[0]
         if package in ("", "stablemask"):
             raise
-        raise InputError(
-            f"{name} needs the package {package!r}; pip install 'stablemask[all]' brings it"
-        ) from error
+        raise InputError(f"{name} needs the package {package!r}: {pip_install('all')}") from error
 
 
 def _quieten_libraries() -> None:

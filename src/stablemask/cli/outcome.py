@@ -3,6 +3,7 @@
 import signal
 
 from stablemask.evaluation.perplexity import perplexity_text
+from stablemask.shell import runnable
 from stablemask.training.machine import world_size
 from stablemask.training.options import TrainingOptions
 from stablemask.training.processes import is_main, leave_processes
@@ -25,5 +26,5 @@ def _outcome(result: RunResult, options: TrainingOptions) -> tuple[str, int]:
             f"(loss {result.eval_loss:.4f})"
         ), 0
     launcher = " the same launcher and" if world_size() > 1 else ""
-    line = f"stopped at step {result.step}; go on with{launcher}: {command_line(options)} --resume"
+    line = f"stopped at step {result.step}; go on with{launcher}: {runnable(command_line(options))} --resume"
     return line, 130 if result.stopped_by is signal.SIGINT else 0

@@ -24,6 +24,7 @@ from stablemask.reproduce import (
 )
 from stablemask.reproduce.studies import STUDIES
 from stablemask.reproduce.study import SCALES
+from stablemask.shell import runnable
 from stablemask.writing import only_writer
 
 SUMMARY = "the paper's claims, measured again, with a page of what came out"
@@ -69,7 +70,7 @@ def run(options: ReproduceOptions) -> int:
                 command=_command(options),
             )
     except Stopped as stop:
-        print(f"stopped; go on with: {_command(options)} --resume")
+        print(f"stopped; go on with: {runnable(_command(options))} --resume")
         return 130 if stop.signal is signal.SIGINT else 0
     page = Path(options.page) if options.page else out / "results.md"
     for line in write_page(STUDIES, out, page):

@@ -9,6 +9,7 @@ from stablemask.errors import InputError
 from stablemask.hf import load_model
 from stablemask.inference.model import choose_device
 from stablemask.options import option
+from stablemask.shell import pip_install
 
 SUMMARY = "answer requests over HTTP, as OpenAI's API does"
 
@@ -27,7 +28,7 @@ class ServeOptions:
 
 def run(options: ServeOptions) -> None:
     if not is_serve_available():
-        raise InputError('serve needs a web server; pip install "stablemask[serve]" brings it')
+        raise InputError(f"serve needs a web server: {pip_install('serve')}")
     from stablemask.inference.serving import bind, serve
 
     with bind(options.host, options.port) as listener:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..inference.model import check_length, check_token_ids, decoder_layers, evaluating
+from ..shell import pip_install
 
 INT8_MAX = 127
 
@@ -46,7 +47,7 @@ def quantize_int8(
             quantize_,
         )
     except ImportError as error:
-        raise InputError('int8 needs torchao; pip install "stablemask[quant]"') from error
+        raise InputError(f"int8 needs torchao: {pip_install('quant')}") from error
 
     layers = decoder_layers(model)
     linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]

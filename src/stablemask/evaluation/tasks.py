@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.hub import require_hub
 from ..errors import InputError
+from ..shell import pip_install
 
 
 def evaluate_tasks(
@@ -56,7 +57,7 @@ def evaluate_tasks(
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise InputError('tasks need lm-eval; pip install "stablemask[eval]"') from error
+        raise InputError(f"tasks need lm-eval: {pip_install('eval')}") from error
 
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)

@@ -21,6 +21,7 @@ from ..data import load_tokenizer
 from ..errors import InputError
 from ..models import StableMaskConfig
 from ..reading import first_line, parse_json, user_path
+from ..shell import pip_install
 from .adapters import adapter_settings, settle
 
 # NAME or OWNER/NAME; anything else can only be a path.
@@ -227,7 +228,7 @@ def _add_adapter(model: PreTrainedModel, name: str) -> None:
 def _read_adapter(name: str) -> tuple[Any, dict[str, Tensor]]:
     """PEFT's configuration of an adapter and its weights."""
     if not is_peft_available():
-        raise InputError(f"{name} is an adapter, which needs PEFT: pip install 'stablemask[train]'")
+        raise InputError(f"{name} is an adapter, which needs PEFT: {pip_install('train')}")
     from peft import PeftConfig
 
     with _one_line(f"the adapter {name}"):

@@ -30,6 +30,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import InputError
 from ..models.cache import CACHE
+from ..shell import pip_install
 from .model import evaluating
 
 Graph = Callable[..., tuple[Tensor, ...]]
@@ -103,7 +104,7 @@ def export_onnx(
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(_MISSING) from error
+        raise InputError(_missing()) from error
     program = export_program(model, cache=cache, shape=shape)
     assert program.example_inputs is not None
     inputs = program.example_inputs[0]
@@ -131,7 +132,7 @@ def load_onnx(path: str | os.PathLike) -> Graph:
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError(_MISSING) from error
+        raise InputError(_missing()) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
 
@@ -167,7 +168,8 @@ def largest_difference(
     )
 
 
-_MISSING = 'ONNX needs packages that are not installed; pip install "stablemask[export]"'
+def _missing() -> str:
+    return f"ONNX needs packages that are not installed: {pip_install('export')}"
 
 
 class _Decoder(nn.Module):

@@ -15,6 +15,7 @@ from ..models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS, StableMa
 from ..models.presets import PRESETS, preset_config
 from ..models.settings import given_settings
 from ..options import option
+from ..shell import pip_install
 from .machine import default_dtype, world_size
 
 # Options that may differ between the parts of a run: they change nothing that is computed, but for the
@@ -361,9 +362,7 @@ class FinetuneOptions(TrainingOptions):
         if self.lora and self.first_layer:
             raise InputError("first_layer goes without --lora, whose adapter is in every layer")
         if self.lora and not _installed("peft"):
-            raise InputError(
-                "lora needs PEFT, which is not installed: pip install 'stablemask[train]'"
-            )
+            raise InputError(f"lora needs PEFT, which is not installed: {pip_install('train')}")
 
     def _check_group(self, switch: str, names: tuple[str, ...]) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
