@@ -84,3 +84,34 @@ def test_bad_stable_mask_arguments_are_named(changes, error, names):
     if "positions" not in changes:  # a decode step
         with torch.no_grad(), pytest.raises(error, match=names):
             _call(stable_mask_attention, query=torch.ones(2, 4, 1, 8), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sink_logits", torch.nn.Parameter(torch.zeros(3, 1)), r"got shape \(3, 1\); one per head"),
+        ("sink_logits", float("nan"), "must be a number or a tensor, got nan"),
+        ("scale", float("inf"), "scale must be a finite number, got inf"),
+        ("scale", float("nan"), "scale must be a finite number, got nan"),
+        ("window", 0, "window must be an int of at least 1, or None, got 0"),
+        ("dropout_p", 1.5, r"dropout_p must be in \[0, 1\), got 1.5"),
+        ("alibi_slopes", torch.ones(3), r"alibi_slopes must be \(heads,\) = \(\w+,\), got"),
+        ("gamma", -1.5, "gamma must be greater than 0 with an infinite horizon, got -1.5"),
+        ("gamma", torch.nn.Parameter(torch.ones(3)), r"\(heads,\) = \(4,\), got shape \(3,\)"),
+        ("positions", torch.arange(5), r"positions must be \(q_len,\) or \(batch, q_len\)"),
+        ("horizon", -1, "horizon must be at least 0, got -1"),
+    ],
+)
+def test_bad_arguments_are_named_where_they_are_symbols(name, value, message):
+    stable = name in ("gamma", "positions", "horizon")
+
+    def attend(query, key, value, argument):
+        arguments = {**({"gamma": 0.1} if stable else {"sink_logits": 0.0}), name: argument}
+        function = stable_mask_attention if stable else sink_attention
+        return function(query, key, value, **arguments)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    query, key, values = (torch.randn(2, 4, 6, 8) for _ in range(3))
+    with pytest.raises(Exception, match=message):
+        compiled(query, key, values, value)

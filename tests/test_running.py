@@ -117,6 +117,75 @@ def test_one_graph_serves_every_length_without_gradients():
             torch.testing.assert_close(compiled(*inputs), attend(*inputs))
 
 
+@pytest.mark.parametrize(
+    ("graphs", "attend", "changing"),
+    [
+        (1, lambda q, k, v, x: sink_attention(q, k, v, x), [0.3, -1.0, 0.0, 2.0]),
+        (1, lambda q, k, v, x: sink_attention(q, k, v, x), [2, -3, 4]),
+        (1, lambda q, k, v, x: stable_mask_attention(q, k, v, gamma=x), [0.3, 0.1, 0.02]),
+        (1, lambda q, k, v, x: stable_mask_attention(q, k, v, gamma=0.1, horizon=x), [9, 30, 12]),
+        (1, lambda q, k, v, x: sink_attention(q, k, v, 0.0, window=x), [3, 5, 2]),
+        (1, lambda q, k, v, x: sink_attention(q, k, v, 0.0, scale=x, backend="blocks"), [0.3, -2.0, 1.0]),
+        # The stock attention too takes a scale for a constant.
+        (3, lambda q, k, v, x: sink_attention(q, k, v, 0.0, scale=x), [0.3, 0.2, 1.0]),
+    ],
+    ids=["sink", "integral sink", "gamma", "horizon", "window", "scale", "scale of a kernel"],
+)  # fmt: skip
+def test_numbers_may_change_between_compiled_calls(attend, changing, graphs):
+    torch._dynamo.reset()
+    seen = []
+
+    def count(graph, _):
+        seen.append(graph)
+        return graph
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=count)
+    for length, number in enumerate(changing, start=7):
+        inputs = [t.detach() for t in make_inputs(2, 4, 2, length, length, 8, torch.float32)]
+        torch.testing.assert_close(compiled(*inputs, number), attend(*inputs, number))
+    assert len(seen) <= graphs
+
+
+@pytest.mark.parametrize("in_graph", [True, False], ids=["input", "closure"])
+def test_parameters_keep_their_sizes_where_lengths_are_symbols(in_graph):
+    """The compiler takes the size of a parameter for a constant, and that of an input for a symbol."""
+    sinks = torch.nn.Parameter(torch.randn(4, 1))
+    gamma = torch.nn.Parameter(head_decay_rates(4))
+
+    def attend(query, key, value, sinks=sinks, gamma=gamma):
+        length = key.shape[2]
+        mass = stable_mask_attention(
+            query,
+            key,
+            value,
+            gamma=gamma,
+            positions=torch.arange(length),
+            alibi_slopes=gamma.detach(),
+        )
+        return mass + sink_attention(
+            query, key, value, sinks, attn_mask=torch.ones(length).bool(), documents=torch.arange(length) // 4
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (7, 12):
+        inputs = make_inputs(2, 4, 2, length, length, 8, torch.float32)
+        if in_graph:
+            assert_equals_eager(compiled, attend, (*inputs, sinks, gamma))
+            continue
+        with torch._dynamo.config.patch(error_on_recompile=length > 7):
+            assert_equals_eager(compiled, attend, inputs)
+
+
+def test_shapes_alone_are_enough():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        query, key, value = make_inputs(2, 4, 2, 9, 9, 8, torch.float32, value_dim=5)
+        out = stable_mask_attention(query, key, value, gamma=head_decay_rates(4))
+        assert out.shape == (2, 4, 9, 5)
+
+
 def test_compiles_with_inductor():
     inputs = make_inputs(1, 2, 2, 16, 16, 8, torch.float32)
     torch._dynamo.reset()
@@ -140,6 +209,24 @@ def test_exports(dynamic, masks):
     shapes = [{2: torch.export.Dim("length", min=2, max=512)}] * 3 if dynamic else None
     program = torch.export.export(Module(), inputs(16), dynamic_shapes=shapes)
     for length in (16, 33, 300) if dynamic else (16,):
+        tensors = inputs(length)
+        torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_numbers_that_follow_the_length(strict):
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value):
+            length = key.shape[2]
+            whole = stable_mask_attention(query, key, value, gamma=1 / length)
+            return whole + sink_attention(query, key, value, 0.1 * length, window=length // 2)
+
+    def inputs(length):
+        return tuple(t.detach() for t in make_inputs(1, 2, 2, length, length, 8, torch.float32))
+
+    shapes = [{2: torch.export.Dim("length", min=2, max=512)}] * 3
+    program = torch.export.export(Module(), inputs(16), dynamic_shapes=shapes, strict=strict)
+    for length in (16, 33):
         tensors = inputs(length)
         torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
 

@@ -1,9 +1,12 @@
 """The checks of every public function's arguments, in the words of the caller.
 
-Inside, arguments are trusted.
+Inside, arguments are trusted. While a compiler or an exporter traces, sizes and numbers may be symbols, and
+the checks hold of them all the same: they compare, for neither ``in`` nor ``math`` knows a symbol.
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -33,9 +36,12 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
     key_batch, kv_heads, kv_len, key_dim = key.shape
     value_batch, value_heads, value_len, _ = value.shape
     if not batch == key_batch == value_batch:
-        raise ValueError(f"batch differs: query {batch}, key {key_batch}, value {value_batch}")
+        raise ValueError(
+            f"batch differs: query {shown(batch)}, key {shown(key_batch)}, "
+            f"value {shown(value_batch)}"
+        )
     if key_dim != head_dim:
-        raise ValueError(f"head_dim differs: query {head_dim}, key {key_dim}")
+        raise ValueError(f"head_dim differs: query {shown(head_dim)}, key {shown(key_dim)}")
     if head_dim == 0:
         raise ValueError("head_dim must be at least 1, got 0")
     if kv_heads != value_heads or kv_len != value_len:
@@ -44,15 +50,15 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
             f"and {(value_heads, value_len)}"
         )
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
-    if past is not None and not isinstance(past, (int, torch.SymInt)):
+        raise ValueError(f"kv_heads must divide heads, got {shown(kv_heads)} and {shown(heads)}")
+    if past is not None and not is_int(past):
         raise TypeError(f"past must be an int, got {past!r}")
     if past is None and kv_len < q_len:
-        raise ValueError(f"kv_len must be at least q_len, got {kv_len} and {q_len}")
+        raise ValueError(f"kv_len must be at least q_len, got {shown(kv_len)} and {shown(q_len)}")
     if past is not None and not (past >= 0 and (past + q_len <= kv_len or past >= kv_len)):
         raise ValueError(
-            f"past must be from 0 to kv_len - q_len = {kv_len - q_len}, or at least kv_len = "
-            f"{kv_len} where every row comes after every key, got {past}"
+            f"past must be from 0 to kv_len - q_len = {shown(kv_len - q_len)}, or at least kv_len = "
+            f"{shown(kv_len)} where every row comes after every key, got {shown(past)}"
         )
 
 
@@ -75,20 +81,18 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
     """Sink logits as a three-dimensional tensor on the device of query."""
-    if _is_number(sink_logits):
-        if math.isnan(sink_logits):
+    if is_number(sink_logits):
+        if sink_logits != sink_logits:
             raise ValueError("sink_logits must be a number or a tensor, got nan")
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        return torch.full((1, 1, 1), float(sink_logits), dtype=dtype, device=query.device)
+        return torch.full((1, 1, 1), sink_logits, dtype=dtype, device=query.device)
     if not isinstance(sink_logits, Tensor) or not sink_logits.dtype.is_floating_point:
         kind = sink_logits.dtype if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
         raise TypeError(f"sink_logits must be a floating-point tensor or a number, got {kind}")
     if sink_logits.device != query.device:
         raise ValueError(f"sink_logits is on {sink_logits.device}, query on {query.device}")
     rows = query.shape[:3]
-    if sink_logits.dim() > 3 or any(
-        size not in (1, row) for size, row in zip(reversed(sink_logits.shape), reversed(rows))
-    ):
+    if not broadcasts(sink_logits.shape, rows):
         raise ValueError(
             "sink_logits must broadcast to (batch, heads, q_len) = "
             f"{tuple(rows)}, got shape {tuple(sink_logits.shape)}; one per head is (heads, 1)"
@@ -97,25 +101,53 @@ def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
 
 
 def check_dropout(dropout_p: float) -> None:
-    if not _is_number(dropout_p):
+    if not is_number(dropout_p):
         raise TypeError(f"dropout_p must be a number, got {dropout_p!r}")
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        raise ValueError(f"dropout_p must be in [0, 1), got {shown(dropout_p)}")
 
 
 def check_scale(scale: float | None, query: Tensor) -> float:
     """The scale of the scores, ``head_dim ** -0.5`` where None is given."""
     if scale is None:
         return query.shape[-1] ** -0.5
-    if not _is_number(scale):
+    if not is_number(scale):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    return float(scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be a finite number, got {shown(scale)}")
+    return scale * 1.0  # a float, of an int too
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def check_gamma_heads(gamma: float | Tensor, heads: int) -> None:
+    """A rate of each head has as many as there are; the rest is for ``pseudo_logsumexp`` to say."""
+    if isinstance(gamma, Tensor) and gamma.dim() == 1 and not broadcasts(gamma.shape, (heads,)):
+        raise ValueError(
+            f"gamma must be a number or a tensor (heads,) = ({heads},), "
+            f"got shape {tuple(gamma.shape)}"
+        )
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    numbers = (int, float, torch.SymInt, torch.SymFloat)
+    return isinstance(value, numbers) and not isinstance(value, bool)
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def shown(value: object) -> object:
+    """As an error message shows it; a compiler puts a symbol's value into a string, but no symbol."""
+    if is_int(value):
+        return int(value)
+    return float(value) if is_number(value) else repr(value)
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of one shape can be expanded to another."""
+    return len(shape) <= len(to) and all(
+        size == whole or size == 1 for size, whole in zip(reversed(shape), reversed(to))
+    )
 
 
 def check_masks(
@@ -141,9 +173,7 @@ def check_masks(
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
 
     if attn_mask is not None:
-        if attn_mask.dim() > 4 or any(
-            size not in (1, full) for size, full in zip(reversed(attn_mask.shape), reversed(shape))
-        ):
+        if not broadcasts(attn_mask.shape, shape):
             raise ValueError(
                 f"attn_mask must broadcast to (batch, heads, q_len, kv_len) = {shape}, "
                 f"got shape {tuple(attn_mask.shape)}"
@@ -152,18 +182,22 @@ def check_masks(
             raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], kv_len)
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) != (heads,):
+    if alibi_slopes is not None and not (
+        alibi_slopes.dim() == 1 and alibi_slopes.shape[0] == heads
+    ):
         raise ValueError(
             f"alibi_slopes must be (heads,) = ({heads},), got shape {tuple(alibi_slopes.shape)}"
         )
-    if window is not None and (
-        isinstance(window, bool) or not isinstance(window, int) or window < 1
-    ):
-        raise ValueError(f"window must be an int of at least 1, or None, got {window!r}")
+    if window is not None and not (is_int(window) and window >= 1):
+        raise ValueError(f"window must be an int of at least 1, or None, got {shown(window)}")
     if documents is not None:
         if documents.dtype.is_floating_point or documents.dtype.is_complex:
             raise TypeError(f"documents must be an integer tensor, got {documents.dtype}")
-        if tuple(documents.shape) not in ((kv_len,), (1, kv_len), (shape[0], kv_len)):
+        if not (
+            documents.dim() in (1, 2)
+            and documents.shape[-1] == kv_len
+            and broadcasts(documents.shape, (shape[0], kv_len))
+        ):
             raise ValueError(
                 f"documents must be (kv_len,) or (batch, kv_len) = ({shape[0]}, {kv_len}), "
                 f"got shape {tuple(documents.shape)}"

@@ -7,7 +7,16 @@ the sink logits of StableMask, ``backends/`` for the ways of computing.
 import torch
 from torch import Tensor
 
-from .arguments import autocast, check_dropout, check_masks, check_scale, check_sink, check_tensors
+from .arguments import (
+    autocast,
+    broadcasts,
+    check_dropout,
+    check_gamma_heads,
+    check_masks,
+    check_scale,
+    check_sink,
+    check_tensors,
+)
 from .backends.choice import choose
 from .call import Call
 from .distributed import is_dtensor
@@ -87,16 +96,14 @@ def _sink_logits(
 ) -> Tensor:
     batch, heads, q_len, _ = query.shape
     first = key.shape[2] - q_len
-    if isinstance(gamma, Tensor) and gamma.dim() == 1 and gamma.shape[0] not in (1, heads):
-        raise ValueError(
-            f"gamma must be a number or a tensor (heads,) = ({heads},), "
-            f"got shape {tuple(gamma.shape)}"
-        )
+    check_gamma_heads(gamma, heads)
     if positions is None:
         positions = torch.arange(first, first + q_len, device=query.device)
-    elif isinstance(positions, Tensor) and tuple(positions.shape) not in (
-        (q_len,), (1, q_len), (batch, q_len),
-    ):  # fmt: skip
+    elif (
+        isinstance(positions, Tensor)
+        and positions.dim() in (1, 2)
+        and not (positions.shape[-1] == q_len and broadcasts(positions.shape, (batch, q_len)))
+    ):
         raise ValueError(
             f"positions must be (q_len,) or (batch, q_len) = ({batch}, {q_len}), "
             f"got shape {tuple(positions.shape)}"

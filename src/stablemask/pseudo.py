@@ -14,6 +14,9 @@ import math
 import torch
 from torch import Tensor
 
+from .arguments import is_int, is_number, shown
+from .backends.calls import only_autograd_watches
+
 
 def head_decay_rates(num_heads: int) -> Tensor:
     """Geometric per-head rates ``2^(-8 (h + 1) / num_heads)``, ALiBi's slopes.
@@ -54,7 +57,8 @@ def pseudo_logsumexp(
     """
     _check(positions, gamma, horizon)
     row = positions.to(torch.float64).unsqueeze(-2)
-    if horizon is None and not isinstance(gamma, Tensor):
+    symbolic = torch.compiler.is_compiling() or isinstance(gamma, torch.SymFloat)
+    if horizon is None and not (isinstance(gamma, Tensor) or symbolic):  # `math` knows no symbol
         return (row * -gamma + log_pseudo_mass(0, gamma)).float()
     if isinstance(gamma, Tensor):
         rate = gamma.to(positions.device, torch.float64).reshape(-1, 1)
@@ -119,10 +123,10 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
             f"positions must be (q_len,) or (batch, q_len), got shape {tuple(positions.shape)}"
         )
     if horizon is not None:
-        if not isinstance(horizon, (int, torch.SymInt)) or isinstance(horizon, bool):
+        if not is_int(horizon):
             raise TypeError(f"horizon must be an int or None, got {horizon!r}")
-        if isinstance(horizon, int) and horizon < 0:
-            raise ValueError(f"horizon must be at least 0, got {horizon}")
+        if horizon < 0:
+            raise ValueError(f"horizon must be at least 0, got {shown(horizon)}")
 
     if isinstance(gamma, Tensor):
         if gamma.dim() > 1:
@@ -130,16 +134,15 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
                 f"gamma must be a number or a tensor (heads,), got shape {tuple(gamma.shape)}"
             )
         # Reading values would wait for the device, or break a graph or a transform.
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if traced or gamma.device.type != "cpu":
+        if gamma.device.type != "cpu" or not only_autograd_watches(gamma):
             return
         lowest = float(gamma.detach().amin()) if gamma.numel() else 0.0
         if gamma.isnan().any():
             lowest = float("nan")
-    elif isinstance(gamma, (int, float)) and not isinstance(gamma, bool):
-        lowest = float(gamma)
+    elif is_number(gamma):
+        lowest = gamma
     else:
         raise TypeError(f"gamma must be a number or a tensor (heads,), got {type(gamma).__name__}")
     if not (lowest > 0 or (lowest == 0 and horizon is not None)):
         allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
-        raise ValueError(f"gamma must be {allowed}, got {lowest}")
+        raise ValueError(f"gamma must be {allowed}, got {shown(lowest)}")

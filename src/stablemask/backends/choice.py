@@ -26,7 +26,7 @@ _BY_NAME = {"cpu": ("reference", "flex")}
 _BY_NAME_ELSEWHERE = ("reference",)
 # A lead smaller than this is noise on a shared machine, and does not change the default order.
 _CLEAR_LEAD = 1.2
-# Lengths that stand for all while compiling, where they may be symbols.
+# Lengths that stand for all while a function is traced, where they may be symbols.
 _COMPILED_LENGTH = 2048
 
 KINDS = ("causal", "mask", "alibi", "window", "documents")
@@ -73,14 +73,12 @@ def _rank_of(call: Call) -> tuple[str, ...]:
     query = call.query
     device, dtype, kind = query.device.type, query.dtype, kind_of(call.masks)
     training = needs_gradient(call)
-    if torch.compiler.is_compiling():
+    q_len, kv_len = query.shape[2], call.key.shape[2]
+    if torch.compiler.is_compiling() or not (type(q_len) is type(kv_len) is int):
         return _rank_while_compiling(device, dtype, kind, training)
-    q_len = query.shape[2]
     step = "training" if training else "decode" if q_len == 1 else "inference"
     # Powers of two: a repeated call must not cost a search, nor a growing cache one entry a token.
-    return rank(
-        device, dtype, kind, step, (q_len - 1).bit_length(), (call.key.shape[2] - 1).bit_length()
-    )[0]
+    return rank(device, dtype, kind, step, (q_len - 1).bit_length(), (kv_len - 1).bit_length())[0]
 
 
 @constant_while_compiling

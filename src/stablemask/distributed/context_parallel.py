@@ -29,7 +29,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..arguments import autocast, check_masks, check_scale, check_sink, check_tensors
+from ..arguments import (
+    autocast,
+    check_gamma_heads,
+    check_masks,
+    check_scale,
+    check_sink,
+    check_tensors,
+)
 from ..backends import operators
 from ..backends.calls import sink_gradient
 from ..backends.flash import fit, stock_kernel
@@ -113,11 +120,7 @@ def context_parallel_stable_mask_attention(
     """
     if not isinstance(query, Tensor) or query.dim() != 4:
         check_tensors(query, key, value)
-    heads = query.shape[1]
-    if isinstance(gamma, Tensor) and gamma.dim() == 1 and gamma.shape[0] not in (1, heads):
-        raise ValueError(
-            f"gamma must be a number or a tensor (heads,) = ({heads},), got shape {tuple(gamma.shape)}"
-        )
+    check_gamma_heads(gamma, query.shape[1])
     positions = sequence_positions(
         query.shape[2], group=group, balanced=balanced, device=query.device
     )
