@@ -8,16 +8,19 @@ from stablemask.reading import parse_json, read_json, user_path
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
-def unreadable_paths(folder):
+def unreadable_paths(folder, suffix=".json"):
     """Paths by the reason that the system gives, as a user may write them."""
-    (folder / "file.json").write_text("{}")
-    (folder / "loop.json").symlink_to("loop.json")
+    names = ("none", "folder", "file", "loop", "a" * 300)
+    missing, directory, file, loop, long = (folder / f"{name}{suffix}" for name in names)
+    directory.mkdir()
+    file.write_text("{}")
+    loop.symlink_to(loop.name)
     return {
-        "No such file": folder / "none.json",
-        "Is a directory": folder,
-        "Not a directory": folder / "file.json" / "a.json",
-        "symbolic links": folder / "loop.json",
-        "name too long": folder / ("a" * 300 + ".json"),
+        "No such file": missing,
+        "Is a directory": directory,
+        "Not a directory": file / f"a{suffix}",
+        "symbolic links": loop,
+        "name too long": long,
     }
 
 

@@ -194,7 +194,7 @@ def test_as_a_user_types_it(model_folder):
         ([], "give either --prompt, some text, or --prompts, a file of them"),
         (["--prompt", "a", "--prompts", "b.txt"], "give either --prompt"),
         (["--prompts", "no.txt"], "--prompts needs --out"),
-        (["--prompts", "no.txt", "--out", "b"], "cannot read the prompts 'no.txt': No such file"),
+        (["--prompts", "no.txt", "--out", "b"], "cannot read 'no.txt': No such file"),
         (["--prompts", "a.txt", "--out", "b", "--stream"], "--prompts writes to --out"),
         (
             ["--prompts", "a.txt", "--out", "b", "--batch-size", "0"],

@@ -1,14 +1,18 @@
 """The cache of corpora: entries are whole or absent, whatever kills, fills or damages."""
 
+import errno
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from stablemask.data import prepare_corpus, train_tokenizer
 from stablemask.data.cache import TokenFile
+from stablemask.errors import InputError
 
+from ..test_reading import DEEP, unreadable_paths
 from .conftest import SMALL, entries, write_json_lines
 
 PREPARE = """
@@ -34,6 +38,42 @@ def test_processes_agree_and_share(python, text_folder, tmp_path):
 def damage(cache: Path, name: str, size: int | None) -> None:
     (path,) = cache.glob(f"*/{name}")
     path.unlink() if size is None else os.truncate(path, size)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", DEEP, '{"train": 1}', None])
+def test_an_entry_that_says_nothing_of_use_is_rebuilt(text_folder, caches, read, content):
+    first = prepare_corpus(str(text_folder), **SMALL)
+    (path,) = caches.glob("*/meta.json")
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(content)
+    read.clear()
+    assert prepare_corpus(str(text_folder), **SMALL).key == first.key
+    assert len(read) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(text_folder, tmp_path):
+    paths = unreadable_paths(tmp_path)
+    for reason in ("Not a directory", "symbolic links", "name too long"):
+        path = paths[reason] / "tokens"
+        with pytest.raises(
+            InputError, match=rf"cannot keep tokens in '{path}': .*STABLEMASK_CACHE"
+        ):
+            prepare_corpus(str(text_folder), cache_dir=path, **SMALL)
+
+
+@pytest.mark.parametrize("refused", ["mkdir", "open"])
+def test_a_disk_that_is_only_read_is_named(text_folder, tmp_path, monkeypatch, refused):
+    """No folder can be made there, or one that is there already takes no file."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(*{"mkdir": (Path, "mkdir"), "open": (FileLock, "acquire")}[refused], refuse)
+    with pytest.raises(InputError, match=r"cannot keep tokens in .*Read-only file system"):
+        prepare_corpus(str(text_folder), cache_dir=tmp_path / "disk", **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Conversations: which tokens are scored, how they are cut and padded, and what is refused."""
 
+import datetime
+import decimal
 import gzip
 import json
 from pathlib import Path
@@ -12,8 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stablemask.data import train_tokenizer
 from stablemask.data.chat import IGNORED, is_chat, pad_conversations, prepare_chat
+from stablemask.data.conversations import messages_of
+from stablemask.data.records import read_records
 from stablemask.errors import InputError
 from stablemask.hf import apply_stablemask
+
+from ..test_reading import DEEP
 
 # The same format twice: without and with markers around what the assistant says.
 PLAIN = (
@@ -190,24 +196,127 @@ def test_who_is_held_out_depends_on_the_conversation_alone(tokenizer, tmp_path):
     assert corpus.key != turned.key
 
 
-def test_what_is_a_conversation(tmp_path):
+QUESTION = [("user", "Count:\nto two."), ("assistant", "One, two.")]
+WITH_SYSTEM = [("system", "Be brief."), *QUESTION]
+PARTS = [{"type": "text", "text": "Count:\n"}, {"type": "text", "text": "to two."}]
+
+
+@pytest.mark.parametrize(
+    ("record", "talk"),
+    [
+        ({"prompt": "Count:\nto two.", "completion": "One, two.", "input": None}, QUESTION),
+        ({"instruction": "Count:", "input": "to two.", "output": "One, two."}, QUESTION),
+        ({"instruction": "Count:\nto two.", "input": "", "output": "One, two."}, QUESTION),
+        (
+            {"instruction": "Count:\nto two.", "output": "One, two.", "system": "Be brief."},
+            WITH_SYSTEM,
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "Count:\nto two."},
+                    {"from": "gpt", "value": "One, two.", "weight": None},
+                ]
+            },
+            WITH_SYSTEM,
+        ),
+        ({"conversations": messages(QUESTION)}, QUESTION),
+        ({"messages": messages(QUESTION), "instruction": "x", "output": "y"}, QUESTION),
+        (
+            {"messages": [{"role": "user", "content": PARTS}, messages(QUESTION)[1]]},
+            QUESTION,
+        ),
+    ],
+)
+def test_forms_of_conversations(record, talk, tmp_path):
+    assert messages_of(record, "here") == messages(talk)
+    assert is_chat(write(tmp_path / "a.jsonl", [record]))
+
+
+def test_values_of_parquet_become_text(tokenizer, tmp_path):
+    """Those that JSON does not know; a template may write them."""
+    day = datetime.datetime(2024, 2, 29, 12, 30)
+    talk = [
+        {"role": "user", "content": b"Cost?", "at": day, "day": day.date(), "id": b"\xc3\xa9"},
+        {"role": "assistant", "content": b"Much.", "at": None, "cost": decimal.Decimal("1.50")},
+    ]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": talk}] * 2), path)
+    assert is_chat(str(path))
+    (first, _) = (messages_of(record.fields, record.where) for record in read_records(str(path)))
+    assert first == [
+        {
+            "role": "user", "content": "Cost?", "at": "2024-02-29T12:30:00", "day": "2024-02-29",
+            "id": "é",
+        },
+        {"role": "assistant", "content": "Much.", "cost": "1.50"},
+    ]  # fmt: skip
+    corpus = prepare_chat(str(path), tokenizer, context=99)
+    assert set(by_text(corpus, tokenizer).values()) == {"Much.<|endoftext|>\n"}
+
+
+def test_text_beside_conversations_is_told(tokenizer, source, tmp_path):
+    (tmp_path / "README.md").write_text("what these are")
+    assert is_chat(str(tmp_path))
+    with pytest.warns(match=r"of 2 files in .*, 1 are read; not read: 1 \.md"):
+        prepare_chat(str(tmp_path), tokenizer, context=2048)
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        {"messages": messages(TALKS[0])},
+        {"prompt": "a", "completion": "b"},
+        {"instruction": "a", "output": "b"},
+        {"conversations": []},
+    ],
+)
+def test_text_and_a_conversation_in_a_record(conversation, tmp_path):
+    source = write(tmp_path / "both.jsonl", [{"text": "a"} | conversation])
+    with pytest.warns(match="line 1: .*both 'text' .* read as text; --text-column messages reads"):
+        assert not is_chat(source)
+    assert is_chat(source, text_column="messages")
+
+
+@pytest.mark.parametrize(
+    "record", [{"question": "a", "answer": "b"}, {"body": "a"}, {"prompt": "a"}]
+)
+def test_a_record_that_is_neither_is_told_what_would_be_one(record, tmp_path):
+    columns = ", ".join(sorted(record))
+    wanted = (
+        f"'messages', or 'prompt' and 'completion': no column 'text'; the columns are: {columns}"
+    )
+    with pytest.raises(InputError, match=wanted):
+        is_chat(write(tmp_path / "a.jsonl", [record]))
+
+
+def test_what_is_a_conversation(tmp_path, recwarn):
     chat = {"messages": messages(TALKS[0])}
     assert is_chat(write(tmp_path / "chat.jsonl", [chat]))
     assert is_chat(write(tmp_path / "pair.jsonl", [{"prompt": "a", "completion": "b"}]))
     assert not is_chat(write(tmp_path / "text.jsonl", [{"text": "a"}]))
-    assert not is_chat(write(tmp_path / "both.jsonl", [chat | {"text": "a"}]))
-    assert is_chat(str(tmp_path / "both.jsonl"), text_column="body")
+    assert is_chat(write(tmp_path / "both.jsonl", [chat | {"text": "a"}]), text_column="body")
+    assert not is_chat(str(tmp_path / "both.jsonl"), text_column="text")
     (tmp_path / "prose.txt").write_text("prose")
     for source in (
         "builtin",
         "",
         "/no/such/file.jsonl",
-        str(tmp_path),
+        str(tmp_path / "none"),
         str(tmp_path / "prose.txt"),
     ):
         assert not is_chat(source)
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+DEEP_LIST = "where a list stands that is nested deep"
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
@@ -227,14 +336,48 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"messages": [ANSWER]}, "no assistant answers"),
         ({"prompt": "a", "completion": ""}, "a conversation is wanted"),
         ({"prompt": "a"}, "a conversation is wanted"),
-        ({"other": 1}, "a conversation is wanted"),
+        ({"other": 1}, "a conversation is wanted: 'messages', or 'prompt'.*; it has other$"),
+        ({"instruction": "a", "output": ""}, "a conversation is wanted"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not read"),
+        ({"conversations": "hello"}, "line 2: conversations must be a list"),
+        ({"conversations": []}, "line 2: messages must be a list of at least one"),
+        (
+            {"conversations": [{"from": "bing", "value": "a"}]},
+            "'from' must be one of human, gpt, system, got 'bing'; give others as 'messages'",
+        ),
+        ({"conversations": [{"from": "human"}]}, "content of the user's message must be text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
+            "the user's message must be text or parts of type 'text', got a part of type 'image_url'",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": ["b"]}]}, "type 'text', got str"),
+        ({"messages": [USER, ANSWER | {"more": DEEP_LIST}]}, "nested too deep"),
+        ({"messages": [USER, {"role": ["assistant"]}]}, "role must be"),
+        ({"conversations": [{"from": ["human"]}]}, "'from' must be"),
         ([1, 2], "line 2: a JSON object is wanted"),
     ],
 )
 def test_a_bad_record_is_named(record, match, tokenizer, tmp_path):
     source = write(tmp_path / "bad.jsonl", [{"messages": [USER, ANSWER]}, record])
-    with pytest.raises(InputError, match=match):
+    Path(source).write_text(Path(source).read_text().replace(f'"{DEEP_LIST}"', DEEP))
+    with pytest.raises(InputError, match=match) as info:
         prepare_chat(source, tokenizer, context=99)
+    assert "line 2" in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (b"\xff", "bytes that are no UTF-8 text"),
+        ({1, 2}, "a message holds set, which is no text"),
+        ({(1, 2): 3}, "keys must be str"),
+        (nested(5000), "nested too deep"),
+    ],
+)
+def test_values_that_are_no_text_are_named(value, problem):
+    with pytest.raises(InputError, match=f"row 7: .*{problem}"):
+        messages_of({"messages": [USER, ANSWER | {"more": value}]}, "row 7")
 
 
 def test_damaged_files_and_templates_are_named(tokenizer, source, tmp_path):

@@ -1,4 +1,6 @@
 import collections
+import csv
+import errno
 import gzip
 import json
 import os
@@ -22,6 +24,7 @@ from stablemask.data.sources import (
 )
 from stablemask.errors import InputError
 
+from ..test_reading import DEEP, unreadable_paths
 from .conftest import write_json_lines
 
 
@@ -47,11 +50,31 @@ def test_builtin_is_the_library_without_its_tests():
 
 
 def test_folder_is_read_in_order_of_names(text_folder):
-    (text_folder / "notes.md").write_text("not a source")
     (text_folder / ".hidden.txt").write_text("not a source")
     (text_folder / "part0" / "blank.txt").write_text(" \n")
     paths = sorted(text_folder.rglob("[0-9]*.txt"), key=lambda path: path.as_posix())
     assert load_documents(str(text_folder)) == [path.read_text() for path in paths]
+
+
+def test_what_a_folder_has_beside_text_is_told(tmp_path):
+    for name in ("a.txt", "b.md", "deep/c.MD", "d.html", "e.htm", "f.html", "g.tar.gz", "README"):
+        (tmp_path / "mix" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mix" / name).write_text(f"text of {name}")
+    (tmp_path / "mix/.hidden.html").write_text("")
+    (tmp_path / "mix/other").symlink_to(tmp_path)
+    counts = "2 .html, 1 .htm, 1 .tar.gz, 1 without extension, 1 link to a folder"
+    for _ in range(2):
+        with pytest.warns(match="of 9 files in '.*mix', 3 are read; not read: .*") as told:
+            documents = load_documents(str(tmp_path / "mix"))
+        assert documents == ["text of a.txt", "text of b.md", "text of deep/c.MD"]
+        (warning,) = told
+        found = str(warning.message).partition("not read: ")[2].split(", ")
+        assert sorted(found) == sorted(counts.split(", "))
+
+
+def test_a_folder_of_text_alone_tells_nothing(text_folder, recwarn):
+    load_documents(str(text_folder))
+    assert not recwarn
 
 
 def test_text_is_kept_as_it_is(tmp_path):
@@ -86,13 +109,36 @@ def compress(path: Path) -> list[Path]:
     return packed
 
 
+def write_delimited(path: Path, texts: list[str], delimiter: str) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(
+            [("id", "text"), *((str(number), text) for number, text in enumerate(texts))]
+        )
+    return path
+
+
 def test_record_files_agree(tmp_path, records):
+    records[7] = 'a "quoted",\ttext\r\nof two lines, and a long one: ' + "na " * 60_000
     plain = write_json_lines(tmp_path / "a.jsonl", records)
+    rows = [json.loads(line) for line in plain.read_text().splitlines()]
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    (tmp_path / "pretty.json").write_text("\ufeff\n" + json.dumps(rows, indent=2))
+    (tmp_path / "lines.json").write_text("\n" + plain.read_text())
+    comma = write_delimited(tmp_path / "b.csv", records, ",")
+    tab = write_delimited(tmp_path / "b.tsv", records, "\t")
     parquet = write_parquet(tmp_path / "c.parquet", {"text": records, "id": range(200)})
-    for path in (plain, *compress(plain), parquet):
+    array, pretty, lines = (tmp_path / f"{name}.json" for name in ("array", "pretty", "lines"))
+    packed = [*compress(plain), *compress(comma), *compress(array)]
+    for path in (plain, parquet, array, pretty, lines, comma, tab, *packed):
         assert load_documents(str(path)) == records
         assert split_documents(str(path)) == split_documents(str(plain))
-        assert [record.fields["id"] for record in read_records(str(path))] == list(range(200))
+        ids = [record.fields["id"] for record in read_records(str(path))]
+        assert list(map(int, ids)) == list(range(200))
+
+
+def test_one_record_over_several_lines(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "one", "id": 1}, indent=2))
+    assert load_documents(str(tmp_path)) == ["one"]
 
 
 def test_compressed_text(tmp_path):
@@ -108,6 +154,8 @@ def test_position_goes_to_the_end(tmp_path, records):
     path = write_json_lines(tmp_path / "mix/a.jsonl", records)
     compress(path)
     write_parquet(tmp_path / "mix/c.parquet", {"text": records})
+    write_delimited(tmp_path / "mix/c.csv", records, ",")
+    (tmp_path / "mix/b.json").write_text(json.dumps([{"text": text} for text in records]))
     (tmp_path / "mix/d.txt").write_text("the end")
     source = open_source(str(tmp_path / "mix"))
     assert source.num_bytes == sum(file.stat().st_size for file in (tmp_path / "mix").iterdir())
@@ -251,14 +299,13 @@ def test_empty_file_and_folder(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     refused(tmp_path / "a.txt", "a.txt", "holds no text")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty", "no file that can be read", ".txt and .jsonl")
+    refused(tmp_path / "empty", "empty", "no file that can be read", ".txt, .md, .jsonl")
 
 
 def test_unknown_extension(tmp_path):
     (tmp_path / "a.docx").write_text("text")
-    refused(
-        tmp_path / "a.docx", "a.docx", ".txt and .jsonl, each also with .gz or .zst, and .parquet"
-    )
+    known = ".txt, .md, .jsonl, .json, .csv and .tsv, each also with .gz or .zst, and .parquet"
+    refused(tmp_path / "a.docx", "a.docx", known)
 
 
 @pytest.mark.parametrize("data", [b"ELF\0\1\2", b"caf\xe9 noir", b"\xff\xfea\0b\0"])
@@ -277,12 +324,103 @@ def test_binary_file(tmp_path, data):
         (b'{"body": "x", "id": 1}', "no column 'text'; the columns are: body, id"),
         (b'{"text": 5}', "holds int"),
         (b'{"text": "\\ud800"}', "not valid Unicode"),
+        (b'{"text": ' + DEEP.encode() + b"}", "not a JSON record: it is nested too deep"),
     ],
 )
 def test_malformed_json_lines(tmp_path, line, problem):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     refused(path, "a.jsonl", "line 2", problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[{"text": "a"}, ["b"]]', "record 2: a JSON object is wanted, not list"),
+        ('[{"text": "a"}, {"body": "b"}]', "record 2: no column 'text'; the columns are: body"),
+        ('{"text": "a"}\n{"text": ', "line 2: not a JSON record"),
+        ('[{"text": "a"},', "neither an array nor lines of JSON"),
+        ('{"text": ', "neither an array nor lines of JSON"),
+        ('"text"', "record 1: a JSON object is wanted, not str"),
+        (DEEP, "nested too deep"),
+        ("", "holds no text"),
+    ],
+)
+def test_malformed_json(tmp_path, text, problem):
+    (tmp_path / "a.json").write_text(text)
+    refused(tmp_path / "a.json", "a.json", problem)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"body,id\nx,1\n", "no column 'text'; the columns are: body, id"),
+        (b"text,id\nx,1\ny\n", "line 3: not as many fields as the 2 columns"),
+        (b"text,id\nx,1\ny, z,2\n", "line 3: not as many fields as the 2 columns"),
+        (b'text,id\n"x,1\ny,2\n', "unexpected end of data"),
+        (b'text,id\n"x" y,1\n', "line 2: "),
+        (b"text,id\ncaf\xe9,1\n", "not UTF-8"),
+        (b"", "holds no text"),
+    ],
+)
+def test_malformed_csv(tmp_path, data, problem):
+    (tmp_path / "a.csv").write_bytes(data)
+    refused(tmp_path / "a.csv", "a.csv", problem)
+    (tmp_path / "a.tsv").write_bytes(data.replace(b",", b"\t"))
+    refused(tmp_path / "a.tsv", "a.tsv", problem)
+
+
+def test_conversations_without_text_are_told_where_they_are_read(tmp_path):
+    for columns in ("messages", "conversations", "prompt completion", "instruction output input"):
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps(dict.fromkeys(columns.split(), "x")))
+        refused(path, "no column 'text'", "conversations", "stablemask finetune")
+
+
+def test_columns_are_named_in_few_words(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(f"{'long' * 99}{number}" for number in range(99)) + "\n")
+    with pytest.raises(InputError, match=r"and 79 more$") as info:
+        load_documents(str(path))
+    assert len(str(info.value)) < 1200
+
+
+def test_paths_that_cannot_be_read(tmp_path):
+    paths = unreadable_paths(tmp_path)
+    for reason in ("symbolic links", "name too long", "Not a directory", "No such file"):
+        told = "no file or folder" if reason == "No such file" else reason
+        refused(paths[reason], str(paths[reason]), told)
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix/a.txt").symlink_to("a.txt")
+    refused(tmp_path / "mix", "mix/a.txt", "symbolic links")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    refused(tmp_path / "pipe.jsonl", "pipe.jsonl", "no regular file")
+    refused("~nobody-of-that-name/a.txt", "~nobody-of-that-name")
+    refused("hub:~nobody-of-that-name/a", "~nobody-of-that-name")
+    refused(f"hub:{'a' * 300}", "hub:")
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(text_folder, monkeypatch):
+    def scandir(path, scandir=os.scandir):
+        if str(path).endswith("part1"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(text_folder, "part1", "Permission denied")
+
+
+def test_parquet_of_what_python_cannot_hold(tmp_path):
+    import pyarrow as pa
+
+    damaged = pa.array([b"caf\xe9"]).view(pa.string())
+    path = write_parquet(tmp_path / "a.parquet", {"text": damaged})
+    refused(path, "a.parquet", "not a readable Parquet file")
+    far = pa.array([2**60], pa.timestamp("ms"))
+    path = write_parquet(tmp_path / "b.parquet", {"text": ["fine"], "time": far})
+    assert load_documents(str(path)) == ["fine"]
+    with pytest.raises(InputError, match=r"b\.parquet"):
+        list(read_records(str(path)))
 
 
 def test_malformed_parquet(tmp_path):

@@ -11,6 +11,8 @@ from stablemask.data import tokenizer as module
 from stablemask.data.sources import load_documents
 from stablemask.errors import InputError
 
+from ..test_reading import DEEP
+
 
 @pytest.fixture(scope="module")
 def library() -> list[str]:
@@ -120,11 +122,13 @@ def refused(name: object, *parts: str) -> None:
 def test_missing_and_damaged_tokenizers(tokenizer, tmp_path):
     refused(tmp_path / "none", "no such folder")
     refused("", "no such folder")
+    refused("a" * 300 + "/b/c", "no such folder")
+    refused("~nobody-of-that-name/a", "~nobody-of-that-name")
     refused(tmp_path, "missing or damaged")
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "tokenizer.json"
     whole = file.read_text()
-    for damage in (whole[: len(whole) // 2], "", "{}", whole.replace('"BPE"', '"XYZ"')):
+    for damage in (whole[: len(whole) // 2], "", "{}", whole.replace('"BPE"', '"XYZ"'), DEEP):
         file.write_text(damage)
         refused(tmp_path, "missing or damaged")
     file.write_text(whole)

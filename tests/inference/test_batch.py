@@ -7,6 +7,8 @@ import pytest
 from stablemask.errors import InputError
 from stablemask.inference.batch import answer_prompts, open_answers, read_prompts
 
+from ..test_reading import DEEP, unreadable_paths
+
 PROMPTS = ["one", "zwei 漢字", 'three "quoted"\\', "four", "five", "six", "seven"]
 RECORDS = [{"id": number, "prompt": prompt} for number, prompt in enumerate(PROMPTS)]
 
@@ -67,6 +69,7 @@ def test_messages(write):
         ("p.jsonl", '{"prompt": 3}', "line 1: 'prompt' holds int; text is wanted"),
         ("p.jsonl", '{"prompt": "\\ud800"}', "line 1: not UTF-8 text"),
         ("p.jsonl", '{"prompt": "a", "generated_text": "b"}', "'generated_text' is there already"),
+        ("p.jsonl", '{"prompt": ' + DEEP + "}", "line 1: not a JSON record: it is nested too deep"),
         ("p.jsonl", "x\n" * 23, "line 1: .*; wrong too: 2, 3, .*, 21 and 2 more"),
     ],
 )
@@ -77,11 +80,17 @@ def test_bad_files(write, name, content, words):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "folder.txt"])
-def test_no_file(tmp_path, name):
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(InputError, match=f"cannot read the prompts '.*{name}'"):
-        read_prompts(tmp_path / name)
+def test_no_file(tmp_path):
+    for reason, path in unreadable_paths(tmp_path, ".txt").items():
+        with pytest.raises(InputError, match=f"cannot read '{path}': .*{reason}"):
+            read_prompts(path)
+
+
+def test_answers_nested_deep_are_no_answers(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text('{"prompt": ' + DEEP + "}\n")
+    with pytest.raises(InputError, match="line 1 is no answer"):
+        open_answers(out, RECORDS, resume=True)
 
 
 @pytest.mark.parametrize("prompt", ["hello", [], ["hello"], [{"role": "user"}]])

@@ -13,13 +13,17 @@ from typing import TypeVar
 
 import numpy as np
 
+from stablemask.errors import InputError
+from stablemask.reading import user_path
+from stablemask.writing import BAD_PATH
+
 T = TypeVar("T")
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
     """``cache_dir``, else ``$STABLEMASK_CACHE``, else ``~/.cache/stablemask/corpora``."""
     default = os.environ.get("STABLEMASK_CACHE") or "~/.cache/stablemask/corpora"
-    return Path(cache_dir or default).expanduser().absolute()
+    return user_path(cache_dir or default).absolute()
 
 
 def hash_of(parts: Iterable[str | bytes]) -> str:
@@ -38,10 +42,11 @@ def cached(entry: Path, load: Callable[[Path], T], write: Callable[[Path], None]
     others wait for it. Nothing stays behind where ``write`` fails or is interrupted.
 
     Args:
-        load: raises FileNotFoundError, EOFError, KeyError or ValueError where the folder is missing
+        load: raises OSError, EOFError, KeyError, TypeError or ValueError where the folder is missing
             or damaged; a damaged one is written anew.
 
     Raises:
+        InputError: no folder can be made there.
         OSError: the folder cannot be written, such as on a full disk.
     """
     found = _load(entry, load)
@@ -50,8 +55,17 @@ def cached(entry: Path, load: Callable[[Path], T], write: Callable[[Path], None]
 
     from filelock import FileLock
 
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(entry.with_suffix(".lock")):
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(entry.with_suffix(".lock")).acquire()
+    except OSError as error:
+        if error.errno not in BAD_PATH:
+            raise
+        raise InputError(
+            f"cannot keep tokens in '{entry.parent}': {error.strerror}; name another folder by "
+            "$STABLEMASK_CACHE"
+        ) from error
+    with held:
         found = _load(entry, load)  # another process may have written it meanwhile
         if found is None:
             _write(entry, write)
@@ -62,11 +76,11 @@ def cached(entry: Path, load: Callable[[Path], T], write: Callable[[Path], None]
 
 
 def _load(entry: Path, load: Callable[[Path], T]) -> T | None:
-    if not entry.is_dir():
+    if not os.path.isdir(entry):
         return None
     try:
         return load(entry)
-    except (FileNotFoundError, EOFError, KeyError, ValueError):
+    except (OSError, EOFError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -1,7 +1,6 @@
 """Conversations as training examples: rendered by a chat template, scored on the assistant's tokens.
 
-A record holds ``messages``, each with a ``role`` and a ``content`` (the format of OpenAI), or a
-``prompt`` and a ``completion``, which are a user's and an assistant's message.
+Which records are conversations stands in ``conversations.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stablemask.errors import InputError
+from stablemask.reading import first_line
 
-from .files import first_line
-from .records import Record, read_records, record_files
-from .sources import BUILTIN, HUB_PREFIX, uniform_hash
+from .conversations import WANTED, is_conversation, messages_of
+from .files import check_column
+from .records import first_record, read_records
+from .sources import uniform_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 IGNORED = -100  # the label of a token that is not scored
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -71,15 +72,31 @@ class ChatCorpus:
 
 
 def is_chat(source: str, text_column: str = "text") -> bool:
-    """Whether the first record of ``source`` is a conversation and has no ``text_column``."""
-    if source == BUILTIN or (not source.startswith(HUB_PREFIX) and not record_files(source)):
+    """Whether ``source`` is to be read as conversations: its first record is one, and has no text.
+
+    Text is what stands in ``text_column``, which counts before a conversation and then warns; where the
+    messages themselves stand in it, the record is a conversation.
+
+    Raises:
+        InputError: the record is neither, or cannot be read.
+    """
+    record = first_record(source)
+    if record is None:
         return False
-    for record in read_records(source):
-        names = record.fields.keys()
-        return text_column not in names and (
-            "messages" in names or {"prompt", "completion"} <= names
+    fields, where = record.fields, record.where
+    has_text = text_column in fields and not isinstance(fields[text_column], list)
+    if not is_conversation(fields):
+        if text_column not in fields:
+            conversations = f"{where}: neither text nor a conversation, which holds {WANTED}"
+            check_column(text_column, fields, conversations)
+        return False
+    if has_text:
+        warnings.warn(
+            f"{where}: a record with both {text_column!r} and a conversation is read as text; "
+            "--text-column messages reads the conversation",
+            stacklevel=2,
         )
-    return False
+    return not has_text
 
 
 def prepare_chat(
@@ -121,7 +138,7 @@ def prepare_chat(
     for record in tqdm(
         read_records(source), desc="rendering", unit=" chats", delay=1, disable=None
     ):
-        messages = _messages(record)
+        messages = messages_of(record.fields, record.where)
         try:
             ids, scored = render(messages, tokenizer)
         except InputError as error:
@@ -166,37 +183,6 @@ def pad_conversations(examples: list[dict[str, Tensor]], pad_token_id: int) -> d
         "attention_mask": pad((torch.ones_like(example["input_ids"]) for example in examples), 0),
         "labels": pad((example["labels"] for example in examples), IGNORED),
     }
-
-
-def _messages(record: Record) -> list[dict[str, Any]]:
-    fields, where = record.fields, record.where
-    if "messages" not in fields:
-        texts = (fields.get("prompt"), fields.get("completion"))
-        if not all(isinstance(text, str) and text for text in texts):
-            raise InputError(
-                f"{where}: a conversation is wanted: messages, or a prompt and a completion of text"
-            )
-        return [
-            {"role": r, "content": t} for r, t in zip(("user", "assistant"), texts, strict=True)
-        ]
-    messages = fields["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: messages must be a list of at least one")
-    for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise InputError(
-                f"{where}: a message's role must be one of {', '.join(ROLES)}, got {role!r}"
-            )
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise InputError(f"{where}: the content of the {role}'s message must be text")
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles[1:]:
-        raise InputError(
-            f"{where}: no assistant answers another message, so there is nothing to learn"
-        )
-    # Parquet fills what a message lacks with nulls, which templates do not expect.
-    return [{k: v for k, v in message.items() if v is not None} for message in messages]
 
 
 def _render_by_markers(

@@ -42,11 +42,12 @@ from stablemask.data.tokenizer import (
     train_tokenizer,
 )
 from stablemask.errors import InputError
+from stablemask.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_FORMAT = "2"
+CACHE_FORMAT = "3"
 META_FILE = "meta.json"
 TOKENIZER_BYTES = 1 << 30  # of a larger source, a tokenizer is trained on about as much
 
@@ -276,7 +277,7 @@ def _write_tokens(
 
 
 def _load_tokens(entry: Path) -> tuple[_Tokens, int]:
-    meta = json.loads((entry / META_FILE).read_text())
+    meta = read_json(entry / META_FILE)
     train = _load_array(entry / "train.npy", meta["train"]["tokens"])
     validation = _load_array(entry / "validation.npy", meta["validation"]["tokens"])
     key = hash_of([meta["train"]["hash"], meta["validation"]["hash"], meta["vocabulary"]])

@@ -1,7 +1,7 @@
 """Where documents come from, and which of them are held out for validation.
 
-A *source* is ``builtin``, a file or folder of text, JSON lines or Parquet, or ``hub:OWNER/NAME``.
-Its unit is the *document*: a ``.txt`` or ``.py`` file, or one record of anything else. Documents
+A *source* is ``builtin``, a file or folder of text or of records, or ``hub:OWNER/NAME``.
+Its unit is the *document*: a ``.txt``, ``.md`` or ``.py`` file, or one record of anything else. Documents
 without text are left out.
 
 How a source is split:
@@ -19,25 +19,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import stat
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from stablemask.data.files import (
     EXTENSIONS,
     check_column,
-    first_line,
     is_records,
     is_text,
     read_rows,
     read_text,
+    select,
     walk,
 )
 from stablemask.data.hub import is_hub_name, require_hub
 from stablemask.errors import InputError
+from stablemask.reading import first_line, reading, user_path
 
 BUILTIN = "builtin"
 HUB_PREFIX = "hub:"
@@ -62,10 +66,12 @@ def load_documents(
 
     Args:
         source: ``"builtin"`` (the source text of the running interpreter's standard library, less
-            its tests), the path of a file or folder (searched recursively) of ``.txt`` and ``.jsonl``,
-            each also with ``.gz`` or ``.zst``, and ``.parquet``, or ``"hub:OWNER/NAME[:CONFIG]"``,
-            where ``OWNER/NAME`` may also be a local dataset folder. Of a dataset, the ``train`` and
-            ``validation`` splits are read; other splits stay untouched.
+            its tests), the path of a file or folder (searched recursively), or
+            ``"hub:OWNER/NAME[:CONFIG]"``, where ``OWNER/NAME`` may also be a local dataset folder.
+            Text is ``.txt`` and ``.md``; records are ``.jsonl``, ``.json`` (an array, or lines),
+            ``.csv`` and ``.tsv``; all of these also with ``.gz`` or ``.zst``, and ``.parquet``. A
+            warning counts the other files of a folder. Of a dataset, the ``train`` and ``validation``
+            splits are read; other splits stay untouched.
         split: which documents; ``"all"`` is both sides, uncut. See the module for the rule.
         text_column: the field of a record that holds its text.
         validation_fraction: between 0 and 1, the expected share of validation.
@@ -255,10 +261,10 @@ class _Files(Source):
 
 
 def _file(path: Path, root: Path) -> _File:
-    try:
+    with reading(path):
         status = path.stat()
-    except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"cannot read '{path}': it is no regular file, and data are read twice")
     return _File(path, path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns)
 
 
@@ -280,14 +286,17 @@ class _StandardLibrary(_Files):
 
 
 def _path_source(source: str) -> _Files:
-    path = Path(source).expanduser()
-    if not source or not path.exists():
+    path = user_path(source)
+    mode = 0
+    with reading(path), suppress(FileNotFoundError):
+        mode = path.stat().st_mode if source else 0
+    if not mode:
         raise InputError(
             f"no file or folder {source!r}; a source is {BUILTIN!r}, a path, "
             f"or '{HUB_PREFIX}OWNER/NAME[:CONFIG]'"
         )
-    if path.is_dir():
-        files = [file for file in walk(path) if is_text(file) or is_records(file)]
+    if stat.S_ISDIR(mode):
+        files = select(path, lambda file: is_text(file) or is_records(file))
         root, wrong = path, f"the folder {source!r} has no file that can be read, which are"
     else:
         files = [path] if is_text(path) or is_records(path) else []
@@ -357,8 +366,8 @@ def load_dataset_splits(source: str, *, streaming: bool = False) -> Any:
         InputError: it cannot be loaded, or has no ``train`` split.
     """
     name, _, config = source.removeprefix(HUB_PREFIX).partition(":")
-    folder = Path(name).expanduser()
-    is_local = bool(name) and folder.is_dir()
+    folder = user_path(name)
+    is_local = bool(name) and os.path.isdir(folder)
     if not is_local:
         if not is_hub_name(name):
             raise InputError(

@@ -8,7 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import InputError
-from .files import check_column, first_line
+from ..reading import first_line
+from .files import check_column
 from .sources import (
     HUB_PREFIX,
     Document,

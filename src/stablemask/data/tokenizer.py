@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from stablemask.data.hub import is_hub_name, require_hub
 from stablemask.errors import InputError
+from stablemask.reading import first_line, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -72,8 +74,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         InputError: it is missing, damaged, cannot be reached, or has no end token.
     """
     name_or_path = str(name_or_path)
-    folder = Path(name_or_path).expanduser()
-    is_local = bool(name_or_path) and folder.exists()
+    folder = user_path(name_or_path)
+    is_local = bool(name_or_path) and os.path.exists(folder)
     wanted = f"tokenizer {name_or_path!r}"
     if not is_local:
         if not is_hub_name(name_or_path):
@@ -87,8 +89,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             str(folder) if is_local else name_or_path, trust_remote_code=False
         )
     except Exception as error:  # a damaged file raises anything, a bare Exception included
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{wanted} is missing or damaged: {reason}") from error
+        raise InputError(f"{wanted} is missing or damaged: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{wanted} has no end token (eos_token), which separates documents")
     tokenizer.padding_side = "left"
@@ -97,12 +98,25 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def splitter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Iterator[str]]:
+    """A function that cuts a document into pieces whose tokens together are those of the whole.
+
+    It is :func:`split_long` for a byte-level tokenizer that is known to part words where that cuts, and
+    leaves a document whole for every other: what puts a space in front of a text (Llama 2, Metaspace,
+    ``add_prefix_space``) would do so at each cut, and a normalizer may join what a cut parts.
+    """
+    return split_long if tokenizer.is_fast and _parts_at_cuts(tokenizer) else _whole
+
+
+def _whole(document: str) -> Iterator[str]:
+    yield document
+
+
 def split_long(document: str) -> Iterator[str]:
     """Cut a long document into pieces that can be tokenised apart, in parallel and little memory.
 
-    A cut stands before a lone space or after a lone newline. The byte-level pre-tokenisers in use
-    (of GPT-2, of GPT-4 and Llama 3) part words there in any case, so the tokens are those of the
-    whole. Text without such a place stays in one piece.
+    A cut stands before a lone space or after a lone newline, where the byte-level pre-tokenizers of
+    GPT-2, Llama 3 and Qwen 2 part words in any case. Text without such a place stays in one piece.
     """
     start = 0
     while len(document) - start > PIECE_CHARACTERS:
@@ -115,3 +129,46 @@ def split_long(document: str) -> Iterator[str]:
 
 
 _CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+
+# Patterns without a match that goes over a cut, or that is another where the text ends there.
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+LLAMA_3 = _CONTRACTIONS + _WORDS % "{1,3}"  # and GPT-4
+QWEN_2 = _CONTRACTIONS + _WORDS % ""
+
+
+def _parts_at_cuts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    backend = tokenizer.backend_tokenizer
+    normalizer, words = backend.normalizer, backend.pre_tokenizer
+    # No character composes with a space or a newline before or after it.
+    if normalizer is not None and json.loads(normalizer.__getstate__())["type"] != "NFC":
+        return False
+    if words is None or not _words_part(json.loads(words.__getstate__())):
+        return False
+    # Special tokens are read as text.
+    added = [token for token in backend.get_added_tokens_decoder().values() if not token.special]
+    return not any(t.lstrip or t.rstrip or _mixes_space(t.content) for t in added)
+
+
+def _words_part(state: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer, as it is saved, ends a word at each cut and adds nothing to the next."""
+    *steps, last = state.get("pretokenizers", [state])
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return False
+    known = last["use_regex"]
+    for step in steps:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}:
+                if regex not in (LLAMA_3, QWEN_2) or step["invert"]:
+                    return False
+                known = True
+            case {"type": "Digits"}:  # which touch no space
+                pass
+            case _:
+                return False
+    return known
+
+
+def _mixes_space(text: str) -> bool:
+    """Whether a cut may fall inside ``text``: at the edge of a lone space or newline in it."""
+    return not text.isspace() and any(character.isspace() for character in text)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..bars import progress_bar
 from ..errors import InputError
+from ..reading import parse_json, reading, user_path
 
 ANSWER = "generated_text"  # as Transformers' text-generation pipeline calls it
 
@@ -27,15 +28,13 @@ def read_prompts(path: str | os.PathLike, *, chat: bool = False) -> dict[int, Re
         InputError: there is no such file, it holds no prompts, or some of its lines are not prompts;
             it names them.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise InputError(f"prompts must be a .txt or .jsonl file, got {str(path)!r}")
     records: dict[int, Record] = {}
     wrong: dict[int, str] = {}
-    try:
+    with reading(path):
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise InputError(f"cannot read the prompts {str(path)!r}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -63,7 +62,7 @@ def refuse_lines(path: str | os.PathLike, wrong: dict[int, str]) -> None:
 
 def _parse_record(text: str, chat: bool) -> Record:
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError as error:
         raise ValueError(f"not a JSON record: {error}") from None
     if not isinstance(record, dict) or "prompt" not in record:
@@ -74,7 +73,10 @@ def _parse_record(text: str, chat: bool) -> Record:
     if not isinstance(prompt, str) and not (chat and _are_messages(prompt)):
         wanted = "text, or a list of messages with role and content" if chat else "text"
         raise ValueError(f"'prompt' holds {type(prompt).__name__}; {wanted} is wanted")
-    _encode(record)  # JSON can escape half of a surrogate pair, which no file can hold
+    try:
+        _encode(record)  # JSON can escape half of a surrogate pair, which no file can hold
+    except RecursionError:
+        raise ValueError("not a JSON record: it is nested too deep") from None
     return record
 
 
@@ -122,7 +124,7 @@ def open_answers(path: Path, records: Sequence[Record], *, resume: bool) -> int:
 
 def _answers(line: bytes, record: Record) -> bool:
     try:
-        answer = json.loads(line)
+        answer = parse_json(line)
         return isinstance(answer.pop(ANSWER), str) and _encode(answer) == _encode(record)
     except (ValueError, AttributeError, KeyError):
         return False
