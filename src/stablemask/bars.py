@@ -14,4 +14,5 @@ def bars_are_seen() -> bool:
 
 def progress_bar(*args: Any, show: bool = True, **options: Any) -> tqdm:
     """tqdm's bar, with its arguments; none where ``show`` is false or nobody would see it."""
-    return tqdm(*args, disable=not (show and bars_are_seen()), **options)
+    make: Any = tqdm  # whose arguments are its own affair
+    return make(*args, disable=not (show and bars_are_seen()), **options)

@@ -1,8 +1,10 @@
 """`stablemask evaluate`, on a saved model."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 
 from stablemask.cli.main import main
 from stablemask.data import load_documents, load_tokenizer, tokenize_documents
@@ -96,6 +98,7 @@ def test_as_a_user_types_it(model_folder, text_file):
         (["--lengths", "1"], "length must be at least 2, got 1"),
         (["--lengths", "16,32", "--stride", "0"], "stride must be from 1"),
         (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--dtype", "float8"], "--dtype: 'float8' is not one of auto, float32, bfloat16, float16"),
         (["--split", "test"], "--split: 'test' is not one of validation, train, all"),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
@@ -178,3 +181,97 @@ def test_a_perplexity_past_all_bounds_is_valid_json(model_folder, text_file, tmp
     (result,) = json.loads(last, parse_constant=refuse)["results"]
     assert result["perplexity"] is None
     assert result["nats_per_token"] > 710
+
+
+@pytest.fixture
+def run_folder(model_folder, tmp_path):
+    """A model in a folder whose record says what a test has it say."""
+    folder = tmp_path / "run"
+    shutil.copytree(model_folder, folder)
+
+    def record(command="pretrain", conversations=None, **options):
+        (folder / f"{command}.yaml").write_text(yaml.safe_dump(options))
+        (folder / "run.json").write_text(json.dumps({"conversations": conversations or {}}))
+        return folder
+
+    return record
+
+
+def evaluated(folder, capsys, *argv) -> tuple[list[str], dict]:
+    assert main(["evaluate", "--model", str(folder), "--lengths", "16", *argv]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    return table, json.loads(last)
+
+
+@pytest.fixture
+def records(tmp_path) -> str:
+    path = tmp_path / "records.jsonl"
+    lines = [{"body": f"the lazy dog {i} " * 9, "text": "fox " * 20} for i in range(80)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+@pytest.mark.parametrize("split", ["validation", "train", "all"])
+def test_a_run_is_scored_on_what_it_held_out(run_folder, records, capsys, split):
+    folder = run_folder(data=records, text_column="body", mixture=[])
+    asked = ["--data", records, "--text-column", "body", "--split", split]
+    _, expected = evaluated(folder, capsys, *asked)
+    table, found = evaluated(folder, capsys, "--split", split)
+    assert records in table[0]
+    assert found["data"] == records
+    for ours, theirs in zip(found["results"], expected["results"], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    _, other = evaluated(folder, capsys, "--split", split, "--text-column", "text")
+    assert other["results"][0]["nats_per_token"] != found["results"][0]["nats_per_token"]
+
+
+def test_a_mixture_a_checkpoint_and_the_last_of_two_trainings(
+    run_folder, records, text_file, capsys
+):
+    folder = run_folder(data="builtin", mixture=[f"{text_file}=1", f"{records}=2"])
+    tokens = {}
+    for data in (text_file, records):
+        _, found = evaluated(folder, capsys, "--data", data)
+        tokens[data] = found["results"][0]["tokens"] + 1
+    _, mixed = evaluated(folder, capsys)
+    assert mixed["results"][0]["tokens"] + 1 == sum(tokens.values())
+
+    checkpoint = folder / "checkpoints/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+        shutil.copy(path, checkpoint)
+    assert evaluated(checkpoint, capsys)[1]["data"] == mixed["data"]
+    run_folder("finetune", data=records)
+    assert evaluated(folder, capsys)[1]["data"] == records
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"data": "gone.txt"}, "was trained on what cannot be read here ("),
+        ({"data": "hub:a/b", "streaming": True}, "was trained on a stream of hub:a/b; name a text"),
+        ({"data": "chats.jsonl", "conversations": {"train": 3}}, "was finetuned on conversations"),
+        ({"data": [1]}, "pretrain.yaml is damaged: it names no data"),
+    ],
+)
+def test_a_run_whose_text_cannot_be_had_asks_for_one(run_folder, capsys, record, words):
+    assert main(["evaluate", "--model", str(run_folder(**record))]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_model_that_is_no_run_asks_for_a_text(model_folder, capsys):
+    assert main(["evaluate", "--model", model_folder]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not say what it was trained on; name a text to score: --data" in line
+    assert main(["evaluate", "--model", "no/such/folder"]) == 2
+    assert "no model folder at 'no/such/folder'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
+def test_dtype(run, model_folder, text_file, dtype):
+    _, summary = run("--lengths", "32", "--dtype", dtype, "--split", "all", "--max-tokens", "500")
+    assert summary["dtype"] == dtype.replace("auto", "float32")
+    model = load_model(model_folder, dtype=dtype.replace("auto", "float32"))
+    tokens = tokenize_documents(load_documents(text_file), load_tokenizer(model_folder))
+    expected = perplexity(model, tokens, length=32, max_tokens=500, progress=False)
+    assert summary["results"][0]["nats_per_token"] == expected.nats_per_token

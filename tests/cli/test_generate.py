@@ -55,6 +55,19 @@ def test_config_file(run, tmp_path):
     assert run("--config", str(config)) == run("--prompt", "the quick")
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_dtype(run, monkeypatch, dtype):
+    seen = []
+
+    def spy(model, *args, **options):
+        seen.append(str(model.dtype))
+        return generate(model, *args, **options)
+
+    monkeypatch.setattr(command, "generate", spy)
+    assert run("--prompt", "the quick", "--dtype", dtype).startswith("the quick")
+    assert seen == [f"torch.{dtype}".replace("auto", "float32")]
+
+
 @pytest.mark.parametrize("argv", [[], ["--temperature", "1.5", "--seed", "3"]])
 def test_a_window(run, model_folder, argv):
     settings = {"temperature": 1.5, "seed": 3} if argv else {}
@@ -185,6 +198,7 @@ def test_as_a_user_types_it(model_folder):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--dtype", "int8"], "--dtype: 'int8' is not one of auto, float32, bfloat16, float16"),
         (["--prompt", "a", "--model", "no/such/folder"], "no/such/folder"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0"),

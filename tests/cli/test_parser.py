@@ -9,6 +9,7 @@ import pytest
 from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError
 from stablemask.options import load_yaml, option, save_yaml
+from stablemask.training.options import FinetuneOptions, PretrainOptions
 
 
 @dataclass(kw_only=True)
@@ -199,3 +200,18 @@ def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path):
         save_yaml(Options(model=object()), path)  # type: ignore[arg-type]
     assert load_yaml(path)["model"] == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["saved.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "argv", "words"),
+    [
+        (PretrainOptions, ["--gamma", "fast"], "'fast' is not a number or one of slopes, learned"),
+        (PretrainOptions, ["--hold", "soon"], "'soon' is not a whole number or one of never"),
+        (FinetuneOptions, ["--gamma", "learned"], "'learned' is not a number or one of slopes or"),
+        (FinetuneOptions, ["--hold", "1.5"], "'1.5' is not a whole number or one of never"),
+    ],
+)
+def test_a_training_option_that_takes_numbers_and_names_names_them_all(options, argv, words):
+    with pytest.raises(InputError) as caught:
+        parse_options(options, argv)
+    assert words in str(caught.value)

@@ -3,7 +3,7 @@
 """
 
 import time
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +11,14 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from stablemask import __version__, strict_json
+from stablemask.cli.models import device_option, dtype_option, load
 from stablemask.data import load_documents, load_tokenizer, tokenize_documents
 from stablemask.errors import InputError
 from stablemask.evaluation import perplexity, perplexity_text
 from stablemask.evaluation.tasks import evaluate_tasks, results_table
-from stablemask.hf.loading import load_model
-from stablemask.inference.model import choose_device
+from stablemask.hf.loading import load_config
 from stablemask.options import option
+from stablemask.training.trained_on import TrainedOn, trained_on
 
 SUMMARY = "perplexity of a model on a text by length, or its scores in tasks"
 
@@ -29,9 +30,15 @@ OF_TASKS = ("include_path", "limit", "num_fewshot")
 @dataclass(kw_only=True)
 class EvaluateOptions:
     model: str = option(MISSING, "folder or hub name of the model")
-    data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
+    data: str | None = option(
+        None,
+        "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]; by default what the model was "
+        "trained on, where its folder says so",
+    )
     split: Literal["validation", "train", "all"] = option("validation", "which part of the data")
-    text_column: str = option("text", "field of a record that holds its text")
+    text_column: str | None = option(
+        None, "field of a record that holds its text; by default text, or that of the training"
+    )
     lengths: list[str] = option(["1x", "2x", "4x"], "in tokens, or in training lengths")
     stride: int | None = option(None, "new tokens a window scores; by default half its length")
     max_tokens: int | None = option(None, "read so many tokens of the text at most")
@@ -42,18 +49,51 @@ class EvaluateOptions:
     batch_size: int | None = option(
         None, "windows in a batch, by default what memory allows; of tasks, requests, by default 1"
     )
-    device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
+    dtype: str = dtype_option()
+    device: str | None = device_option()
     json: bool = option(False, "print the JSON line alone, without the table")
 
 
 def run(options: EvaluateOptions) -> None:
     _refuse_mixture(options)
-    device = choose_device(options.device)
-    model = load_model(options.model, device=device)
-    if options.tasks:
+    text = None if options.tasks else _text(options)  # before the weights are read
+    model = load(options.model, options.dtype, options.device)
+    if text is None:
         _run_tasks(options, model)
     else:
-        _run_perplexity(options, model)
+        _run_perplexity(options, model, text)
+
+
+def _text(options: EvaluateOptions) -> TrainedOn:
+    """What is to be scored: what was asked for, or what the model was trained on."""
+    if options.data is not None:
+        return TrainedOn([options.data], options.text_column or "text")
+    load_config(options.model)  # where there is no model, that is to be said
+    text = trained_on(options.model)
+    if text is None:
+        raise InputError(
+            f"{options.model} does not say what it was trained on; name a text to score: --data, such as "
+            "--data builtin or a file"
+        )
+    return replace(text, text_column=options.text_column or text.text_column)
+
+
+def _documents(options: EvaluateOptions, text: TrainedOn) -> list[str]:
+    try:
+        return [
+            document
+            for source in text.sources
+            for document in load_documents(
+                source, split=options.split, text_column=text.text_column
+            )
+        ]
+    except InputError as error:
+        if options.data is not None:
+            raise
+        raise InputError(
+            f"{options.model} was trained on what cannot be read here ({error}); name a text to score: "
+            "--data"
+        ) from error
 
 
 def _refuse_mixture(options: EvaluateOptions) -> None:
@@ -92,10 +132,14 @@ def _run_tasks(options: EvaluateOptions, model: PreTrainedModel) -> None:
     print(strict_json.dumps(summary))
 
 
-def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel) -> None:
+def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel, text: TrainedOn) -> None:
     lengths = parse_lengths(options.lengths, model)
     tokenizer = load_tokenizer(options.model)
-    documents = load_documents(options.data, split=options.split, text_column=options.text_column)
+    documents = _documents(options, text)
+    sources = ", ".join(text.sources)
+    if options.data is None and not options.json:
+        part = "all" if options.split == "all" else f"the {options.split} part"
+        print(f"{part} of {sources}, which {options.model} was trained on")
     tokens = tokenize_documents(documents, tokenizer)
     bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
 
@@ -125,10 +169,11 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel) -> None:
 
     summary = {
         "model": options.model,
-        "data": options.data,
+        "data": sources,
         "split": options.split,
         "trained_length": trained_length(model),
         "results": results,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "versions": _versions("torch"),
     }

@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stablemask.cli.models import device_option, dtype_option, load
 from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
-from stablemask.hf.loading import load_model
 from stablemask.inference import generate
 from stablemask.inference.batch import answer_prompts, open_answers, read_prompts, refuse_lines
 from stablemask.inference.generate import check_chat_template, check_settings, encode_prompt
-from stablemask.inference.model import choose_device
 from stablemask.options import option
 from stablemask.writing import only_writer
 
@@ -42,7 +41,8 @@ class GenerateOptions:
         None, "let a token see so many tokens, and keep no more: a text may then go on for ever"
     )
     stream: bool = option(False, "print the text as it comes")
-    device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
+    dtype: str = dtype_option()
+    device: str | None = device_option()
 
 
 def run(options: GenerateOptions) -> None:
@@ -94,8 +94,7 @@ def _settings(options: GenerateOptions) -> dict[str, Any]:
 
 def _load(options: GenerateOptions) -> tuple[Callable[..., list[str]], Callable[..., list[int]]]:
     """``generate`` and ``encode_prompt`` for the model and the settings of the command."""
-    device = choose_device(options.device)
-    model = load_model(options.model, device=device)
+    model = load(options.model, options.dtype, options.device)
     tokenizer = load_tokenizer(options.model)
     if options.chat:
         check_chat_template(tokenizer)

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from stablemask.cli.models import device_option, dtype_option, load
 from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
-from stablemask.hf import load_model
-from stablemask.inference.model import choose_device
 from stablemask.options import option
 from stablemask.report.inspection import MAP_BYTES, MAX_TOKENS, Inspection, inspect_model
 from stablemask.report.inspection_page import render_inspection, summary_rows
@@ -24,11 +23,11 @@ class InspectOptions:
     out: str = option(MISSING, "the HTML file to write")
     against: str | None = option(None, "folder or hub name of a second model, shown side by side")
     max_tokens: int = option(64, f"read so many tokens of the text at most, 2 to {MAX_TOKENS}")
-    device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
+    dtype: str = dtype_option()
+    device: str | None = device_option()
 
 
 def run(options: InspectOptions) -> None:
-    device = choose_device(options.device)
     names = [options.model] if options.against is None else [options.model, options.against]
     if len(set(names)) < len(names):
         raise InputError(f"--against must be another model, got {options.against} twice")
@@ -37,7 +36,7 @@ def run(options: InspectOptions) -> None:
         for name, label in zip(names, _labels(names), strict=True):
             inspections.append(
                 inspect_model(
-                    load_model(name, device=device),
+                    load(name, options.dtype, options.device),
                     load_tokenizer(name),
                     options.text,
                     label=label,

@@ -4,10 +4,9 @@ from dataclasses import MISSING, dataclass
 
 from transformers.utils.import_utils import is_serve_available
 
+from stablemask.cli.models import device_option, dtype_option, load
 from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
-from stablemask.hf import load_model
-from stablemask.inference.model import choose_device
 from stablemask.options import option
 from stablemask.shell import pip_install
 
@@ -22,8 +21,8 @@ class ServeOptions:
     max_model_len: int | None = option(
         None, "most tokens of a prompt and its answer together; by default the model's context"
     )
-    dtype: str | None = option(None, "of the weights, such as bfloat16; by default as saved")
-    device: str | None = option(None, "such as cpu or cuda; by default the GPU if there is one")
+    dtype: str = dtype_option()
+    device: str | None = device_option()
 
 
 def run(options: ServeOptions) -> None:
@@ -32,7 +31,7 @@ def run(options: ServeOptions) -> None:
     from stablemask.inference.serving import bind, serve
 
     with bind(options.host, options.port) as listener:
-        model = load_model(options.model, dtype=options.dtype, device=choose_device(options.device))
+        model = load(options.model, options.dtype, options.device)
         serve(
             model,
             load_tokenizer(options.model),

@@ -68,7 +68,7 @@ def complete_settings(
         _require_own_decoder("gamma", gamma, num_layers)
     elif gamma != "slopes":
         gamma = list(gamma) if isinstance(gamma, (list, tuple)) else gamma
-        _check_gamma(gamma, horizon, num_heads)
+        _check_gamma(gamma, horizon, num_heads, num_layers)
     settings = {"gamma": gamma, "horizon": horizon}
 
     start = given.get("start", 0)
@@ -82,7 +82,7 @@ def complete_settings(
     hold = given.get("hold", by_default.get("hold"))
     if hold is not None and (not isinstance(hold, int) or isinstance(hold, bool) or hold < 0):
         raise ValueError(
-            f"stablemask['hold'] must be an integer of at least 0 or None, got {hold!r}"
+            f"stablemask['hold'] must be an integer of at least 0, or None (as an option: {NEVER}), got {hold!r}"
         )
     if hold is not None or by_default:
         settings["hold"] = hold
@@ -169,13 +169,14 @@ def _check_layers(layers: Any, num_layers: int | None) -> list[int]:
     return sorted(set(layers))
 
 
-def _check_gamma(gamma: Any, horizon: int | None, num_heads: int) -> None:
+def _check_gamma(gamma: Any, horizon: int | None, num_heads: int, num_layers: int | None) -> None:
     rates = gamma if isinstance(gamma, list) else [gamma]
     if not all(is_number(rate) for rate in rates) or (
         isinstance(gamma, list) and len(gamma) != num_heads
     ):
+        learned = "" if num_layers is None else f"{LEARNED!r}, "  # in our own decoder
         raise ValueError(
-            "stablemask['gamma'] must be a number, 'slopes', or a list of one number per head "
+            f"stablemask['gamma'] must be a number, 'slopes', {learned}or a list of one number per head "
             f"({num_heads}), got {gamma!r}"
         )
     if min(rates) < 0 or (min(rates) == 0 and horizon is None):

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import math
 from dataclasses import MISSING, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
@@ -196,11 +196,11 @@ class PretrainOptions(TrainingOptions):
     vocab_size: int | None = option(None, "vocabulary; by default the preset's")
     attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)
     position: str = option("rope", "position encoding", choices=POSITION_ENCODINGS)
-    gamma: float | str | None = option(
+    gamma: float | Literal["slopes", "learned"] | None = option(
         None, "decay of the pseudo scores: a number, slopes, or learned; by default 1 / context"
     )
     horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
-    hold: int | str | None = option(
+    hold: int | Literal["never"] | None = option(
         None, "last position at which the mass falls, or never; by default context - 1"
     )
     floor: float | None = option(None, "a constant added to the mass of every row")
@@ -291,14 +291,14 @@ class FinetuneOptions(TrainingOptions):
     )
     model: str = option(MISSING, "folder or hub name of the model to start from")
     adapt: bool = option(False, "bring StableMask into a softmax model, gradually")
-    gamma: float | str | None = option(
+    gamma: float | Literal["slopes"] | None = option(
         None, "with --adapt, decay of the pseudo scores: a number, or slopes; by default 1 / the "
         "model's context"
     )  # fmt: skip
     horizon: int | None = option(
         None, "with --adapt, columns of the pseudo mask; by default infinitely many"
     )
-    hold: int | str | None = option(
+    hold: int | Literal["never"] | None = option(
         None, "with --adapt, last position at which the mass falls, or never; by default the model's "
         "context - 1"
     )  # fmt: skip
