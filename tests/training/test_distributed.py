@@ -161,10 +161,13 @@ def kill_a_rank_after(checkpoint: str, folder: Path, job: subprocess.Popen) -> s
 @pytest.mark.parametrize(
     ("changes", "then"),
     [
-        ({"batch_size": 1}, 1),
-        ({"batch_size": 1, "fsdp": True, "gradient_checkpointing": True, "async_save": True}, 4),
+        pytest.param({"batch_size": 1}, 1, id="ddp, then one process", marks=marks.nightly),
+        pytest.param(
+            {"batch_size": 1, "fsdp": True, "gradient_checkpointing": True, "async_save": True},
+            4,
+            id="fsdp saving in the background, then four",
+        ),
     ],
-    ids=["ddp, then one process", "fsdp saving in the background, then four"],
 )
 def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on_elsewhere(
     changes, then, options, alone, tolerance, tmp_path
@@ -192,6 +195,7 @@ def test_two_nodes_on_loopback(options, alone, tolerance, tmp_path):
     assert_same_losses(folder, alone, tolerance)
 
 
+@marks.nightly
 def test_a_node_whose_other_node_loses_a_process_ends_too(options, tmp_path):
     folder = tmp_path / "run"
     options = replace(options, out=str(folder), batch_size=2, steps=100_000, save_every=5)
