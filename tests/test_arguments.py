@@ -51,12 +51,19 @@ def _call(function=sink_attention, **changes):
         ({"scale": "1"}, TypeError, "scale"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p"),
         ({"scale": float("nan")}, ValueError, "scale"),
+        ({"is_causal": False}, ValueError, "is_causal must be True, got False"),
+        ({"is_causal": None}, TypeError, "is_causal must be a bool, got None"),
+        ({"enable_gqa": 1}, TypeError, "enable_gqa must be a bool, got 1"),
+        (
+            {"enable_gqa": False, **{name: torch.ones(2, 2, 6, 8) for name in ("key", "value")}},
+            ValueError, "enable_gqa must be True for 4 query heads on 2 key heads",
+        ),
         ({"backend": "fastest"}, ValueError, "backend"),
         ({"backend": "cudnn"}, ValueError, "CUDA"),
         ({"backend": "flash", "dropout_p": 0.5}, ValueError, "dropout"),
         ({"backend": "flash", "attn_mask": torch.zeros(6, requires_grad=True)}, ValueError, "mask"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(changes, error, names):
     with pytest.raises(error, match=names):
         _call(**changes)

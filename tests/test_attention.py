@@ -390,6 +390,40 @@ def test_scale_reaches_the_kernel():
     )
 
 
+def test_takes_the_place_of_the_stock_attention(monkeypatch):
+    """In PyTorch's own layer, which gives the mask, the dropout and causality by position."""
+    layer = torch.nn.MultiheadAttention(16, 2, batch_first=True, dtype=torch.float64)
+    tokens = torch.randn(2, 5, 16, dtype=torch.float64)
+    future = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+    def attend():
+        causal = {"attn_mask": future, "is_causal": True}
+        return layer(tokens, tokens, tokens, need_weights=False, **causal)[0]
+
+    expected = attend()
+    for gamma, close in ((80.0, True), (0.1, False)):  # a mass of exp(-80), and one that shows
+        ours = functools.partial(stable_mask_attention, gamma=gamma)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", ours)
+        assert torch.allclose(attend(), expected) == close
+    with pytest.raises(
+        ValueError, match=r"use torch\.nn\.functional\.scaled_dot_product_attention"
+    ):
+        layer(tokens, tokens, tokens, need_weights=False)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_stock_options_say_what_is_so(q_len, kv_heads):
+    """A step of decoding is not causal to those who write ``is_causal=q_len > 1``."""
+    query, key, value = make_inputs(2, 4, kv_heads, q_len, 5, 8, torch.float64)
+    options = {"is_causal": q_len > 1, "enable_gqa": kv_heads < 4}
+    stock = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(sink_attention(query, key, value, -torch.inf, **options), stock)
+    ours = stable_mask_attention(query, key, value, gamma=0.1, **options)
+    without = stable_mask_attention(query, key, value, gamma=0.1)
+    torch.testing.assert_close(ours, without, rtol=1e-6, atol=1e-6)  # a mass is kept in float32
+
+
 def test_learned_gamma_gets_the_gradient_of_the_definition():
     inputs = make_inputs(2, 4, 2, 17, 17, 8, torch.float64)
     gamma = torch.tensor([0.02, 0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)

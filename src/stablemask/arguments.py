@@ -62,6 +62,25 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
         )
 
 
+def check_stock_options(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> None:
+    """What ``F.scaled_dot_product_attention`` is told of causality and of grouped heads."""
+    for name, option in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(option, (bool, torch.SymBool)):
+            raise TypeError(f"{name} must be a bool, got {option!r}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if not (is_causal or query.shape[2] == 1):
+        raise ValueError(
+            "is_causal must be True, got False: a pseudo mass stands where causality hides keys, so "
+            "this attention is always causal. Where attn_mask hides them already, leave is_causal out; "
+            "for attention to later keys use torch.nn.functional.scaled_dot_product_attention"
+        )
+    if not (enable_gqa or heads == kv_heads):
+        raise ValueError(
+            f"enable_gqa must be True for {shown(heads)} query heads on {shown(kv_heads)} key heads, "
+            "got False"
+        )
+
+
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does for the stock attention: float32 and half inputs take its dtype."""
     device = query.device.type

@@ -15,6 +15,7 @@ from .arguments import (
     check_masks,
     check_scale,
     check_sink,
+    check_stock_options,
     check_tensors,
 )
 from .backends.choice import choose
@@ -29,16 +30,18 @@ def stable_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
     *,
     gamma: float | Tensor,
     horizon: int | None = None,
     positions: Tensor | None = None,
-    attn_mask: Tensor | None = None,
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     documents: Tensor | None = None,
-    dropout_p: float = 0.0,
     scale: float | None = None,
+    enable_gqa: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """StableMask attention: causal attention whose masked upper triangle absorbs surplus attention.
@@ -59,7 +62,8 @@ def stable_mask_attention(
         positions: absolute position of each query row in its own sequence, int, ``(q_len,)`` or
             ``(batch, q_len)``. Default: ``kv_len - q_len + arange(q_len)``. With left padding or packed
             documents, give the position that starts after the padding or at each document.
-        attn_mask, window, alibi_slopes, documents, dropout_p, scale, backend: as in :func:`sink_attention`.
+        attn_mask, dropout_p, is_causal, window, alibi_slopes, documents, scale, enable_gqa, backend: as
+            in :func:`sink_attention`.
 
     Returns:
         ``(batch, heads, q_len, value_dim)`` in the dtype of ``query``.
@@ -68,11 +72,14 @@ def stable_mask_attention(
         ValueError, TypeError: an argument does not fit; the message names it.
     """
     unbiased = window is None and alibi_slopes is None and documents is None
-    plain = unbiased and positions is None and horizon is None and type(gamma) is float
+    stock = is_causal is True and enable_gqa is True
+    plain = stock and unbiased and positions is None and horizon is None and type(gamma) is float
     if plain and not dropout_p and backend == "auto":
         out = plain_attention(query, key, value, gamma=gamma, scale=scale, attn_mask=attn_mask)
         if out is not None:
             return out
+    check_tensors(query, key, value)
+    check_stock_options(query, key, is_causal, enable_gqa)
     if is_dtensor(query):
         from .distributed.tensor_parallel import attend_on_shards
 
@@ -81,7 +88,6 @@ def stable_mask_attention(
             positions=positions, attn_mask=attn_mask, window=window, alibi_slopes=alibi_slopes,
             documents=documents, dropout_p=dropout_p, scale=scale, backend=backend,
         )  # fmt: skip
-    check_tensors(query, key, value)
     masks = check_masks(query, key, attn_mask, window, alibi_slopes, documents)
     sink_logits = _sink_logits(query, key, gamma, horizon, positions)
     return _attend(query, key, value, sink_logits, masks, dropout_p, scale, backend)
@@ -122,7 +128,9 @@ def sink_attention(
     alibi_slopes: Tensor | None = None,
     documents: Tensor | None = None,
     dropout_p: float = 0.0,
+    is_causal: bool = True,
     scale: float | None = None,
+    enable_gqa: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention with one extra logit per row that takes part in the softmax without a value.
@@ -147,7 +155,9 @@ def sink_attention(
         documents: integer ids of packed documents, ``(kv_len,)`` or ``(batch, kv_len)``: a row sees
             keys of its own document only.
         dropout_p: dropout on the attention weights, the sink's share not among them.
+        is_causal: True; False only of a single row, which sees every key either way.
         scale: of the scores; default ``head_dim ** -0.5``.
+        enable_gqa: whether ``kv_heads`` may be fewer than ``heads``.
         backend: one of ``stablemask.backends.BACKENDS``, or ``"auto"`` for the fastest that can serve the
             call; none that ``"auto"`` takes stores every score.
 
@@ -159,12 +169,15 @@ def sink_attention(
             the message says why.
     """
     unbiased = window is None and alibi_slopes is None and documents is None
-    if unbiased and not dropout_p and backend == "auto":
+    stock = is_causal is True and enable_gqa is True
+    if stock and unbiased and not dropout_p and backend == "auto":
         out = plain_attention(
             query, key, value, sink_logits=sink_logits, scale=scale, attn_mask=attn_mask
         )
         if out is not None:
             return out
+    check_tensors(query, key, value)
+    check_stock_options(query, key, is_causal, enable_gqa)
     if is_dtensor(query):
         from .distributed.tensor_parallel import attend_on_shards
 
@@ -173,7 +186,6 @@ def sink_attention(
             window=window, alibi_slopes=alibi_slopes, documents=documents, dropout_p=dropout_p,
             scale=scale, backend=backend,
         )  # fmt: skip
-    check_tensors(query, key, value)
     masks = check_masks(query, key, attn_mask, window, alibi_slopes, documents)
     return _attend(query, key, value, sink_logits, masks, dropout_p, scale, backend)
 

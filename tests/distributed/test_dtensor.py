@@ -171,6 +171,9 @@ def _errors():
         sink_attention(partial, partial, partial, sink_logits=0.0)
     with pytest.raises(ValueError, match=r"sink_logits must have heads = 4 or 1 .*\(5, 1\)"):
         sink_attention(query, query, query, sink_logits=torch.zeros(5, 1))
+    pair = place(2, Replicate())
+    with pytest.raises(ValueError, match="enable_gqa must be True for 4 query heads on 2 key"):
+        sink_attention(query, pair, pair, sink_logits=0.0, enable_gqa=False)
     other = init_device_mesh("cpu", (1, 2))
     sink = distribute_tensor(torch.zeros(4, 1), other, [Replicate(), Shard(0)])
     with pytest.raises(ValueError, match="sink_logits must be on the mesh of query"):
