@@ -1,5 +1,7 @@
 """The schedule by which the pseudo mass comes in, and what it comes into."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -8,16 +10,28 @@ from transformers import (
     BloomForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     TrainerControl,
     TrainerState,
 )
 
+from stablemask import head_decay_rates, pseudo_logsumexp
 from stablemask.errors import InputError
 from stablemask.hf import apply_stablemask, load_model
 from stablemask.training.adapt import ShiftSchedule, adapt, harmless_shift
 from stablemask.training.options import FinetuneOptions
 
 from ..models.tiny import random_ids, tiny_model
+
+
+def held_out(rows: int, length: int, model=None) -> dict[str, torch.Tensor]:
+    """A batch to find shifts with; its labels are what ``model`` says itself, else its tokens."""
+    ids = random_ids(rows, length)
+    labels = ids.clone()
+    if model is not None:
+        labels[:, 1:] = model(ids).logits[:, :-1].argmax(-1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def options(**changes) -> FinetuneOptions:
@@ -66,8 +80,9 @@ def test_adapting_starts_from_the_very_model(scale, start, tmp_path):
     torch.manual_seed(0)
     model = neox(scale)
     model.save_pretrained(tmp_path)
-    batch = {"input_ids": random_ids(3, 17), "attention_mask": torch.ones(3, 17, dtype=torch.long)}
+    batch = held_out(3, 17)
     batch["attention_mask"][1, 9:] = 0  # padded on the right
+    batch["labels"][1, 9:] = -100
     expected = AutoModelForCausalLM.from_pretrained(tmp_path)(batch["input_ids"][:1]).logits
     schedule = adapt(model, options(start=start), batch)
     schedule.on_train_begin(None, TrainerState(), TrainerControl())
@@ -93,15 +108,17 @@ def test_a_row_that_scores_itself_low_needs_a_lower_shift_than_the_rest():
             layer.self_attn.k_proj.weight.copy_(-3 * query[::2].reshape(-1, query.shape[-1]))
     batch = {"input_ids": random_ids(2, 9)}
     apply_stablemask(model, gamma=0.1)
-    everywhere = harmless_shift(model, model.config.stablemask, batch)
+    everywhere = harmless_shift(model, batch)
     apply_stablemask(model, gamma=0.1, start=1)
-    after_the_first = harmless_shift(model, model.config.stablemask, batch)
+    after_the_first = harmless_shift(model, batch)
     assert everywhere < after_the_first
 
 
 def test_a_shift_that_is_given_is_taken():
-    batch = {"input_ids": random_ids(1, 9)}
-    schedule = adapt(neox(0.02), options(shift_from=-3.0, gamma="slopes", horizon=64), batch)
+    batch = held_out(1, 9)
+    schedule = adapt(
+        neox(0.02), options(shift_from=-3.0, shift_to=0.0, gamma="slopes", horizon=64), batch
+    )
     assert (schedule.shift_from, schedule.shift_to) == (-3.0, 0.0)
     assert adapt(neox(0.02), options(shift_to=-300.0), batch).shift_from == -300.0
     assert adapt(neox(0.02), options(shift_to=-4.0, shift_steps=0), batch).shift_from == -4.0
@@ -109,19 +126,77 @@ def test_a_shift_that_is_given_is_taken():
     assert schedule.settings["horizon"] == 64
 
 
+def even(score: float, sharpness: float = 1.0):
+    """A model in which every token scores every other alike."""
+    config = OPTConfig(
+        vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32, tie_word_embeddings=False, init_std=0.3,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            attention = layer.self_attn
+            for linear in (attention.q_proj, attention.k_proj):
+                linear.weight.zero_()
+                linear.bias.fill_(
+                    (score / 8**0.5) ** 0.5
+                )  # head_dim is 8: the score is 8 bias^2 / sqrt 8
+        model.lm_head.weight.mul_(sharpness)
+    return model
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("gamma", [0.01, 0.2, "slopes"])
+def test_the_mass_is_made_as_large_as_the_scores_on_the_first_token(score, gamma):
+    model = even(score, sharpness=0.0)  # whose loss is the same whatever its attention does
+    schedule = adapt(model, options(gamma=gamma, hold="never"), held_out(2, 16))
+    rates = head_decay_rates(4) if gamma == "slopes" else gamma
+    log_mass = pseudo_logsumexp(torch.arange(1, 16), rates)  # of the rows after the first
+    expected = min(0.0, math.floor(2 * (score - log_mass).median().item() + 1e-4) / 2)
+    assert schedule.shift_to == expected
+    assert schedule.shift_from <= expected
+
+
+def test_the_mass_is_no_larger_than_the_model_can_bear_at_once():
+    model = even(3.0, sharpness=20.0)
+    batch = held_out(2, 32, model)
+    plain = model(**batch).loss.item()
+    schedule = adapt(model, options(), batch)
+
+    def rise(shift: float) -> float:
+        model.config.stablemask["shift"] = shift
+        return model(**batch).loss.item() - plain
+
+    assert rise(schedule.shift_to) <= 0.25 < rise(schedule.shift_to + 0.5)
+    log_mass = pseudo_logsumexp(torch.arange(1, 32), 1 / 64)
+    assert (
+        schedule.shift_to < (3.0 - log_mass).median() - 0.5
+    )  # the scores alone would have been too much
+    # A finite horizon of one column leaves no mass to shift.
+    assert adapt(even(3.0), options(horizon=1), batch).shift_to == 0
+
+
+def test_a_first_shift_above_what_the_scores_ask_for_is_refused():
+    with pytest.raises(
+        InputError, match=r"shift_from \(-0.1\) is above the -.* give shift_to as well"
+    ):
+        adapt(even(0.0), options(shift_from=-0.1, gamma=0.01), held_out(1, 9))
+
+
 @pytest.mark.parametrize("hold", [None, 40, "never"])
 def test_how_long_the_mass_falls_can_be_chosen(hold):
     model = neox(0.02)
     stands = {None: model.config.max_position_embeddings - 1, "never": None}.get(hold, hold)
-    schedule = adapt(model, options(hold=hold), {"input_ids": random_ids(1, 9)})
+    schedule = adapt(model, options(hold=hold), held_out(1, 9))
     assert schedule.settings["hold"] == stands
 
 
 def test_our_own_softmax_model_can_be_adapted(tmp_path):
     model = tiny_model(attention="softmax")
-    input_ids = random_ids(2, 9)
+    batch = held_out(2, 9)
+    input_ids = batch["input_ids"]
     expected = model(input_ids).logits
-    schedule = adapt(model, options(), {"input_ids": input_ids})
+    schedule = adapt(model, options(shift_to=0.0), batch)
     schedule.on_train_begin(None, TrainerState(), TrainerControl())
     assert torch.equal(model(input_ids).logits, expected)
     model.config.stablemask.pop("shift")
@@ -152,4 +227,4 @@ def bloom():
 @pytest.mark.parametrize("shift_steps", [0, 6])
 def test_what_cannot_be_adapted_says_so(model, changes, match, shift_steps):
     with pytest.raises(InputError, match=match):
-        adapt(model(), options(shift_steps=shift_steps, **changes), {"input_ids": random_ids(1, 5)})
+        adapt(model(), options(shift_steps=shift_steps, **changes), held_out(1, 5))

@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stablemask.hf
 from stablemask.cli.parser import parse_options
+from stablemask.data import prepare_corpus
 from stablemask.data.chat import prepare_chat
-from stablemask.errors import InputError
+from stablemask.errors import InputError, RunError
 from stablemask.options import load_yaml
 from stablemask.training import checkpoints
+from stablemask.training.adapt import NO_MASS
 from stablemask.training.callbacks import StopOnSignal
 from stablemask.training.finetune import describe_finetuning, finetune
 from stablemask.training.options import FinetuneOptions
@@ -31,6 +33,7 @@ from stablemask.training.run import command_line
 from .conftest import assert_same_weights, metrics
 
 STEPS = 20
+MASS = {"gamma": 1 / 128, "horizon": None, "hold": 127}
 
 
 @pytest.fixture
@@ -44,7 +47,16 @@ def options(base, prose) -> FinetuneOptions:
 
 @pytest.fixture
 def chat_options(options, chats) -> FinetuneOptions:
-    return replace(options, data=str(chats), context=64, adapt=True, lora=True, gamma=0.05, start=1)
+    return replace(
+        options,
+        data=str(chats),
+        context=64,
+        adapt=True,
+        lora=True,
+        gamma=0.05,
+        start=1,
+        shift_to=0.0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +84,12 @@ def stop_at(step: int, monkeypatch) -> None:
 def test_the_pseudo_mass_comes_in_over_the_first_part(adapted, base):
     rows = metrics(adapted)
     shifts = {row["step"]: row["shift"] for row in rows}
-    first = shifts[0]
-    assert first < -8
-    assert shifts[5] == pytest.approx(first * 7 / 12)
-    assert [shifts[step] for step in (15, 20)] == [0, 0]
+    written = load_yaml(adapted / "finetune.yaml")
+    first, last = written["shift_from"], written["shift_to"]
+    assert first < -8 < last <= 0
+    assert shifts[0] == first
+    assert shifts[5] == pytest.approx(first + (last - first) * 5 / 12)
+    assert [shifts[step] for step in (15, 20)] == [last, last]
     evaluated = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evaluated] == [0, 5, 10, 15, 20]
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.5
@@ -85,10 +99,10 @@ def test_the_pseudo_mass_comes_in_over_the_first_part(adapted, base):
     for checkpoint in checkpoints.list_checkpoints(adapted / "checkpoints"):
         step = checkpoints.step_of(checkpoint)
         settings = json.loads((checkpoint / "config.json").read_text())["stablemask"]
-        expected = first * (1 - step / 12) if step < 12 else None
-        assert settings.get("shift") == (expected and pytest.approx(expected))
+        expected = first + (last - first) * min(step / 12, 1)
+        assert settings["shift"] == pytest.approx(expected)
     model = AutoModelForCausalLM.from_pretrained(adapted)
-    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None, "hold": 127}
+    assert model.config.stablemask == MASS | {"shift": last}
     assert model.config.use_cache
 
 
@@ -99,7 +113,7 @@ def test_lower_layers_stay_as_they_are_and_the_mass_may_come_at_once(options, ba
             options, out=str(out), steps=5, first_layer=1, adapt=True, shift_steps=0, shift_to=-2.0
         )
     )
-    assert {row["shift"] for row in metrics(out)} == {-2.0}
+    assert [row["shift"] for row in metrics(out) if "eval_loss" in row] == [NO_MASS, -2.0]
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     above = {name for name in before if "layers.1." in name}
@@ -110,16 +124,17 @@ def test_lower_layers_stay_as_they_are_and_the_mass_may_come_at_once(options, ba
         finetune(replace(options, out=str(tmp_path / "no"), first_layer=1, lora=True))
 
 
-def test_the_first_evaluation_is_of_the_pretrained_model(adapted, base, prose):
+def held_out_loss(model: Path, options: FinetuneOptions, blocks: int | None = None) -> float:
     """By Transformers' own forward on the validation blocks, and float64."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    assert getattr(model.config, "stablemask", None) is None
-    from stablemask.data import prepare_corpus
+    held_out = prepare_corpus(options.data, block_size=32, tokenizer=options.model).validation
+    ids = torch.stack([held_out[i]["input_ids"] for i in range(blocks or len(held_out))])
+    logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits[:, :-1].double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
 
-    blocks = prepare_corpus(str(prose), block_size=32, tokenizer=str(base)).validation
-    ids = torch.stack([blocks[i]["input_ids"] for i in range(4)])
-    logits = model(ids).logits[:, :-1].double()
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+def test_the_first_evaluation_is_of_the_pretrained_model(adapted, base, options):
+    assert getattr(AutoModelForCausalLM.from_pretrained(base).config, "stablemask", None) is None
+    expected = held_out_loss(base, options, 4)
     assert metrics(adapted)[0]["eval_loss"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -250,7 +265,7 @@ def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_p
     assert "shift" not in metrics(plain.folder)[0]
     further = replace(options, model=str(adapted), out=str(tmp_path / "further"), steps=2)
     model = stablemask.hf.load_model(str(finetune(further).folder))
-    assert model.config.stablemask == {"gamma": 1 / 128, "horizon": None, "hold": 127}
+    assert model.config.stablemask.items() >= MASS.items()
     assert model.config._attn_implementation == "stablemask"
 
 
@@ -269,6 +284,20 @@ def test_a_dry_run_writes_nothing(options, chat_options, tmp_path, capsys):
     assert 0 < trained < total
     assert "cut" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_makes_the_model_worse_says_so_and_keeps_it(options, base, tmp_path):
+    out = tmp_path / "harmed"
+    harmed = replace(
+        options, out=str(out), steps=3, learning_rate=3.0, warmup=0, eval_every=2, eval_tokens=10**6
+    )
+    with pytest.raises(RunError, match="has harmed the model: its loss"):
+        finetune(harmed)
+    before, after = (held_out_loss(folder, options) for folder in (base, out))
+    assert after > before + 0.5
+    assert [row["step"] for row in metrics(out) if "eval_loss" in row] == [0, 2, 3]
+    with pytest.raises(RunError, match=f"was {before:.4f} and is {after:.4f}"):
+        finetune(replace(harmed, resume=True))
 
 
 def test_the_command_line_gives_the_same_options(chat_options):

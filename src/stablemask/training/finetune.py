@@ -3,28 +3,39 @@
 What it shares with pretraining is in run.py; how the pseudo mass comes in, in adapt.py.
 """
 
+import math
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..data import Corpus, load_tokenizer, prepare_corpus
 from ..data.chat import ChatCorpus, is_chat, pad_conversations, prepare_chat
-from ..errors import InputError
+from ..errors import InputError, RunError
+from ..evaluation.perplexity import perplexity_of, perplexity_text
 from ..hf import load_model
 from ..hf.loading import is_adapter
 from ..inference.model import check_length, check_token_ids, decoder_layers
+from ..reading import parse_json, reading
 from . import checkpoints
 from .adapt import ShiftSchedule, adapt
 from .card import write_finetune_card
 from .options import FinetuneOptions
-from .processes import is_main, main_first
+from .processes import is_main, main_first, on_main
 from .run import (
+    METRICS_FILE,
     RunResult,
     alone,
     begin_run,
@@ -37,6 +48,11 @@ from .run import (
 )
 from .sharding import shard
 from .trainer import LanguageModelTrainer
+
+CALIBRATION = (
+    2048  # held-out tokens that the size of the mass is found with, where contexts are full
+)
+WORSE = 0.5  # nats by which a held-out loss may end above what it was
 
 
 @dataclass
@@ -56,15 +72,19 @@ def finetune(options: FinetuneOptions) -> RunResult:
 
     Raises:
         InputError: an option, the model, the data or the run folder is not usable; nothing was written.
-        RunError: the loss or its gradients are no longer finite; the last checkpoint is kept.
+        RunError: the loss or its gradients are no longer finite, and the last checkpoint is kept; or the
+            held-out loss ended more than 0.5 nats above what it was before, and the model is kept too.
     """
     command = command_line(options)
     begun = start(options)
     options, folder, checkpoint = begun.options, begun.folder, begun.checkpoint
     if begun.finished is not None:
+        on_main(lambda: _check_held_out(folder))
         return begun.finished
 
     prepared = main_first(lambda: _prepare(options))
+    if prepared.schedule is not None:
+        options = replace(options, **prepared.schedule.shifts)
     if is_main():
         _say_what_was_cut(prepared.record)
     begin_run(folder, options, prepared.data.key, {**prepared.record, "command": command})
@@ -74,7 +94,7 @@ def finetune(options: FinetuneOptions) -> RunResult:
     if stopped_by is not None:
         return RunResult(folder, trainer.state.global_step, None, stopped_by)
     settings = getattr(prepared.model.config.get_text_config(decoder=True), "stablemask", None)
-    return finish_run(
+    result = finish_run(
         folder,
         options,
         trainer,
@@ -82,6 +102,8 @@ def finetune(options: FinetuneOptions) -> RunResult:
         partial(_save, trainer, options.merge),
         partial(write_finetune_card, folder, options, settings),
     )
+    on_main(lambda: _check_held_out(folder))
+    return result
 
 
 def describe_finetuning(options: FinetuneOptions) -> str:
@@ -152,14 +174,14 @@ def _prepare(options: FinetuneOptions) -> _Prepared:
     check_token_ids(model, highest)
     check_length(model, context, "the context")
     _freeze_below(model, options.first_layer)
-    schedule = adapt(model, options, _first_batch(data, options)) if options.adapt else None
+    schedule = adapt(model, options, _calibration_batch(data, context)) if options.adapt else None
     return _Prepared(model, data, schedule, record)
 
 
-def _first_batch(data: Corpus | ChatCorpus, options: FinetuneOptions) -> dict[str, torch.Tensor]:
-    examples = [data.validation[i] for i in range(min(options.batch_size, len(data.validation)))]
-    batch = pad_conversations(examples, given(data.tokenizer.pad_token_id))
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+def _calibration_batch(data: Corpus | ChatCorpus, context: int) -> dict[str, torch.Tensor]:
+    count = min(max(2, CALIBRATION // context), len(data.validation))
+    examples = [data.validation[i] for i in range(count)]
+    return pad_conversations(examples, given(data.tokenizer.pad_token_id))
 
 
 def _build_trainer(
@@ -178,10 +200,47 @@ def _build_trainer(
         pad_token_id = given(prepared.data.tokenizer.pad_token_id)
         arguments["collate"] = partial(pad_conversations, pad_token_id=pad_token_id)
         arguments["include_num_input_tokens_seen"] = "non_padding"
-    callbacks = () if prepared.schedule is None else (prepared.schedule,)
+    callbacks: list[TrainerCallback] = [_EvaluateAtTheEnd()]
+    if prepared.schedule is not None:
+        callbacks.append(prepared.schedule)
     return build_trainer(
-        options, folder, model, prepared.data, checkpoint, callbacks=callbacks, **arguments
+        options, folder, model, prepared.data, checkpoint, callbacks=tuple(callbacks), **arguments
     )
+
+
+class _EvaluateAtTheEnd(TrainerCallback):
+    """On the same tokens as before the first step."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def _check_held_out(folder: Path) -> None:
+    """Raise RunError where a finished run has made its model worse than it was."""
+    losses: dict[int, float] = {}
+    file = folder / METRICS_FILE
+    with reading(file):
+        lines = file.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{file} is damaged: {line[:60]!r} is not JSON") from error
+        if any(name.startswith("eval_") for name in row):  # a loss that is not finite is left out
+            losses[row["step"]] = row.get("eval_loss", math.nan)
+    if 0 not in losses:
+        return
+    before, after = losses[0], losses[max(losses)]
+    if not after - before <= WORSE:
+        raise RunError(
+            f"{folder}: the training has harmed the model: its loss on held-out text was {before:.4f} and is "
+            f"{after:.4f} (perplexity {perplexity_text(perplexity_of(before))}, now "
+            f"{perplexity_text(perplexity_of(after))}). The model is written; try a lower --learning-rate, or "
+            "where StableMask is brought in a lower --shift-to"
+        )
 
 
 def _freeze_below(model: PreTrainedModel, first_layer: int) -> None:

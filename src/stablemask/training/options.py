@@ -25,8 +25,11 @@ FREE_ON_RESUME = {
     "batch_size", "gradient_accumulation", "peak_flops", "utilization", "devices",
     "final_eval_tokens",
 }  # fmt: skip
-# Options whose defaults follow from others: left out, they stay what they were in a run that is resumed.
-KEPT_ON_RESUME = ("global_batch_size", "warmup", "eval_every", "save_every", "shift_steps")
+# Options whose defaults follow from others or from the model: left out, they stay what they were in a run
+# that is resumed.
+KEPT_ON_RESUME = (
+    "global_batch_size", "warmup", "eval_every", "save_every", "shift_from", "shift_to", "shift_steps",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -309,9 +312,10 @@ class FinetuneOptions(TrainingOptions):
         None,
         "with --adapt, what log M is shifted by at first; by default low enough to change nothing",
     )
-    shift_to: float = option(
-        0.0, "with --adapt, what it stays shifted by; below 0 the mass stays smaller"
-    )
+    shift_to: float | None = option(
+        None, "with --adapt, what it stays shifted by; by default so that the mass is as large as the "
+        "model's own scores on its first token, or as large as it can bear at once"
+    )  # fmt: skip
     shift_steps: int | None = option(
         None, "with --adapt, steps from the one to the other, 0 for the last at once; by default "
         "three fifths of the steps"
@@ -344,12 +348,12 @@ class FinetuneOptions(TrainingOptions):
                 "compile does not go with adapt: every step has a shift of its own, and would be "
                 "compiled anew; adapt first, and train the result on with --compile"
             )
-        if not -math.inf < self.shift_to <= 0:
+        highest = 0.0 if self.shift_to is None else self.shift_to
+        if not -math.inf < highest <= 0:
             raise InputError(f"shift_to must be finite and at most 0, got {self.shift_to}")
-        if self.shift_from is not None and not -math.inf < self.shift_from <= self.shift_to:
+        if self.shift_from is not None and not -math.inf < self.shift_from <= highest:
             raise InputError(
-                f"shift_from must be finite and at most shift_to ({self.shift_to:g}), "
-                f"got {self.shift_from}"
+                f"shift_from must be finite and at most shift_to ({highest:g}), got {self.shift_from}"
             )
         if self.shift_steps is not None and self.steps and self.shift_steps > self.steps:
             raise InputError(
