@@ -5,6 +5,8 @@ import torch
 
 from stablemask import sink_attention, stable_mask_attention
 
+EIGHT_BITS = torch.ones(2, 4, 6, 8, dtype=torch.float8_e4m3fn)
+
 
 def _call(function=sink_attention, **changes):
     query, key, value = (torch.randn(2, 4, 6, 8) for _ in range(3))
@@ -22,6 +24,12 @@ def _call(function=sink_attention, **changes):
         ({"query": 3}, TypeError, "query"),
         ({"query": torch.ones(4, 6, 8)}, ValueError, "query"),
         ({"query": torch.ones(2, 4, 6, 8, dtype=torch.int64)}, TypeError, "query"),
+        (
+            dict.fromkeys(("query", "key", "value"), EIGHT_BITS),
+            TypeError,
+            "query must be .* 16, 32",
+        ),
+        ({"attn_mask": EIGHT_BITS[0, 0, 0, :6]}, TypeError, "attn_mask .*float8"),
         ({"key": torch.ones(2, 4, 6, 8, dtype=torch.float64)}, TypeError, "dtype"),
         ({"key": torch.ones(2, 4, 6, 8, device="meta")}, ValueError, "key is on meta"),
         ({"key": torch.ones(3, 4, 6, 8)}, ValueError, "batch"),
@@ -79,6 +87,7 @@ def test_bad_arguments_are_named(changes, error, names):
         ({"gamma": None}, TypeError, "gamma"),
         ({"gamma": float("nan")}, ValueError, "gamma"),
         ({"gamma": torch.ones(3)}, ValueError, "gamma"),
+        ({"gamma": EIGHT_BITS[0, :, 0, 0]}, TypeError, "gamma .*float8"),
         ({"horizon": -1}, ValueError, "horizon"),
         ({"positions": torch.arange(5)}, ValueError, "positions"),
         ({"positions": torch.arange(6.0)}, TypeError, "positions"),

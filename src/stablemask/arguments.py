@@ -14,6 +14,9 @@ from torch import Tensor
 from .backends.calls import autocast_is_on
 from .masks import NO_MASKS, Masks
 
+# Eight bits are for weights, which have a scale beside them; a kernel would take them for numbers.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = None) -> None:
     """Four axes each, floating point, one device, and sizes that fit one another.
@@ -28,8 +31,10 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
             raise ValueError(
                 f"{name} must be (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be floating point, of 16, 32 or 64 bits, got {tensor.dtype}"
+            )
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, query on {device}")
     batch, heads, q_len, head_dim = query.shape
@@ -197,7 +202,7 @@ def check_masks(
                 f"attn_mask must broadcast to (batch, heads, q_len, kv_len) = {shape}, "
                 f"got shape {tuple(attn_mask.shape)}"
             )
-        if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+        if attn_mask.dtype not in (torch.bool, *FLOATS):
             raise TypeError(f"attn_mask must be bool or floating point, got {attn_mask.dtype}")
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], kv_len)

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import numbers
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -152,17 +153,20 @@ def _value_as(value: Any, kind: Any) -> Any:
         if value in get_args(kind):
             return value
     elif get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
         return [convert_value(item, get_args(kind)[0]) for item in items]
     elif kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
     elif kind is float:
         # YAML 1.1 reads 1e-4 as text: only 1.0e-4 is a number to it.
-        if isinstance(value, int | float | str):
+        if isinstance(value, numbers.Real | str):
             return float(value)
+    elif kind is int:
+        if isinstance(value, numbers.Integral):  # NumPy's too
+            return int(value)
     elif kind is str:
-        if isinstance(value, str | int):
+        if isinstance(value, str | int | Path):
             return str(value)
     elif kind is Path:
         if isinstance(value, str):
@@ -170,6 +174,20 @@ def _value_as(value: Any, kind: Any) -> Any:
     elif isinstance(value, kind):
         return value
     raise ValueError
+
+
+def check_values(options: Any) -> None:
+    """Give the fields of a dataclass of options the types they declare.
+
+    Raises:
+        InputError: the value of one is of another type, or not one of its choices.
+    """
+    for field in option_fields(type(options)):
+        try:
+            value = convert_value(getattr(options, field.name), field.kind, field.choices)
+        except ValueError as error:
+            raise InputError(f"{field.name}: {error}") from None
+        setattr(options, field.name, value)
 
 
 def options_from_values(options_class: type, values: Mapping[str, Any], source: str) -> dict:
@@ -205,8 +223,12 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; give a YAML file of options") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; give a YAML file of options") from None
+    except RecursionError:
+        raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

@@ -129,6 +129,8 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
             raise ValueError(f"horizon must be at least 0, got {shown(horizon)}")
 
     if isinstance(gamma, Tensor):
+        if gamma.dtype.is_floating_point and gamma.dtype.itemsize < 2:
+            raise TypeError(f"gamma must have 16, 32 or 64 bits, got {gamma.dtype}")
         if gamma.dim() > 1:
             raise ValueError(
                 f"gamma must be a number or a tensor (heads,), got shape {tuple(gamma.shape)}"

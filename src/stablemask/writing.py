@@ -17,6 +17,7 @@ BAD_PATH = {
     errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR,
     errno.EPERM, errno.EROFS,
 }  # fmt: skip
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager

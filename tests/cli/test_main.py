@@ -134,13 +134,23 @@ def test_result_of_a_command_is_the_exit_code(command):
             "stablemask: error: no permission for /root/x; Permission denied\n",
         ),
         (
-            OSError(errno.ENOSPC, "No space left on device", "out/model"),
+            OSError(errno.EROFS, "Read-only file system", "out/model"),
             2,
+            "stablemask: error: cannot use out/model: Read-only file system; name another path\n",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "nnn"),
+            2,
+            "stablemask: error: cannot use nnn: File name too long; name another path\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/model"),
+            1,
             "stablemask: error: no space left on the disk for out/model; free some and run again\n",
         ),
         (
             RuntimeError("I/O error: No space left on device (os error 28)"),
-            2,
+            1,
             "stablemask: error: no space left on the disk; free some and run again\n",
         ),
     ],
@@ -168,7 +178,7 @@ def test_a_full_disk_under_stdout(argv):
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert result.returncode == 2
+    assert result.returncode == 1
     assert (
         result.stderr == "stablemask: error: no space left on the disk; free some and run again\n"
     )

@@ -215,3 +215,17 @@ def test_a_training_option_that_takes_numbers_and_names_names_them_all(options, 
     with pytest.raises(InputError) as caught:
         parse_options(options, argv)
     assert words in str(caught.value)
+
+
+def test_yaml_that_cannot_be_read(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    for name, words in {
+        "loop": "cannot read .*loop: Too many levels",
+        "deep.yaml/x": "cannot read .*: Not a directory",
+        "n" * 300: "cannot read .*: File name too long",
+        "deep.yaml": "nested too deep",
+        ".": "is a folder",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            load_yaml(tmp_path / name)

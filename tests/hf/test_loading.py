@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -6,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stablemask.errors import InputError
-from stablemask.hf import apply_stablemask, load_model
+from stablemask.hf import apply_stablemask, load_model, loading
 from stablemask.hf.loading import is_adapter, load_config
 from stablemask.models import StableMaskForCausalLM
 
@@ -58,7 +59,7 @@ def test_no_folder_or_no_model_in_it(tmp_path, folder, monkeypatch):
     refused("somebody/no-such-model", "no model folder at .* the hub could not be asked")
 
 
-@pytest.mark.parametrize("dtype", ["float17", "int8", "nn", torch.int64])
+@pytest.mark.parametrize("dtype", ["float17", "float8_e4m3fn", "int8", "nn", torch.int64])
 def test_no_such_dtype(folder, dtype):
     with pytest.raises(InputError, match=r"dtype must be float32, bfloat16, .* got"):
         load_model(str(folder), dtype=dtype)
@@ -75,6 +76,44 @@ def test_damaged_config(folder):
     refused(folder, "cannot load .* position_encoding must be one of")
     config.write_text(json.dumps(json.loads(text) | {"model_type": "no-such-type"}))
     refused(folder, "cannot load .*no-such-type")
+    config.write_text('{"a":' * 100_000)
+    refused(folder, "config.json is damaged: it is nested too deep")
+    for field, value, reason in (
+        ("model_type", [], "TypeError: unhashable type"),
+        ("rope_parameters", [1], "AttributeError: 'list' object"),
+        ("layer_types", 5, "TypeError: 'int' object is not iterable"),
+        ("dtype", "float8_e4m3fn", "Float8"),
+        ("id2label", 5, "AttributeError: 'int' object"),
+    ):
+        config.write_text(json.dumps(json.loads(text) | {field: value}))
+        refused(folder, f"cannot load .*{reason}")
+
+
+def test_a_validation_error_is_told_with_its_reason(tmp_path):
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": "x"}))
+    (tmp_path / "model.safetensors").touch()
+    refused(
+        tmp_path, "Validation error for field 'hidden_size': TypeError: .*expected int, got str"
+    )
+
+
+def test_a_full_disk_is_not_the_models_fault(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_model(str(folder))
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "loop", tmp_path / "file" / "model", tmp_path / ("n" * 300), "n" * 300):
+        with pytest.raises(InputError, match=r"no model folder at|cannot read|is a file"):
+            load_model(str(path))
 
 
 def test_damaged_weights(folder):
@@ -102,6 +141,21 @@ def test_weights_that_do_not_fit_the_config(folder, capfd):
         save_file(state | {name: torch.ones(5)}, weights, metadata={"format": "pt"})
         refused(folder, match)
     assert "REPORT" not in capfd.readouterr().err
+
+
+def test_eight_bits_without_their_scales(tmp_path):
+    """Transformers would take the numbers as they stand, 448 times too large or so."""
+    llama().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    state = load_file(weights)
+    for name in [name for name in state if "proj" in name]:
+        scale = state[name].abs().max() / 448
+        state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scale.reshape(1, 1)
+    save_file(state, weights, metadata={"format": "pt"})
+    refused(
+        tmp_path, "have scales, as eight-bit weights do, and its config.json has no quantization"
+    )
 
 
 def test_a_config_that_asks_for_stablemask_gets_it_or_is_refused(tmp_path):

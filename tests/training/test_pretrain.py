@@ -2,18 +2,20 @@
 
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stablemask.hf
 from stablemask.errors import InputError, RunError
-from stablemask.options import load_yaml
+from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
 from stablemask.training.dry_run import describe_cost
 from stablemask.training.finetune import finetune
@@ -147,6 +149,32 @@ def test_bad_options_write_nothing(changes, names, options, tmp_path, monkeypatc
     with pytest.raises(InputError, match=names):
         pretrain(replace(options, out=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": "5"}, "steps: '5' is not a whole number or none"),
+        ({"steps": 5.0}, "steps: 5.0 is not a whole number"),
+        ({"resume": "yes"}, "resume: 'yes' is not true or false"),
+        ({"layers": 3.5}, "layers: 3.5 is not a list"),
+        ({"clip": None}, "clip: None is not a number"),
+        ({"dtype": "float16"}, "dtype: 'float16' is not one of auto, float32, bfloat16"),
+    ],
+)
+def test_values_of_another_type_are_named(changes, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        PretrainOptions(**{"out": "x", "steps": 1, **changes}).resolved()
+
+
+def test_values_that_mean_the_same_are_taken(tmp_path):
+    options = PretrainOptions(
+        steps=np.int64(5), out=tmp_path, learning_rate=np.float32(0.5), layers=(0, 1), gamma=1
+    )
+    save_yaml(options, tmp_path / "pretrain.yaml")
+    read = load_yaml(tmp_path / "pretrain.yaml")
+    names = ("steps", "out", "learning_rate", "layers", "gamma")
+    assert [read[n] for n in names] == [5, str(tmp_path), 0.5, [0, 1], 1.0]
 
 
 def test_cost_of_a_large_model_without_allocating_it():

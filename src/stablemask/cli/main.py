@@ -1,7 +1,6 @@
 """The `stablemask` command: choose a command, run it, turn bad input into one line and exit 2."""
 
 import ast
-import errno
 import importlib
 import logging
 import os
@@ -15,6 +14,7 @@ from stablemask import __version__
 from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError, RunError
 from stablemask.shell import pip_install
+from stablemask.writing import BAD_PATH, FULL_DISK
 
 # In the order a new user meets them. Each is the module of that name in this folder.
 COMMANDS = (
@@ -26,13 +26,12 @@ FAILED_RUN = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as the shell reports a process that SIGPIPE ended
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code, with one line on stderr where it is not 0.
 
-    0 success, 1 a run that could not go on, 2 bad input, 130 interrupted, 141 stdout closed.
+    0 success, 1 a run or a machine that could not go on, 2 bad input, 130 interrupted, 141 stdout closed.
 
     Any other exception is a bug and keeps its traceback.
     """
@@ -42,20 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
     except (InputError, RunError) as error:
-        code = BAD_INPUT if isinstance(error, InputError) else FAILED_RUN
-        # One of several processes need not repeat what the main one says.
-        return code if getattr(error, "told_by_main", False) else _fail(f"error: {error}", code)
+        return _fail(error, str(error), BAD_INPUT if isinstance(error, InputError) else FAILED_RUN)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        print("stablemask: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
     except Exception as error:
-        message = _fault_of_the_machine(error)
-        if message is None:
+        fault = _fault_outside(error)
+        if fault is None:
             raise
         _drop_stdout()
-        return _fail(f"error: {message}", BAD_INPUT)
+        return _fail(error, *fault)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -135,24 +133,27 @@ def _summary(name: str) -> str:
     return ""
 
 
-def _fault_of_the_machine(error: BaseException) -> str | None:
-    """One line for a full disk or a forbidden path, None for what can only be a bug."""
+def _fault_outside(error: BaseException) -> tuple[str, int] | None:
+    """A line and an exit code for a full disk or a bad path, None for what can only be a bug."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, PermissionError):
-            return f"no permission for {cause.filename or 'this operation'}; {cause.strerror}"
-        if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
-            where = f" for {cause.filename}" if cause.filename else ""
-            return f"no space left on the disk{where}; free some and run again"
+        number, file = getattr(cause, "errno", None), getattr(cause, "filename", None)
         # safetensors writes in Rust and keeps only the text of the system's error.
-        if "No space left on device" in str(cause):
-            return "no space left on the disk; free some and run again"
+        if number in FULL_DISK or "No space left on device" in str(cause):
+            where = f" for {file}" if file else ""
+            return f"no space left on the disk{where}; free some and run again", FAILED_RUN
+        if isinstance(cause, PermissionError):
+            return f"no permission for {file or 'this operation'}; {cause.strerror}", BAD_INPUT
+        if isinstance(cause, OSError) and number in BAD_PATH and file:
+            return f"cannot use {file}: {cause.strerror}; name another path", BAD_INPUT
         cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _fail(message: str, code: int) -> int:
-    print("stablemask:", " ".join(message.split()), file=sys.stderr)
+def _fail(error: BaseException, message: str, code: int) -> int:
+    # One of several processes need not repeat what the main one says.
+    if not getattr(error, "told_by_main", False):
+        print("stablemask: error:", " ".join(message.split()), file=sys.stderr)
     return code
 
 

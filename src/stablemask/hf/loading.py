@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 
+from ..arguments import FLOATS
 from ..data import load_tokenizer
 from ..errors import InputError
 from ..models import StableMaskConfig
-from ..reading import first_line, parse_json, user_path
+from ..reading import first_line, parse_json, reading, user_path
 from ..shell import pip_install
+from ..writing import FULL_DISK
 from .adapters import adapter_settings, settle
 
 # NAME or OWNER/NAME; anything else can only be a path.
@@ -115,19 +117,20 @@ def merge_adapter(name_or_path: str, out: str | Path) -> str:
 def _check_dtype(dtype: torch.dtype | str | None) -> None:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and dtype not in FLOATS:
         raise InputError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 def _find(name_or_path: str) -> str:
     """A folder that holds a model or an adapter, or the name of one on the hub."""
     name_or_path = str(name_or_path)
-    folder = Path(name_or_path).expanduser()
-    if name_or_path and folder.is_dir():
-        _check_folder(folder)
-        return str(folder.absolute())  # as an adapter of it will remember it
-    if folder.is_file():
-        raise InputError(f"{name_or_path} is a file; give the folder that holds the model")
+    folder = user_path(name_or_path)
+    with reading(folder):
+        if name_or_path and folder.is_dir():
+            _check_folder(folder)
+            return str(folder.absolute())  # as an adapter of it will remember it
+        if folder.is_file():
+            raise InputError(f"{name_or_path} is a file; give the folder that holds the model")
     if not HUB_NAME.fullmatch(name_or_path):
         raise InputError(f"no model folder at {name_or_path!r}")
     _check_hub(name_or_path)
@@ -188,11 +191,21 @@ def _one_line(what: str) -> Iterator[None]:
         raise InputError(
             f"the weights of {what} are damaged or cut short ({error}); copy them again"
         ) from error
-    # For a bad folder, name, connection or configuration, and no more.
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"cannot load {what}: {first_line(error)}") from error
+    # A field of a wrong type can end in any exception of Python's. A full disk is not the model's fault.
+    except Exception as error:
+        if getattr(error, "errno", None) in FULL_DISK:
+            raise
+        raise InputError(f"cannot load {what}: {_reason(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, with the next where it only announces that, and what it is of Python's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else "no reason given"
+    plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return reason if plain else f"{type(error).__name__}: {reason}"
 
 
 def _adapter_of(name: str) -> dict[str, Any] | None:
@@ -302,7 +315,9 @@ def _check_hub(name: str) -> None:
 def _check_report(name: str, report: dict[str, Any], ours: bool) -> None:
     """Refuse weights that do not fit the model; some in Transformers carry tensors they do not use."""
     unexpected = report["unexpected_keys"] if ours else ()
+    scales = [key for key in report["unexpected_keys"] if "weight_scale" in key]
     problems = {
+        "have scales, as eight-bit weights do, and its config.json has no quantization_config": scales,
         "lack tensors that its config.json asks for": report["missing_keys"],
         "hold tensors of another shape than its config.json asks for": report["mismatched_keys"],
         "hold tensors that its config.json does not ask for": unexpected,

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS, StableMaskConfig
 from ..models.presets import PRESETS, preset_config
 from ..models.settings import given_settings
-from ..options import option
+from ..options import check_values, option
 from ..shell import pip_install
 from .machine import default_dtype, world_size
 
@@ -98,6 +98,9 @@ class TrainingOptions:
     peak_flops: float | None = option(
         None, "FLOP/s of one device in this dtype, for utilization; by default known from its name"
     )
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
     def resolved(self) -> Self:
         """A copy in which every default that depends on another option is filled in, checked.
@@ -214,8 +217,6 @@ class PretrainOptions(TrainingOptions):
     devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
     def resolved(self) -> Self:
-        if self.preset not in PRESETS:
-            raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         preset = PRESETS[self.preset]
         return self._filled(
             vocab_size=preset["vocab_size"],
