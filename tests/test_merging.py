@@ -105,7 +105,7 @@ def test_merged_parts_are_a_part_again():
     torch.testing.assert_close(out, whole)
 
 
-@pytest.mark.parametrize("sink", [None, -torch.inf, torch.inf, 0.0])
+@pytest.mark.parametrize("sink", [None, -torch.inf, torch.inf, 0.0, -1e30, -1e32, 1e32])
 def test_rows_that_see_nothing_and_infinite_sinks(sink):
     query, key, value = make_inputs(1, 2, 2, 6, 6, 8, torch.float64)
     visible = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -124,7 +124,8 @@ def test_rows_that_see_nothing_and_infinite_sinks(sink):
     ]
     assert (parts[0][1] == -torch.inf).all()
     assert (parts[0][0] == 0).all()
-    out, _ = merge_attention(parts, sinks)
+    out, lse = merge_attention(parts, sinks)
+    assert sink is None or (lse[:, :, 0] >= sink).all()
     expected = sink_attention(
         query, key, value, -torch.inf if sink is None else sink, attn_mask=visible
     )[:, :, 3:]
@@ -148,6 +149,28 @@ def test_prefill_in_chunks_equals_stable_mask_attention():
     query, key, value = make_inputs(1, 4, 2, 19, 19, 8, torch.float64)
     out = in_chunks(query, key, value, pseudo_logsumexp(torch.arange(19), 0.1), [8, 8, 3])
     torch.testing.assert_close(out, stable_mask_attention(query, key, value, gamma=0.1))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_every_scale_is_the_definitions(scale):
+    inputs = make_inputs(2, 4, 2, 19, 19, 8, torch.float64)
+    sink = torch.randn(4, 1, dtype=torch.float64, requires_grad=True)
+    out = in_chunks(*inputs, sink, [7, 12], scale=scale)
+    exact = sink_attention(*inputs, sink, scale=scale, backend="reference")
+    grad = torch.randn_like(out)
+    found, truth = (gradients(each, (*inputs, sink), grad) for each in (out, exact))
+    for ours, expected in zip((out, *found), (exact, *truth), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_an_infinite_sink_takes_all_of_any_logsumexp():
+    out, lse = torch.ones(1, 1, 1, 8), torch.full((1, 1, 1), 1e32)
+    merged, total = merge_attention([(out, lse)], torch.inf)
+    assert not merged.any()
+    assert (total == torch.inf).all()
+    again, total = merge_attention([(merged, total), (out, lse)])
+    assert not again.any()
+    assert (total == torch.inf).all()
 
 
 @pytest.mark.parametrize("past", [-1, 3, 5])

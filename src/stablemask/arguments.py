@@ -109,6 +109,8 @@ def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
         if sink_logits != sink_logits:
             raise ValueError("sink_logits must be a number or a tensor, got nan")
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        if abs(sink_logits) > torch.finfo(dtype).max:  # which torch.full refuses
+            sink_logits = math.inf if sink_logits > 0 else -math.inf
         return torch.full((1, 1, 1), sink_logits, dtype=dtype, device=query.device)
     if not isinstance(sink_logits, Tensor) or not sink_logits.dtype.is_floating_point:
         kind = sink_logits.dtype if isinstance(sink_logits, Tensor) else type(sink_logits).__name__

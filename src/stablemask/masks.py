@@ -45,17 +45,15 @@ class Masks:
         keys: slice,
         past: int,
         *,
-        hidden: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor | None:
-        """What to add to the scaled scores of a tile; ``hidden`` where a row may not look.
+        """What to add to the scaled scores of a tile; -inf where a row may not look.
 
         Args:
             rows, keys: the tile.
             past: keys before the first query row, ``m - n``.
-            hidden: the lowest score, -inf or a very low number.
-            dtype: float32 or float64.
+            dtype: floating point; a number beyond its range becomes its lowest, for it is none of -inf.
 
         Returns:
             (B or 1, H or 1, rows or 1, keys), or None where there is nothing to add.
@@ -65,9 +63,14 @@ class Masks:
             mask = self.attn_mask[..., keys]
             mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
             if mask.dtype == torch.bool:
-                bias = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, hidden)
+                bias = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(
+                    ~mask, -torch.inf
+                )
             else:
-                bias = mask.to(dtype).clamp(min=hidden)
+                bias = mask.to(dtype)
+                lowest = torch.finfo(dtype).min
+                if torch.finfo(mask.dtype).min < lowest:
+                    bias = torch.where(mask.isinf(), bias, bias.clamp(min=lowest))
 
         cut = self.window is not None and past + rows.stop - 1 - keys.start >= self.window
         if not (cut or self.alibi_slopes is not None or self.documents is not None):
@@ -86,7 +89,7 @@ class Masks:
             bias = alibi if bias is None else bias + alibi
         if bias is None:
             bias = torch.zeros((), dtype=dtype, device=device)
-        return bias if hide is None else bias.masked_fill(hide, hidden)
+        return bias if hide is None else bias.masked_fill(hide, -torch.inf)
 
 
 NO_MASKS = Masks()

@@ -72,8 +72,8 @@ def merge_attention(
             merged again later get theirs in the last merge.
 
     Returns:
-        ``out`` in the dtype of the parts, and ``lse``: a part again. (An infinite sink gives an lse of
-        1e30.)
+        ``out`` in the dtype of the parts, and ``lse``: a part again. An infinite sink takes all and gives an
+        infinite lse.
 
     Raises:
         ValueError, TypeError: there is no part, shapes differ, or a sink does not fit.
@@ -93,13 +93,17 @@ def merge_attention(
     masses = [lse for _, lse in parts]
     if sink_logits is not None:
         sink = check_sink(sink_logits, first).to(masses[0].dtype)
-        # An infinite sink takes all; as a finite one it does so without inf - inf.
-        masses.append(sink.clamp(max=1e30).expand_as(masses[0]))
+        masses.append(sink.expand_as(masses[0]))
     stacked = torch.stack(masses)  # (parts and sink, batch, heads, q_len)
-    # A row that has seen nothing at all has a logsumexp of -inf, and a gradient of 0 rather than NaN.
-    empty = (stacked == -torch.inf).all(0)
-    lse = stacked.masked_fill(empty, 0.0).logsumexp(0).masked_fill(empty, -torch.inf)
-    safe_lse = lse.masked_fill(empty, 0.0)
-    weights = [torch.exp(part_lse - safe_lse).unsqueeze(-1) for _, part_lse in parts]
+    # A row that has seen nothing at all, and one that a sink takes whole: an out of 0, and a gradient of 0
+    # rather than NaN.
+    largest = stacked.detach().amax(0)
+    settled = largest.isinf()
+    total = stacked.masked_fill(settled, 0.0).logsumexp(0)
+    lse = torch.where(settled, largest, total)
+    weights = [
+        torch.exp(part_lse.masked_fill(settled, -torch.inf) - total).unsqueeze(-1)
+        for _, part_lse in parts
+    ]
     out = torch.stack([part * weight for (part, _), weight in zip(parts, weights)]).sum(0)
     return out.to(first.dtype), lse

@@ -32,7 +32,8 @@ def _scores(q, k, softmax_scale, causal, window_size_left, window_size_right, al
     hidden = key > row + window_size_right
     if 0 <= window_size_left < m:
         hidden = hidden | (key < row - window_size_left)
-    return scores.masked_fill(hidden, -torch.inf)
+    # The kernels hide before they scale.
+    return scores.masked_fill(hidden, -torch.inf * softmax_scale)
 
 
 def _forward(q, k, v, *mask):
@@ -123,12 +124,12 @@ def package(request, monkeypatch):
     return request.param
 
 
-def _call(q_len, kv_len, dtype=torch.float64, dim=12, value_dim=5, sink=None, **masks):
+def _call(q_len, kv_len, dtype=torch.float64, dim=12, value_dim=5, sink=None, scale=0.3, **masks):
     if sink is None:
         sink = torch.randn(4, q_len).double()
     sink = sink.reshape(1, *sink.shape).requires_grad_()
     inputs = make_inputs(2, 4, 2, q_len, kv_len, dim, dtype, value_dim)
-    return Call(*inputs, sink, Masks(**masks), 0.0, 0.3)
+    return Call(*inputs, sink, Masks(**masks), 0.0, scale)
 
 
 def _results(attend, call):
@@ -151,6 +152,17 @@ def test_outputs_and_every_gradient_equal_the_reference(package, mask, q_len, kv
         _results(flash_attn.attend, call), _results(reference.attend, call), strict=True
     ):
         assert ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_every_scale_is_the_definitions(package, scale):
+    from stablemask.backends import reference
+
+    call = _call(7, 40, scale=scale, window=5)
+    for ours, expected in zip(
+        _results(flash_attn.attend, call), _results(reference.attend, call), strict=True
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -80,14 +80,15 @@ class TestOnCPU:
         torch.testing.assert_close(out[:, 0], plain[:, 0])
         assert out.isfinite().all()
 
-    def test_a_row_that_sees_nothing_not_even_a_sink_is_zero(self):
+    @pytest.mark.parametrize("sink", [-torch.inf, torch.finfo(torch.float32).min, -1e30])
+    def test_a_row_that_sees_nothing_not_even_a_sink_is_zero(self, sink):
         inputs = make_inputs(2, 4, 2, 300, KV_LEN, 8, torch.float32, value_dim=24)
         allowed = torch.ones(2, 1, 300, KV_LEN, dtype=torch.bool)
         allowed[:, :, 7] = False
         with torch.no_grad():
             out = sink_attention(
                 *inputs,
-                torch.full((4, 1), -torch.inf),
+                torch.full((4, 1), sink),
                 attn_mask=allowed,
                 documents=torch.zeros(2, KV_LEN, dtype=torch.int64),
                 alibi_slopes=torch.zeros(4),
@@ -108,6 +109,15 @@ class TestOnCPU:
         bias[..., :20] = -torch.inf
         definition = _definition(inputs, sink, bias=bias.double())
         _assert_close_to_definition(inputs, sink, definition, attn_mask=bias)
+
+        # The lowest number of all is added too: those rows see their keys, all alike.
+        bias.fill_(torch.finfo(torch.float32).min)
+        for sink, share in ((-torch.inf, 1.0), (-1e32, 0.0)):
+            with torch.no_grad():
+                out = sink_attention(*inputs, sink, attn_mask=bias, backend="flex")
+            mean = inputs[2].double().cumsum(2) / torch.arange(1, KV_LEN + 1).view(-1, 1)
+            expected = share * mean[:, :, -300:]
+            torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.02)
 
     def test_lengths_of_one_structure_share_a_kernel(self):
         made = [

@@ -112,6 +112,23 @@ def test_four_ranks_equal_the_definition(four_ranks, dtype, balanced, masks, chu
     four_ranks.run(_sinks, dtype, balanced, masks, chunk)
 
 
+def _extremes(scale, sink):
+    layout = {"group": None, "balanced": True}
+    inputs = make_inputs(2, 4, 2, 12, 12, 8, torch.float64)
+    _compare(
+        (*inputs, torch.full((4, 1), sink, dtype=torch.float64, requires_grad=True)),
+        lambda *shards: context_parallel_attention(*shards, scale=scale, **layout),
+        lambda *whole: sink_attention(*whole, scale=scale, backend="reference"),
+        layout,
+    )
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("sink", [-1e32, -torch.inf, torch.inf])
+def test_every_scale_and_sinks_that_take_nothing_and_all(two_ranks, scale, sink):
+    two_ranks.run(_extremes, scale, sink)
+
+
 def _stable_mask(horizon, balanced):
     layout = {"group": None, "balanced": balanced}
     inputs = make_inputs(2, 4, 2, 24, 24, 8, torch.float64)

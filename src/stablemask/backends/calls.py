@@ -36,6 +36,15 @@ def nothing_watches() -> bool:
     )
 
 
+def with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores by a scale above 0, for kernels that hide later keys, as -inf, before they scale."""
+    if scale < 0:
+        query, scale = -query, -scale
+    if scale < torch.finfo(torch.float32).tiny:  # which kernels may take for 0
+        query, scale = query * scale, 1.0
+    return query, scale
+
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 

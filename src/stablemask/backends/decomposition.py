@@ -2,7 +2,7 @@
 finds it in PyTorch's table of decompositions. Programs that stay in PyTorch keep the operator whole.
 
 The sink becomes one more key, of zeros, with the sink logit for a bias and zeros for a value. What is left
-is a softmax over a row of finite and -inf scores, one finite at least.
+is a softmax over a row of finite and -inf scores, one finite at least; the other rows have none.
 
 Letters: B batch, H query heads, n query rows, m keys.
 """
@@ -13,9 +13,6 @@ from torch import Tensor
 
 from ..masks import Masks
 from .operators import fake_forward, lse_dtype
-
-# Beyond every score, and finite: a row that sees nothing has a softmax still, and all of it is the sink's.
-_LARGE = 1e30
 
 
 def dense_forward(
@@ -35,7 +32,7 @@ def dense_forward(
     dtype, device = lse_dtype(query), query.device
     n, m = query.shape[2], key.shape[2]
     masks = Masks(attn_mask, alibi_slopes, None, documents)
-    bias = masks.bias(slice(0, n), slice(0, m), past, hidden=-torch.inf, dtype=dtype, device=device)
+    bias = masks.bias(slice(0, n), slice(0, m), past, dtype=dtype, device=device)
     if bias is None:
         bias = torch.zeros(1, 1, n, m, dtype=dtype, device=device)
     row, column = past + torch.arange(n, device=device)[:, None], torch.arange(m, device=device)
@@ -47,7 +44,7 @@ def dense_forward(
 
     if sink_logits is None:
         sink_logits = bias.new_full((1, 1, 1), -torch.inf)
-    sink = sink_logits.to(dtype).clamp(-_LARGE, _LARGE).unsqueeze(-1)
+    sink = sink_logits.to(dtype).unsqueeze(-1)
     rows = torch.broadcast_shapes(bias.shape[:3], sink.shape[:3])
     bias = torch.cat([bias.expand(*rows, m), sink.expand(*rows, 1)], dim=-1)
 
@@ -57,9 +54,13 @@ def dense_forward(
         for tensor in (key, value)
     )
     scores = query.to(dtype) @ key.mT * scale + bias
-    out = torch.softmax(scores, dim=-1) @ value
-    lse = torch.logsumexp(scores, dim=-1)
-    return out.to(query.dtype), lse.masked_fill(lse <= -_LARGE, -torch.inf)
+    # Without a softmax: a row that sees nothing, not even a sink, and one that its sink takes whole.
+    largest = scores.amax(dim=-1, keepdim=True)
+    settled = (largest == -torch.inf) | (sink == torch.inf)
+    scores = scores.masked_fill(settled, 0.0)
+    out = (torch.softmax(scores, dim=-1) @ value).masked_fill(settled, 0.0)
+    lse = torch.where(settled, largest, torch.logsumexp(scores, dim=-1, keepdim=True))
+    return out.to(query.dtype), lse.squeeze(-1)
 
 
 def register() -> None:

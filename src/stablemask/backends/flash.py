@@ -16,6 +16,7 @@ from .calls import (
     nothing_watches,
     only_autograd_watches,
     under_torch_func,
+    with_positive_scale,
 )
 from .kernels import KERNELS
 from .operators import absorb, eager_forward, flash_forward, scale_rows
@@ -95,7 +96,7 @@ def _attend(call: Call, kernel: str) -> Tensor:
     alone = plain and nothing_watches()
     if one_call and (alone or (in_sight and not needs_gradient(call))):
         # Without an operator around it, which takes as long to enter as a short kernel.
-        query, key, value, value_dim = fit(query, key, value, kernel)
+        query, key, value, value_dim, scale = fit(query, key, value, scale, kernel)
         causal = False if one_row else True  # noqa: SIM211 (a bool, where the length is a symbol)
         out, lse = KERNELS[kernel].forward(query, key, value, None, causal, scale)
         if alone and absorb(out, lse, sink_logits.to(lse.dtype)) is not None:
@@ -119,7 +120,7 @@ def attend_with_lse(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, n, V) and lse (B, H, n), as :func:`~.operators.forward` has them, for any value_dim."""
-    query, key, value, value_dim = fit(query, key, value, kernel)
+    query, key, value, value_dim, scale = fit(query, key, value, scale, kernel)
     tensors = (query, key, value, sink_logits, masks.attn_mask, masks.alibi_slopes)
     if under_torch_func():
         operator = functional.flash_forward
@@ -132,13 +133,14 @@ def attend_with_lse(
 
 
 def fit(
-    query: Tensor, key: Tensor, value: Tensor, kernel: str
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The tensors as kernels want them, and the value_dim to cut the result to.
+    query: Tensor, key: Tensor, value: Tensor, scale: float, kernel: str
+) -> tuple[Tensor, Tensor, Tensor, int, float]:
+    """The tensors as kernels want them, the value_dim to cut the result to, and the scale they then have.
 
-    Kernels want one head_dim, a multiple of 8 on CUDA, and a last axis that is contiguous. Columns of
-    zeros change no score and no value.
+    Kernels want one head_dim, a multiple of 8 on CUDA, a last axis that is contiguous, and a scale above 0.
+    Columns of zeros change no score and no value.
     """
+    query, scale = with_positive_scale(query, scale)
     head_dim, value_dim = query.shape[3], value.shape[3]
     width = max(head_dim, value_dim)
     width += -width % 8 if kernel != "cpu" else 0
@@ -148,4 +150,4 @@ def fit(
         value = F.pad(value, (0, width - value_dim))
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
         query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-    return query, key, value, value_dim
+    return query, key, value, value_dim, scale

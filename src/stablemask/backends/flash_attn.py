@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from .calls import constant_while_compiling, refuse_second_order, sink_gradient
+from .calls import (
+    constant_while_compiling,
+    refuse_second_order,
+    sink_gradient,
+    with_positive_scale,
+)
 
 MODULES = {"fa3": "flash_attn_interface", "fa2": "flash_attn.flash_attn_interface"}
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -48,6 +53,7 @@ def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
     query, key, value, sink_logits, masks, _, scale = call
     package, _ = _package(query.device, masks.alibi_slopes is not None)
+    query, scale = with_positive_scale(query, scale)
     value_dim = value.shape[-1]
     # One head_dim, a multiple of 8; columns of zeros change no score and no value.
     width = max(query.shape[-1], value_dim)

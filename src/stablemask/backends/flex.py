@@ -28,7 +28,6 @@ from .calls import constant_while_compiling, needs_gradient
 _BLOCK = 128  # rows and keys of a block of the block mask
 _MIN_CUDA_HEAD_DIM = 16
 _MAX_HEAD_DIM = 256
-_HUGE = 1e30  # as a logit, takes all of a row or nothing, and leaves no inf - inf to the kernel
 
 # What a kernel reads of a call's lengths, by its place in a tensor.
 _PAST, _WINDOW, _LAST_ROW, _LAST_KEY = range(4)
@@ -90,8 +89,7 @@ def attend(call: Call) -> Tensor:
         # It refuses a leaf that wants a gradient even where none is asked for.
         query = query.detach()
         key, value = (pad(tensor.detach(), (0, 0, 0, 1)) for tensor in (key, value))
-        huge = min(_HUGE, torch.finfo(query.dtype).max / 4)
-        sink = sink.clamp(-huge, huge).expand(query.shape[:3]).contiguous()
+        sink = sink.expand(query.shape[:3]).contiguous()
     else:
         query, key = (_at_least(tensor, _MIN_CUDA_HEAD_DIM) for tensor in (query, key))
         value = _at_least(value, _MIN_CUDA_HEAD_DIM)
@@ -104,7 +102,10 @@ def attend(call: Call) -> Tensor:
         out, lse = _flex(*arguments)
     else:
         out, lse = _compiled(_structure(call))(*arguments)
-    if lse is not None:
+    if lse is None:
+        # An infinite sink takes its whole row, of which the kernel makes inf - inf.
+        out = out.masked_fill((sink == torch.inf).unsqueeze(-1), 0.0)
+    else:
         # A row that sees nothing has lse -inf and gives its sink everything.
         share = torch.sigmoid((lse - sink).masked_fill(lse == -torch.inf, -torch.inf))
         out = (out * share.unsqueeze(-1)).to(query.dtype)

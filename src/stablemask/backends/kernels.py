@@ -3,8 +3,9 @@
     forward(query, key, value, bias, causal, scale) -> out (B, H, n, D), lse (B, H, n)
     backward(grad, query, key, value, out, lse, bias, causal, scale) -> d_query, d_key, d_value
 
-``causal`` is square and aligned top-left; ``lse`` is the natural logsumexp of the visible scores, in
-float32 (float64 for float64 inputs). The backward takes any ``out`` and ``lse``: it rebuilds
+``causal`` is square and aligned top-left; ``bias`` is added to the scaled scores and may be -inf; ``lse`` is
+the natural logsumexp of the visible scores, in float32 (float64 for float64 inputs), and -inf, beside an
+``out`` of 0, for a row whose every bias is -inf. The backward takes any ``out`` and ``lse``: it rebuilds
 ``exp(scores - lse)`` and ``rowsum(grad * out)`` from them, which is what ``operators.py`` rests on.
 
 Kernels differ in the layout and padding of lse, in grouped heads, and in what a bias may be; the
@@ -30,11 +31,23 @@ class Kernel:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+def _with_blind_rows(out, lse, bias, causal):
+    """What a kernel returns, where they disagree on rows whose every bias is -inf."""
+    keys = torch.arange(bias.shape[3], dtype=torch.int32, device=bias.device)
+    first_seen = torch.where(bias == -torch.inf, len(keys), keys).amin(-1)
+    last = torch.arange(lse.shape[2], device=bias.device) if causal else len(keys) - 1
+    blind = (first_seen > last).expand(lse.shape)
+    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+
+
 def _cpu_forward(query, key, value, bias, causal, scale):
     # By its name in torch, 2 microseconds faster than by that in torch.ops.
-    return torch._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
+    if bias is not None and (lse == 0).any():  # as it says of a blind row, and of few others
+        return _with_blind_rows(out, lse, bias, causal)
+    return out, lse
 
 
 def _cpu_backward(grad, query, key, value, out, lse, bias, causal, scale):
@@ -124,7 +137,8 @@ def _cudnn_forward(query, key, value, bias, causal, scale):
         query, key, value, bias, True, 0.0, causal, False, scale=scale
     )
     # Some versions give lse a trailing axis of one.
-    return out, lse.squeeze(-1) if lse.dim() == 4 else lse
+    lse = lse.squeeze(-1) if lse.dim() == 4 else lse
+    return (out, lse) if bias is None else _with_blind_rows(out, lse, bias, causal)
 
 
 def _cudnn_backward(grad, query, key, value, out, lse, bias, causal, scale):
@@ -166,7 +180,8 @@ def _efficient_forward(query, key, value, bias, causal, scale):
         query, _repeat_groups(query, key), _repeat_groups(query, value),
         _aligned_bias(query, key, bias), True, 0.0, causal, scale=scale,
     )  # fmt: skip
-    return out, lse[..., : query.shape[2]]
+    lse = lse[..., : query.shape[2]]
+    return (out, lse) if bias is None else _with_blind_rows(out, lse, bias, causal)
 
 
 def _efficient_backward(grad, query, key, value, out, lse, bias, causal, scale):

@@ -116,7 +116,7 @@ def _forward_block(
         weights = [torch.exp(part_lse - lse) for _, part_lse in parts]
         weights = weights if kept is None else [weight * kept for weight in weights]
     if biased:
-        nothing = lse <= tiling.hidden / 2
+        nothing = lse == -torch.inf
         total = torch.where(nothing, -torch.inf if sink is None else sink, total)
         ones = torch.ones((), dtype=lse.dtype, device=lse.device)
         weights = [(ones if w is None else w).masked_fill(nothing, 0.0) for w in weights]
@@ -191,7 +191,7 @@ def backward(
     grad = grad.contiguous() if grad.stride(-1) != 1 else grad
     masks = Masks(attn_mask, alibi_slopes, window, documents)
     if attn_mask is not None or masks.by_tile:
-        # A row that sees nothing has hidden scores only; any finite lse makes their weights 0.
+        # A row that sees nothing has scores of -inf only; any finite lse makes their weights 0.
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
     tiling = _tiling(query, key, masks, past, scale, kernel, backward=True)
     blocks = tiling.blocks()
@@ -241,12 +241,9 @@ def _tiling(
 ) -> Tiling:
     # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
     dtype = lse_dtype(query) if kernel == "cpu" else query.dtype
-    # Finite, so that a row with nothing to see is known by its lse: of one whose scores are -inf
-    # kernels disagree on the lse (the CPU one says 0).
-    hidden = max(torch.finfo(dtype).min, -1e30)
     return Tiling(
         masks, query.shape[2], key.shape[2], past,
-        hidden=hidden, dtype=dtype, device=query.device,
+        dtype=dtype, device=query.device,
         half=kernel == "cpu" and query.dtype in (torch.bfloat16, torch.float16),
         backward=backward,
         alibi_reach=_alibi_reach(query, key, masks, past, scale, kernel),

@@ -37,10 +37,7 @@ def _attend(call: Call) -> Tensor:
     n, m = query.shape[2], key.shape[2]
 
     scores = query @ key.transpose(-2, -1) * scale  # B H n m
-    bias = masks.bias(
-        slice(0, n), slice(0, m), m - n,
-        hidden=-torch.inf, dtype=query.dtype, device=query.device,
-    )  # fmt: skip
+    bias = masks.bias(slice(0, n), slice(0, m), m - n, dtype=query.dtype, device=query.device)
     if bias is not None:
         scores = scores + bias
     future = torch.ones(n, m, dtype=torch.bool, device=query.device).triu(m - n + 1)

@@ -55,7 +55,6 @@ class Tiling:
         num_rows, num_keys: the lengths. The rows stand on the last keys or, all of them, behind the
             last: ``past + num_rows <= num_keys`` or ``past >= num_keys``.
         past: the key of the first row.
-        hidden: the bias of a score that must not be seen, a very low finite number.
         dtype: of the biases.
         half: of inputs in half precision, whose bias is float32.
         backward: whether the tiles are those of a backward pass.
@@ -69,7 +68,6 @@ class Tiling:
         num_keys: int,
         past: int,
         *,
-        hidden: float,
         dtype: torch.dtype,
         device: torch.device,
         half: bool = False,
@@ -78,7 +76,7 @@ class Tiling:
     ) -> None:
         self.masks = masks
         self.num_rows, self.num_keys, self.past = num_rows, num_keys, past
-        self.hidden, self.dtype, self.device = hidden, dtype, device
+        self.dtype, self.device = dtype, device
         self.half, self.backward = half, backward
         self.alibi_reach = None if alibi_reach is None else alibi_reach.view(1, -1, 1, 1)
         self._document_starts = None
@@ -136,7 +134,7 @@ class Tiling:
         if rows.stop - rows.start > 1:
             offset = torch.arange(rows.stop - rows.start, device=self.device)
             shift = offset * slopes.unsqueeze(-1)
-        bias = alibi if bias is None else (bias + alibi).clamp_(min=self.hidden)
+        bias = alibi if bias is None else bias + alibi
         return Tile(rows, keys, causal, bias, shift)
 
     def _mask_bias(self, rows: slice, keys: slice, *, with_alibi: bool) -> Tensor | None:
@@ -159,17 +157,15 @@ class Tiling:
         bias, other = self._by_distance[place], self._dense(by_place, rows, keys)
         if bias is None or other is None:
             return other if bias is None else bias
-        return (bias + other).clamp_(min=self.hidden)
+        return bias + other
 
     def _within_reach(self, bias: Tensor) -> Tensor:
         if self.alibi_reach is None:
             return bias
-        return bias.masked_fill_(bias < -self.alibi_reach, self.hidden)
+        return bias.masked_fill_(bias < -self.alibi_reach, -torch.inf)
 
     def _dense(self, masks: Masks, rows: slice, keys: slice) -> Tensor | None:
-        return masks.bias(
-            rows, keys, self.past, hidden=self.hidden, dtype=self.dtype, device=self.device
-        )
+        return masks.bias(rows, keys, self.past, dtype=self.dtype, device=self.device)
 
 
 def _document_starts(documents: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def context_parallel_attention(
     sink_logits = check_sink(sink_logits, query)
     scale = check_scale(scale, query)
     kernel = stock_kernel(Call(query, key, value, sink_logits, masks, 0.0, scale))
-    query, key, value, value_dim = fit(query, key, value, kernel)
+    query, key, value, value_dim, scale = fit(query, key, value, scale, kernel)
     out = _attend(query, key, value, sink_logits, alibi_slopes, window, scale, kernel, ring)
     return out[..., :value_dim]
 
@@ -348,9 +348,8 @@ class _RingAttention(torch.autograd.Function):
 
         d_sink = None
         if ctx.needs_input_grad[3]:
-            # As `merge_attention` takes an infinite sink.
             d_total = -(grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-            d_sink = sink_gradient(sink_logits.clamp(max=1e30), lse, d_total)
+            d_sink = sink_gradient(sink_logits, lse, d_total)
         return (
             d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), d_sink,
             *(None,) * 5,

@@ -15,6 +15,7 @@
 
 #include <array>
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "causal.h"
@@ -200,14 +201,17 @@ void read_numbers(PyObject* object, double (&numbers)[2]) {
 // With as many rows as keys.
 at::Tensor attend_causally(const Call& call, const Rules& rules) {
   const auto& [query, key, value, mask, sink, gamma, scale] = call;
-  if (mask.defined() || value.size(3) != key.size(3) ||
+  // A scale of 0 or below would make numbers of the -inf that hides later keys.
+  if (mask.defined() || value.size(3) != key.size(3) || !(scale >= std::numeric_limits<float>::min()) ||
       (sink.tensor.defined() && !at::is_expandable_to(sink.tensor.sizes(), query.sizes().slice(0, 3)))) {
     return {};
   }
-  const auto options = query.options().dtype(at::toOpMathType(query.scalar_type()));
+  const bool is_double = query.scalar_type() == at::kDouble;
+  // Beyond the range of float it is infinite, which at::full would refuse.
+  const double number = is_double ? sink.number : static_cast<double>(static_cast<float>(sink.number));
   const at::Tensor logits = gamma ? pseudo_logsumexp(query.size(2), *gamma)
       : sink.tensor.defined()     ? sink.tensor
-                                  : at::full({1, 1, 1}, sink.number, options);
+                                  : at::full({1, 1, 1}, number, query.options().dtype(is_double ? at::kDouble : at::kFloat));
   const stablemask::Way way = rules.way(query, key);
   const bool differentiable =
       query.requires_grad() || key.requires_grad() || value.requires_grad() || logits.requires_grad();
