@@ -122,23 +122,6 @@ def plain_attention(
     return out.reshape(batch, heads, 1, head_dim)
 
 
-def repeated_row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor,
-    scale: float,
-    attn_mask: Tensor | None,
-) -> Tensor | None:
-    """:func:`plain_attention` of a row like one it served, in eager mode without gradients; None if it is not."""
-    if LIBRARY is not None:  # which checks at no cost
-        return LIBRARY.attend(
-            query, key, value, sink_logits, None, scale, attn_mask,
-            _LONGEST_IN_FLOAT32, _SHORTEST_BY_TILES,
-        )  # fmt: skip
-    return _unchecked(query, key, value, sink_logits, scale)
-
-
 def _unchecked(
     query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | float, scale: float
 ) -> Tensor:

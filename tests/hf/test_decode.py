@@ -1,14 +1,16 @@
-"""Steps of one token: what layers alike share of a step is right in every family, and goes with the step."""
+"""Steps of one token are right in every family, and nothing of one step is left for the next."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
 import stablemask.hf.attention as attention
+from stablemask.hf.settings import model_settings
 from stablemask.models.cache import CACHE
-from tests.marks import native_library
+from stablemask.models.settings import pseudo_sink_logits
 
 from .families import FAMILIES, PSEUDO, Family, outcome
 
@@ -23,17 +25,6 @@ pytestmark = pytest.mark.usefixtures("without_gradients")
 def without_gradients():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def shared(monkeypatch):
-    """The layers' calls that were known from an earlier layer, as tuples of arguments."""
-    calls: list[tuple] = []
-    original = attention.repeated_row
-    monkeypatch.setattr(
-        attention, "repeated_row", lambda *args: calls.append(args) or original(*args)
-    )
-    return calls
 
 
 def build(family, settings=PSEUDO[0]):
@@ -61,18 +52,7 @@ def test_steps_equal_one_pass(family, settings):
     assert_same(torch.cat(logits, 1), truth)
 
 
-def test_all_layers_but_the_first_share_a_step(shared):
-    model, ids = build(LLAMA), torch.randint(3, 61, (2, LENGTH))
-    truth = model(ids, use_cache=False).logits
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :-1], **{CACHE: cache})
-    assert not shared
-    assert_same(model(ids[:, -1:], **{CACHE: cache}).logits, truth[:, -1:])
-    assert len(shared) == 3
-
-
-@native_library
-def test_padded_batches_share_it_too_and_are_as_each_text_alone(shared):
+def test_padded_batches_are_as_each_text_alone():
     model, ids = build(LLAMA), torch.randint(3, 61, (3, LENGTH))
     padding = (5, 0, 2)
     mask = torch.stack([torch.arange(LENGTH) >= start for start in padding]).long()
@@ -82,8 +62,6 @@ def test_padded_batches_share_it_too_and_are_as_each_text_alone(shared):
           **{CACHE: cache})  # fmt: skip
     logits = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:],
                    **{CACHE: cache}).logits  # fmt: skip
-    assert len(shared) == 3
-    assert all(call[-1] is not None for call in shared)
     for row, start in enumerate(padding):
         alone = model(ids[row : row + 1, start:], use_cache=False).logits
         assert_same(logits[row : row + 1], alone[:, -1:])
@@ -95,13 +73,16 @@ def test_padded_batches_share_it_too_and_are_as_each_text_alone(shared):
         lambda config, positions: config.stablemask.update(gamma=0.02),
         lambda config, positions: config.stablemask.update(shift=-3.0),
         lambda config, positions: positions.add_(2),
+        lambda config, positions: positions.data.add_(2),
+        lambda config, positions: np.add(positions.numpy(), 2, out=positions.numpy()),
     ],
-    ids=["gamma", "shift", "positions"],
+    ids=["gamma", "shift", "positions", "data", "numpy"],
 )
-def test_what_changes_between_steps_is_seen(change):
-    """With the same tensor of positions in both, on which the first step has left its mass."""
-    model, ids = build(LLAMA), torch.randint(3, 61, (1, 1))
-    positions = torch.tensor([[0]])
+@pytest.mark.parametrize("length", [1, 3])
+def test_what_changes_between_steps_is_seen(change, length):
+    """With the same tensor of positions in both."""
+    model, ids = build(LLAMA), torch.randint(3, 61, (1, length))
+    positions = torch.arange(length)[None]
     before = model(ids, position_ids=positions, use_cache=False).logits
     change(model.config, positions)
     after = model(ids, position_ids=positions, use_cache=False).logits
@@ -109,9 +90,8 @@ def test_what_changes_between_steps_is_seen(change):
     assert (after - before).abs().max() > 1e-3
 
 
-def test_a_layer_with_a_gradient_an_autocast_or_its_own_sinks_goes_the_long_way(shared):
-    model = build(LLAMA)
-    layer, positions = model.model.layers[0].self_attn, torch.tensor([[3]])
+def test_a_layer_with_a_gradient_an_autocast_or_its_own_sinks_is_right():
+    layer, positions = build(LLAMA).model.layers[0].self_attn, torch.tensor([[3]])
     states = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
 
     def attend(**given):
@@ -119,15 +99,59 @@ def test_a_layer_with_a_gradient_an_autocast_or_its_own_sinks_goes_the_long_way(
         return attention.stablemask_attention_forward(layer, *states, None, **given)[0]
 
     expected = attend()
-    assert torch.equal(attend(), expected)
-    assert len(shared) == 1
     with torch.autocast("cpu", torch.bfloat16):
-        attend()
+        assert attend().dtype == torch.bfloat16
     with torch.enable_grad():
         torch.testing.assert_close(attend(), expected)
     assert attend(s_aux=torch.ones(4)).sub(expected).abs().max() > 1e-3
     assert attend(sliding_window=2).sub(expected).abs().max() > 1e-3
-    torch.testing.assert_close(attend(position_ids=positions.clone()), expected)
-    assert len(shared) == 1
     torch.testing.assert_close(attend(sliding_window=4), expected)
-    assert len(shared) == 2
+    states = tuple(torch.randn(1, heads, 2, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match="asked for is_causal=False"):
+        attend(is_causal=False, position_ids=torch.arange(2)[None])
+
+
+def test_nothing_is_kept_on_the_tensors_of_a_batch(tmp_path):
+    """So that it can be saved, and loaded without running anything."""
+    model, ids = build(LLAMA), torch.randint(3, 61, (2, 5))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5).clone()
+    batch = {"input_ids": ids, "position_ids": torch.arange(5)[None], "attention_mask": mask}
+    logits = model(**batch).logits
+    torch.save(batch, tmp_path / "batch.pt")
+    loaded = torch.load(tmp_path / "batch.pt", weights_only=True)
+    assert torch.equal(model(**loaded).logits, logits)
+    assert not any(vars(tensor) for tensor in batch.values())
+
+    mask.data[:, :, 1, 3] = True
+    with pytest.raises(ValueError, match="the mask lets a token see later ones"):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gamma": 0.1},
+        {"gamma": [0.3, 0.1, 0.05, 0.2], "horizon": 20},
+        {"gamma": "slopes", "hold": 9, "start": 14, "floor": 0.5, "shift": -1.0},
+        {"gamma": 0.1, "hold": None},
+        {"gamma": 1e-7, "hold": 2**40},
+        {"gamma": [0.3, 0.1, 0.05, 0.0], "horizon": 20, "hold": 12},
+    ],
+)
+def test_the_mass_of_any_position_is_that_of_its_closed_form(settings):
+    model = build(LLAMA, settings)
+    layer, query = model.model.layers[0].self_attn, torch.empty(2, 4, 8, 8)
+    positions = torch.tensor([[0, 1, 9, 10, 13, 14, 18, 19], [12, 20, 21, 63, 64, 65, 999, 7]])
+    complete = model_settings(model.config)
+    expected = pseudo_sink_logits(complete, 4, positions).expand(2, 4, 8)
+    with torch.inference_mode():  # what is made here serves training too
+        attention.layer_sink_logits(layer, query, 8, None, position_ids=positions)
+    found = attention.layer_sink_logits(layer, query, 8, None, position_ids=positions)
+    assert torch.equal(found.expand(2, 4, 8), expected)
+    for column, position in enumerate(positions[1]):
+        row = attention.layer_sink_logits(
+            layer, query[:1, :, :1], 8, None, position_ids=position.view(1, 1)
+        )
+        assert torch.equal(row.expand(1, 4, 1), expected[1:, :, column, None])
+    with torch.enable_grad():
+        (found + torch.ones(1, requires_grad=True)).nan_to_num(neginf=0).sum().backward()

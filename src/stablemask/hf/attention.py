@@ -5,9 +5,8 @@ A model hands over query, key and value, a mask where causality alone does not s
 at every forward pass. Shapes: B batch, H query heads, q and kv lengths.
 """
 
-import copy
+import functools
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
-from ..backends.calls import nothing_watches
+from ..backends.calls import only_autograd_watches
 from ..models.modeling import ATTN_IMPLEMENTATION
-from ..models.settings import pseudo_sink_logits
-from ..plain import plain_attention, repeated_row
-from .settings import model_settings
+from ..models.settings import complete_settings, pseudo_sink_logits
+from ..plain import plain_attention
+from .settings import context_of, model_settings
 
 _UNKNOWN_TERMS = {
     "softcap": "soft-capping of the scores, which no flash kernel gives a logsumexp for",
@@ -60,10 +59,8 @@ def stablemask_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse_unknown_terms(module, kwargs)
-    row = _same_row(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if row is not None:
-        return row, None
-    if kwargs.get("cache") is not None:  # continuous batching leaves the cache to the attention
+    paged = kwargs.get("cache") is not None or "read_index" in kwargs  # continuous batching
+    if kwargs.get("cache") is not None:  # which left it to the attention until Transformers 5.24
         key, value = kwargs["cache"].update(
             key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
         )
@@ -73,10 +70,13 @@ def stablemask_attention_forward(
         window_left = None
         # Not at every decode step, which would wait for the device; and the masks of continuous
         # batching are its own, and part of CUDA graphs.
-        unread = q_len == 1 or kwargs.get("cache") is not None or torch.compiler.is_compiling()
-        if not unread:
+        if not (q_len == 1 or paged or torch.compiler.is_compiling()):
             _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
     else:
+        if kwargs.get("is_causal") is False and q_len > 1:
+            raise ValueError(
+                f"StableMask is causal, and {type(module).__name__} was asked for is_causal=False"
+            )
         # A window that holds every key is none; a compiled graph is not to depend on which.
         holds_all = not torch.compiler.is_compiling() and window is not None and kv_len <= window
         window_left = None if holds_all else window
@@ -89,7 +89,6 @@ def stablemask_attention_forward(
             query, key, value, sink_logits=sink_logits, scale=scaling, attn_mask=attention_mask
         )
         if row is not None:
-            _remember_row(module, query, key, value, attention_mask, kwargs)
             return row.reshape(row.shape[0], 1, row.shape[1], row.shape[3]), None
     out = sink_attention(
         query,
@@ -149,108 +148,67 @@ def _token_positions(q_len: int, position_ids: Tensor | None = None, **_: Any) -
     return position_ids[0] if position_ids.dim() == 3 else position_ids
 
 
-@dataclass(slots=True)
-class _Memo:
-    """The pseudo mass of a forward pass, kept on the positions that all its layers get.
-
-    Attributes:
-        shapes: of query, key and value of a row in a layer that took the short way, which any other
-            layer of the same shapes, dtype and mask may then take unchecked.
-    """
-
-    config: Any
-    given: Any
-    version: int
-    heads: int
-    sink_logits: Tensor
-    shapes: tuple[torch.Size, torch.Size, torch.Size] | None = None
-    dtype: torch.dtype | None = None
-    mask: Tensor | None = None
-
-    def holds(self, config: Any, positions: Tensor, query: Tensor) -> bool:
-        return (
-            self.config is config
-            and self.version == positions._version
-            and self.heads == query.shape[1]
-            and self.given == config.__dict__.get("stablemask")
-            and self.sink_logits.device == query.device
-        )
-
-
-def _same_row(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Attention of a layer whose call is like a row that took the short way; else None.
-
-    A model's layers are tens of such calls a token, each some tens of microseconds, of which reading
-    the settings and checking the arguments would be the half.
-    """
-    if not nothing_watches():
-        return None
-    positions: Any = kwargs.get("position_ids")
-    memo: _Memo | None = getattr(positions, "_stablemask", None)
-    if memo is None or memo.shapes is None:
-        return None
-    window = kwargs.get("sliding_window")
-    like = (
-        memo.shapes == (query.shape, key.shape, value.shape)
-        and memo.mask is attention_mask
-        and type(query) is type(key) is type(value) is Tensor
-        and query.dtype is key.dtype is value.dtype is memo.dtype
-        and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and memo.holds(module.config, positions, query)
-        and (not window or attention_mask is not None or window >= key.shape[2])
-        and kwargs.get("s_aux") is None
-        and kwargs.get("cache") is None
-        and type(scaling) is float
-        and not dropout
-    )
-    if not like:
-        return None
-    assert scaling is not None
-    out = repeated_row(query, key, value, memo.sink_logits, scaling, attention_mask)
-    return None if out is None else out.reshape(query.shape[0], 1, query.shape[1], -1)
-
-
-def _remember_row(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> None:
-    memo: _Memo | None = getattr(kwargs.get("position_ids"), "_stablemask", None)
-    # Where a family does not name the window, its layers may differ in it.
-    named = "sliding_window" in kwargs or not getattr(module.config, "sliding_window", None)
-    if memo is not None and named and kwargs.get("s_aux") is None:
-        memo.shapes, memo.dtype = (query.shape, key.shape, value.shape), query.dtype
-        memo.mask = attention_mask
-
-
 def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) -> Tensor:
-    """Log of the mass; the first layer of a forward pass works it out for all."""
-    kept = not (torch.compiler.is_compiling() or positions.is_inference())
-    memo: _Memo | None = positions.__dict__.get("_stablemask") if kept else None
-    if memo is not None and memo.holds(config, positions, query):
-        return memo.sink_logits
-    settings = model_settings(config)
-    sink_logits = pseudo_sink_logits(
-        settings, config.num_attention_heads, positions.to(query.device)
-    )
-    sink_logits = _local_heads(module, sink_logits, query)
-    if kept:
-        given = copy.deepcopy(getattr(config, "stablemask", None))
-        memo = _Memo(config, given, positions._version, query.shape[1], sink_logits)
-        positions.__dict__["_stablemask"] = memo
-    return sink_logits
+    """Log of the mass of each row, broadcastable to (B, H, q).
+
+    Read from a table of positions where that can be: a model's layers ask tens of times a token.
+    """
+    positions = positions.to(query.device)
+    table = None
+    # A table that a tracer or the capture of a CUDA graph made would be theirs.
+    if only_autograd_watches(positions) and not (
+        positions.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        table = _table_of(config, positions.device)
+    if table is None:
+        num_heads = config.num_attention_heads
+        sink_logits = pseudo_sink_logits(model_settings(config), num_heads, positions)
+    elif positions.numel() == 1 and positions.is_cpu:  # the same in half the time
+        sink_logits = table[min(max(int(positions), 0), len(table) - 1)].unsqueeze(-1)
+    else:
+        rows = positions.reshape(-1).clamp(0, len(table) - 1)
+        sink_logits = table.index_select(0, rows).view(*positions.shape, -1).transpose(-1, -2)
+    return _local_heads(module, sink_logits, query)
+
+
+def _table_of(config: Any, device: torch.device) -> Tensor | None:
+    given = getattr(config, "stablemask", None)
+    try:
+        # By value, for settings may change between any two calls.
+        settings = tuple(
+            (name, tuple(value) if isinstance(value, list) else value)
+            for name, value in (given or {}).items()
+        )
+        return _table(settings, config.num_attention_heads, context_of(config), device)
+    except (AttributeError, TypeError):  # no dict, or no hash: `model_settings` says what is wrong
+        return None
+
+
+# Numbers in a table, 16 MiB of them.
+_LARGEST_TABLE = 1 << 22
+
+
+@functools.lru_cache(maxsize=8)
+def _table(
+    settings: tuple[tuple[str, Any], ...], num_heads: int, context: int | None, device: torch.device
+) -> Tensor | None:
+    """Log of the mass by position, (positions, heads or 1), up to the last at which it changes.
+
+    None where it changes for ever, or for too long.
+    """
+    complete = complete_settings(dict(settings), num_heads, context)
+    last = complete.get("hold")
+    if last is None:
+        last = complete["horizon"]
+    if last is None:
+        return None
+    length = max(last, complete.get("start", 0)) + 1
+    heads = num_heads if isinstance(complete["gamma"], (list, str)) else 1
+    if length * heads > _LARGEST_TABLE:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        positions = torch.arange(length, device=device)
+        return pseudo_sink_logits(complete, num_heads, positions).T.contiguous()
 
 
 def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
@@ -298,10 +256,7 @@ def _rows_of_the_mask(
 def _check_mask(
     module: nn.Module, mask: Tensor, position_ids: Tensor | None, sliding_window: int | None
 ) -> None:
-    """What can be said of a mask by reading it, (B, 1, q, kv), once for all layers that get it."""
-    if sliding_window in mask.__dict__.setdefault("_stablemask_checked", set()):
-        return
-    mask.__dict__["_stablemask_checked"].add(sliding_window)
+    """What can be said of a mask by reading it, (B, 1, q, kv)."""
     q_len, kv_len = mask.shape[-2:]
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     if bool(seen.triu(kv_len - q_len + 1).any()):
@@ -309,7 +264,9 @@ def _check_mask(
             f"StableMask cannot run in {type(module).__name__} here: the mask lets a token see later ones "
             "(as in a picture or a prefix), and StableMask is causal"
         )
-    if mask.dtype == torch.bool and position_ids is not None:
+    # In one layer, for it takes as long as all the rest of reading a mask.
+    first = getattr(module, "layer_idx", None) in (None, 0)
+    if mask.dtype == torch.bool and position_ids is not None and first:
         _warn_of_padding_counted(mask[:, 0], position_ids, sliding_window)
 
 

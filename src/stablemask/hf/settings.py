@@ -29,7 +29,7 @@ def model_settings(config: PreTrainedConfig, given: dict[str, Any] | None = None
             f"StableMask needs one num_attention_heads, which {type(config).__name__} does not name"
         )
     own_layers = config.num_hidden_layers if isinstance(config, StableMaskConfig) else None
-    return complete_settings(given, num_heads, _context(config), own_layers)
+    return complete_settings(given, num_heads, context_of(config), own_layers)
 
 
 @contextmanager
@@ -43,9 +43,10 @@ def changed_settings(config: Any, **changes: Any) -> Iterator[None]:
         config.stablemask = given
 
 
-def _context(config: PreTrainedConfig) -> int | None:
+def context_of(config: PreTrainedConfig) -> int | None:
     """The context a model was made for, whose inverse is the default gamma; None where not named."""
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
+        context = getattr(config, name, None)
+        if isinstance(context, int):
+            return context
     return None
