@@ -27,9 +27,9 @@ MORE: dict[str, dict[str, Any]] = {
         "experts_implementation": "eager",  # the grouped product has no float64
     },
     "Bloom": {},
-    "GPTJ": {"n_positions": 64, "rotary_dim": 4},
+    "Falcon": {},
 }
-CAPTURED = tuple(name for name in MORE if name not in ("Bloom", "GPTJ"))
+CAPTURED = tuple(name for name in MORE if name not in ("Bloom", "Falcon"))
 
 
 def tiny_transformer(

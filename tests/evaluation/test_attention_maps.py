@@ -170,7 +170,7 @@ def test_softmax_of_any_family_cannot_tell_identical_tokens_apart():
     assert identical_token_spread(stable, 32, 3).spread > 1e-2
 
 
-@pytest.mark.parametrize("family", ["Bloom", "GPTJ"])
+@pytest.mark.parametrize("family", ["Bloom", "Falcon"])
 def test_a_family_that_computes_its_attention_itself(family):
     model = tiny_transformer(family)
     with pytest.raises(InputError, match=rf"{family}.* cannot be captured"):

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -19,7 +21,7 @@ from stablemask.hf import apply_stablemask
 
 from ..models.tiny import tiny_model
 from .dense import densely
-from .families import SIZES, Family
+from .families import MIXED, SIZES, Family
 
 LLAMA = Family("Llama", "LlamaForCausalLM")
 NEOX = Family("GPT-NeoX", "GPTNeoXForCausalLM")
@@ -94,6 +96,59 @@ def test_another_attention_is_refused(name, tmp_path):
         model.set_attn_implementation(name)
 
 
+@pytest.mark.parametrize("way", ["from_pretrained", "from_config", "set", "private"])
+@pytest.mark.parametrize("build", [AutoModelForCausalLM, AutoModel])
+def test_a_model_that_was_given_the_name_says_so_in_its_configuration(way, build, tmp_path):
+    """Held against the settings written out, which the definition holds."""
+    expected = llama({"gamma": 1 / 64, "hold": 63}).float()
+    expected.save_pretrained(tmp_path / "asking")
+    plain = LLAMA.model_class(LLAMA.config()).eval()
+    plain.load_state_dict(expected.state_dict())
+    plain.save_pretrained(tmp_path / "plain")
+    name, ids = "stablemask", random_ids(1, 9)
+    if way == "from_pretrained":
+        model = build.from_pretrained(tmp_path / "plain", attn_implementation=name)
+    elif way == "from_config":
+        model = build.from_config(AutoConfig.from_pretrained(tmp_path / "plain"),
+                                  attn_implementation=name).eval()  # fmt: skip
+        weights = build.from_pretrained(tmp_path / "plain").state_dict()
+        model.load_state_dict(weights)
+    else:
+        model = build.from_pretrained(tmp_path / "plain")
+        if way == "set":
+            model.set_attn_implementation(name)
+        else:
+            model.config._attn_implementation = name
+            model(ids)
+    assert model.config.stablemask == {"gamma": 1 / 64, "horizon": None, "hold": 63}
+    truth = build.from_pretrained(tmp_path / "asking")(ids)[0]
+    model.save_pretrained(tmp_path / "saved")
+    again = build.from_pretrained(tmp_path / "saved")
+    assert again.config._attn_implementation == name
+    for ours in (model, again):
+        assert ours(ids)[0].equal(truth)
+    # By another name it still is what the configuration asks for, and None is the way back.
+    model.set_attn_implementation("sdpa")
+    assert model(ids)[0].equal(truth)
+    softmax = build.from_pretrained(tmp_path / "plain")(ids)[0]
+    assert (softmax - truth).abs().max() > 0.01
+    model.config.stablemask = None
+    torch.testing.assert_close(model(ids)[0], softmax)
+    model.save_pretrained(tmp_path / "back")
+    assert build.from_pretrained(tmp_path / "back")(ids)[0].equal(softmax)
+
+
+def test_the_name_alone_writes_nothing_beside_learned_sinks_nor_into_our_own_decoder(tmp_path):
+    family = Family("Granite with sinks", "GraniteSWAForCausalLM", MIXED)
+    model = family.model_class._from_config(family.config(), attn_implementation="stablemask")
+    model.set_attn_implementation("stablemask")
+    model(random_ids(1, 9))
+    assert getattr(model.config, "stablemask", None) is None
+    ours = tiny_model(attention="softmax1")
+    ours.set_attn_implementation("stablemask")
+    assert ours.config.stablemask is None
+
+
 def test_the_defaults_are_an_infinite_horizon_and_one_gamma_of_the_context():
     ids = random_ids(1, 9)
     model = llama()
@@ -136,11 +191,11 @@ def test_far_below_zero_the_shift_leaves_the_plain_model_and_start_its_first_row
     ids = random_ids(2, 9)
     model = llama({"gamma": 0.05, "shift": -60.0}, NEOX)
     model.config.stablemask, settings = None, model.config.stablemask
-    plain = model(ids).logits  # the default, not softmax: the name is still StableMask
+    plain = model(ids).logits  # softmax, though the name is still StableMask
     model.set_attn_implementation("sdpa")
     softmax = model(ids).logits
     model.config.stablemask = settings
-    assert (plain - softmax).abs().max() > 0.1
+    torch.testing.assert_close(plain, softmax, rtol=0, atol=1e-10)
     torch.testing.assert_close(model(ids).logits, softmax, rtol=0, atol=1e-10)
     model.config.stablemask = {"gamma": 0.05, "start": 4}
     difference = (model(ids).logits - softmax).abs().amax((0, 2))
@@ -229,6 +284,11 @@ def test_in_a_multimodal_model_the_text_alone_has_a_pseudo_mass(family, tmp_path
     assert plain(**batch).logits.equal(logits)
     plain.save_pretrained(tmp_path)
     assert model_class.from_pretrained(tmp_path)(**batch).logits.equal(logits)
+
+    _, config = family({})
+    named = model_class._from_config(config, attn_implementation="stablemask").config
+    assert named.text_config.stablemask == {"gamma": 1 / 64, "horizon": None, "hold": 63}
+    assert [getattr(c, "stablemask", None) for c in (named, named.vision_config)] == [None, None]
 
 
 def test_settings_beside_the_text_model_are_refused():

@@ -2,7 +2,7 @@
 
 A model hands over query, key and value, a mask where causality alone does not say it all, and
 ``position_ids``. Everything else the pseudo mass needs stands in ``config.stablemask``, which is read
-at every forward pass. Shapes: B batch, H query heads, q and kv lengths.
+at every forward pass, and written where the name is chosen (`guard.py`); None there is no mass. Shapes: B batch, H query heads, q and kv lengths.
 """
 
 import functools
@@ -132,8 +132,10 @@ def layer_sink_logits(
     """
     own = None if kwargs.get("s_aux") is None else kwargs["s_aux"][:, None]
     config: Any = module.config
-    if "s_aux" in kwargs and getattr(config, "stablemask", None) is None:
-        return query.new_full((1, 1), -torch.inf) if own is None else own
+    if getattr(config, "stablemask", None) is None:
+        if "s_aux" in kwargs or "stablemask" in vars(config):  # None was written: no mass
+            return query.new_full((1, 1), -torch.inf) if own is None else own
+        config.stablemask = model_settings(config)  # the name was written past the guard
     positions = _token_positions(query.shape[2], position_ids)
     if positions is None:
         positions = _rows_of_the_mask(module, query, kv_len, attention_mask, sliding_window)

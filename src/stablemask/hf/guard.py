@@ -1,7 +1,8 @@
 """What a configuration asks for is what runs: every other way is refused where it is chosen.
 
 Transformers takes the name of an attention on trust. Some families ignore it, and a model whose
-configuration asks for StableMask may be told to run something else. Both would be silent.
+configuration asks for StableMask may be told to run something else. Both would be silent. Nor does it save
+the name, so a model that was given it says in its configuration what it runs.
 """
 
 import functools
@@ -22,6 +23,8 @@ def install() -> None:
             setattr(PreTrainedModel, name, _guarded(method))
     if not hasattr(PreTrainedModel.post_init, "_guards_stablemask"):
         PreTrainedModel.post_init = _checked(PreTrainedModel.post_init)  # type: ignore[method-assign]
+    if not hasattr(PreTrainedModel.set_attn_implementation, "_guards_stablemask"):
+        PreTrainedModel.set_attn_implementation = _told(PreTrainedModel.set_attn_implementation)  # type: ignore[method-assign]
 
 
 def _checked(post_init: Any) -> Any:
@@ -32,9 +35,22 @@ def _checked(post_init: Any) -> Any:
             check_layers(self, self.config)
         elif self.config._attn_implementation == ATTN_IMPLEMENTATION and self.can_generate():
             check_layers(self, self.config.get_text_config(decoder=True))
+        write_settings(self)
 
     check._guards_stablemask = True  # type: ignore[attr-defined]
     return check
+
+
+def _told(set_attn_implementation: Any) -> Any:
+    @functools.wraps(set_attn_implementation)
+    def tell(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        set_attn_implementation(self, *args, **kwargs)
+        for model in self.modules():
+            if isinstance(model, PreTrainedModel):
+                write_settings(model)
+
+    tell._guards_stablemask = True  # type: ignore[attr-defined]
+    return tell
 
 
 def _guarded(method: Any) -> Any:
@@ -97,6 +113,24 @@ def check_layers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             f"StableMask cannot run in {type(model).__name__}: it has no causal attention that reads "
             "this configuration (encoders need is_decoder=True)"
         )
+
+
+def write_settings(model: PreTrainedModel) -> None:
+    """Where the attention was chosen by its name alone, say so in ``config.stablemask``.
+
+    Not in a model with learned sinks, whose name alone means those, nor in our own decoder, whose
+    ``config.attention`` decides.
+    """
+    config: Any = model.config
+    if (
+        config._attn_implementation != ATTN_IMPLEMENTATION
+        or getattr(config, "stablemask", None) is not None
+        or isinstance(model, StableMaskPreTrainedModel)
+    ):
+        return
+    layers = [layer for layer in model.modules() if _attends_causally(layer, config)]
+    if layers and not any(hasattr(layer, "sinks") for layer in layers):
+        config.stablemask = model_settings(config)
 
 
 def _attends_causally(layer: nn.Module, config: PreTrainedConfig) -> bool:

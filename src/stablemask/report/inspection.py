@@ -23,7 +23,6 @@ from ..evaluation.sinks import LayerStatistics
 from ..hf.settings import model_settings
 from ..inference.model import check_length, check_token_ids, evaluating
 from ..models import StableMaskConfig
-from ..models.modeling import ATTN_IMPLEMENTATION
 
 MAX_TOKENS = 1024
 # What the maps of a page may take, in bytes of its file; the rest of it is some hundred KB.
@@ -217,11 +216,9 @@ def _attention_kind(config: Any, layers: Sequence[LayerStatistics]) -> str:
 
 def _settings(config: Any) -> dict[str, Any] | None:
     given = getattr(config, "stablemask", None)
-    if isinstance(config, StableMaskConfig) or (
-        given is None and config._attn_implementation != ATTN_IMPLEMENTATION
-    ):
-        return given
-    return model_settings(config)
+    return (
+        given if given is None or isinstance(config, StableMaskConfig) else model_settings(config)
+    )
 
 
 def _peak(by_layer: Tensor) -> tuple[float, int]:
