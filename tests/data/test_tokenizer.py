@@ -67,29 +67,6 @@ def test_long_documents_are_cut_without_a_trace(library, tokenizer, monkeypatch)
     assert train_tokenizer(library, 600).backend_tokenizer.to_str() == whole
 
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@pytest.mark.parametrize("family", ["gpt-2", "llama-3"])
-@given(text=st.text("a 1.'s\n\r\t\x1cé\u3000水"))
-def test_cuts_do_not_part_words(family, text):
-    from tokenizers import Regex, pre_tokenizers
-
-    words = {
-        "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-        "llama-3": pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
-    }[family]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE_CHARACTERS", 1)
-        pieces = list(module.split_long(text))
-    assert "".join(pieces) == text
-    apart = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
-    assert apart == [word for word, _ in words.pre_tokenize_str(text)]
-
-
 def test_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))

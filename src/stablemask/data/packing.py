@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablemask.data.tokenizer import split_long
+from stablemask.data.tokenizer import splitter
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -60,8 +60,9 @@ def tokenize_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerB
     """Token ids of all documents, each followed by the end token.
 
     What looks like a special token inside a document is encoded as the ordinary text it is, so that
-    the end token stands between documents only. A fast tokenizer uses all cores; memory beyond the
-    result is bounded by the batch. Long work shows a progress bar on a terminal.
+    the end token stands between documents only. A fast tokenizer uses all cores. Memory beyond the
+    result is bounded by the batch, or by the longest documents where a tokenizer needs them whole, see
+    :func:`~stablemask.data.tokenizer.splitter`. Long work shows a progress bar on a terminal.
 
     Returns:
         ``(num_tokens,)``, uint16 where the vocabulary allows it, else uint32.
@@ -103,7 +104,7 @@ def tokenize_stream(
 
     waiting: deque[tuple[list[_Piece], Future[list[list[int]]]]] = deque()
     with ThreadPoolExecutor(BATCHES_AHEAD) as threads:
-        for batch in _batches(documents):
+        for batch in _batches(documents, splitter(tokenizer)):
             waiting.append((batch, threads.submit(encode, [piece.text for piece in batch])))
             if len(waiting) > BATCHES_AHEAD:
                 yield finish(*waiting.popleft())
@@ -127,11 +128,13 @@ class _Piece(NamedTuple):
     is_last: bool  # of its document
 
 
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[_Piece]]:
+def _batches(
+    documents: Iterable[tuple[str, str]], split: Callable[[str], Iterator[str]]
+) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     characters = 0
     for side, document in documents:
-        for text in split_long(document):
+        for text in split(document):
             if characters + len(text) > BATCH_CHARACTERS and batch:
                 yield batch
                 batch, characters = [], 0

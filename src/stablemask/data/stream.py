@@ -32,13 +32,13 @@ from .mixture import Mixture
 from .packing import PackedDataset, encoder, token_dtype
 from .sources import check_validation_fraction, is_held_out
 from .streamed_sources import Row, Source, open_streamed_source
-from .tokenizer import load_tokenizer, split_long
+from .tokenizer import load_tokenizer, splitter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CURSOR = "cursor"  # the entry of an example
-STREAM_FORMAT = 1
+STREAM_FORMAT = 2
 LANES = 64
 
 
@@ -52,7 +52,7 @@ class Cursor(NamedTuple):
     shard: int = 0  # where the window begins in the source
     row: int = 0
     document: int = 0  # among those that the window has for the lane
-    piece: int = 0  # of the document, see split_long
+    piece: int = 0  # of the document, see splitter
     token: int = 0
 
 
@@ -158,6 +158,7 @@ class TextStream:
     ) -> None:
         self.sources = sources
         self.tokenizer = tokenizer
+        self.split = splitter(tokenizer)
         self.block_size = block_size
         self.validation_fraction = validation_fraction
         self.window = max(shuffle_buffer, lanes)
@@ -191,7 +192,7 @@ class TextStream:
         for row in self.training(source):
             documents += 1
             if tokens < self.block_size:
-                tokens += sum(len(encode(piece)) for piece in split_long(row.document.text)) + 1
+                tokens += sum(len(encode(piece)) for piece in self.split(row.document.text)) + 1
             if documents >= self.lanes and tokens >= self.block_size:
                 return
         raise InputError(
@@ -210,7 +211,7 @@ class TextStream:
             total=wanted, desc="held out", unit="token", unit_scale=True, delay=1, disable=None
         ) as bar:
             for document in source.held_out(self.validation_fraction):
-                for piece in split_long(document.text):
+                for piece in self.split(document.text):
                     ids += encode(piece)
                 ids.append(end)
                 bar.update(min(len(ids), wanted) - bar.n)
@@ -262,7 +263,7 @@ def _pack(
     first, token = start.piece, start.token
     block: list[int] = []
     for cursor, text in dealer.documents(start):
-        pieces = list(split_long(text))
+        pieces = list(dealer.stream.split(text))
         for piece in range(first, len(pieces)):
             ids = encode(pieces[piece])
             if piece == len(pieces) - 1:
