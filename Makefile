@@ -6,13 +6,14 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: help setup demo test nightly lint bench reproduce clean
+.PHONY: help setup demo test nightly lint matrix bench reproduce clean
 
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
 	@echo "make test    set up, run the tests"
 	@echo "make nightly all tests, with 500 examples of each property"
 	@echo "make lint    ruff and mypy"
+	@echo "make matrix  the tests of what depends on versions, with the oldest and the newest of every dependency"
 	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
 	@echo "make reproduce  the paper's claims, measured again: docs/results.md, about 100 minutes"
 	@echo "make clean   remove .venv and caches"
@@ -35,6 +36,40 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# An environment for each end of the range: the floors of pyproject.toml, exactly (Python 3.10 to 3.12 have
+# wheels of them), and the newest of all that pip takes. `make oldest` and `make newest` do one end.
+MATRIX := .matrix
+MATRIX_TESTS := tests/test_private.py tests/test_versions.py tests/models tests/hf tests/inference \
+  tests/evaluation tests/test_attention.py tests/backends tests/test_merging.py tests/test_native.py
+MATRIX_EXTRAS := train,report,export,eval,quant
+MATRIX_TOOLS := hypothesis pytest pytest-xdist
+
+matrix: oldest newest
+
+.PHONY: oldest newest
+oldest newest: %: $(MATRIX)/%/.ready
+	OMP_NUM_THREADS=1 $(MATRIX)/$*/bin/python -m pytest -q -n 2 --dist loadfile $(MATRIX_TESTS)
+
+$(MATRIX)/oldest/.ready: pyproject.toml
+	$(PYTHON) -m venv $(MATRIX)/oldest
+	$(MATRIX)/oldest/bin/python -m pip install --quiet --upgrade pip packaging
+	$(MATRIX)/oldest/bin/python .ci/floors.py > $(MATRIX)/floors.txt
+	torch=$$(grep ^torch= $(MATRIX)/floors.txt) && \
+	  { $(MATRIX)/oldest/bin/python -m pip install --no-compile --index-url $(TORCH_CPU_INDEX) --retries 1 $$torch \
+	  || $(MATRIX)/oldest/bin/python -m pip install --no-compile $$torch; }
+	$(MATRIX)/oldest/bin/python -m pip install --no-compile --constraint $(MATRIX)/floors.txt \
+	  --editable ".[$(MATRIX_EXTRAS)]" $(MATRIX_TOOLS)
+	$(MATRIX)/oldest/bin/stablemask build
+	touch $@
+
+$(MATRIX)/newest/.ready: pyproject.toml
+	$(PYTHON) -m venv $(MATRIX)/newest
+	$(MATRIX)/newest/bin/python -m pip install --quiet --upgrade pip
+	$(MATRIX)/newest/bin/python -m pip install --no-compile --upgrade --upgrade-strategy eager \
+	  --editable ".[$(MATRIX_EXTRAS),serve]" $(MATRIX_TOOLS)
+	$(MATRIX)/newest/bin/stablemask build
+	touch $@
+
 bench: setup
 	$(BIN)/stablemask bench --save benchmarks/results
 
@@ -42,7 +77,7 @@ reproduce: setup
 	$(BIN)/stablemask reproduce --out docs/results/reproduce --page docs/results.md --resume
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(MATRIX) .mypy_cache .pytest_cache .ruff_cache .coverage
 
 setup: $(VENV)/.ready
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import marks
+
 settings.register_profile("test", max_examples=60, deadline=None)
 settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
@@ -25,6 +27,13 @@ def pytest_configure():
     # A shell starts what runs in the background with Ctrl-C ignored, and commands inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_ignore_collect(collection_path):
+    """What imports the server is left out where it cannot be; tests/test_versions.py says so by a skip."""
+    if marks.SERVER_PROBLEM and collection_path.name in ("serving", "test_serve.py"):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items):

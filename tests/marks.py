@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from stablemask import native
 from stablemask.backends import flash_attn, flex
+from stablemask.versions import OLDEST_SERVER, installed, release
 
 gpu = [
     pytest.mark.gpu,
@@ -78,3 +79,15 @@ neox_continuous_batching = pytest.mark.xfail(
     reason="Transformers 5.24's GPT-NeoX cannot run its own continuous batching",
     strict=True,
 )
+
+
+def _server_problem() -> str | None:
+    if any(find_spec(name) is None for name in ("fastapi", "openai", "uvicorn")):
+        return "needs the packages of the extra `serve`"
+    if release(installed("transformers") or "0") < release(OLDEST_SERVER):
+        return f"needs Transformers {OLDEST_SERVER}, from which on the extra `serve` works"
+    return None
+
+
+SERVER_PROBLEM = _server_problem()
+server = pytest.mark.skipif(SERVER_PROBLEM is not None, reason=SERVER_PROBLEM or "")

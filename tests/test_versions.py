@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stablemask import versions
+from tests import marks
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
 # What runs: "name[extra]>=1.2", from `dependencies` to the tools of developers.
@@ -26,6 +27,18 @@ def test_what_was_tested_is_a_dependency_and_not_below_its_floor(package):
 def test_every_dependency_has_a_floor():
     assert {"torch", "transformers", "matplotlib", "lm-eval"} <= FLOORS.keys()
     assert [name for name, rest in REQUIREMENTS if not re.fullmatch(r">=[\d.]+", rest)] == []
+
+
+def test_the_server_has_a_floor_of_its_own():
+    (floor,) = re.findall(r'"transformers\[serving\]>=([\d.]+)"', PYPROJECT)
+    assert floor == versions.OLDEST_SERVER
+
+
+@marks.server
+def test_where_the_server_can_run_its_tests_do():
+    from stablemask.inference.serving import build_app
+
+    assert callable(build_app)
 
 
 @pytest.fixture

@@ -63,6 +63,13 @@ def test_a_decoder_that_gets_no_cache_is_told(monkeypatch, capsys):
     assert "WRONG" in line
 
 
+def test_a_private_name_that_changed_is_told(monkeypatch, capsys, report):
+    assert report["changed_internals"] == []
+    monkeypatch.setitem(env.PRIVATE, "torch.no_such_name", None)
+    main(["env"])
+    assert "CHANGED, and used here: torch.no_such_name: is not there" in capsys.readouterr().out
+
+
 def test_a_newer_version_is_told_first(monkeypatch, capsys):
     monkeypatch.setattr(env, "newer_than_tested", lambda: "newer: torch 3")
     main(["env"])

@@ -10,6 +10,7 @@ import pytest
 from stablemask.cli import serve
 from stablemask.cli.main import main
 from stablemask.inference.serving import bind
+from stablemask.versions import OLDEST_SERVER
 
 
 def test_as_a_user_types_it(model_folder):
@@ -75,3 +76,9 @@ def test_a_port_that_is_taken(model_folder, capsys):
 def test_without_a_web_server(model_folder, capsys, monkeypatch):
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     assert "pip install -e '.[serve]'" in fails(capsys, "--model", model_folder)
+
+
+def test_below_its_floor_it_says_which_version_it_needs(model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(serve.transformers, "__version__", "5.16.1")
+    error = fails(capsys, "--model", model_folder)
+    assert f"serve needs Transformers {OLDEST_SERVER} or newer, this is 5.16.1" in error

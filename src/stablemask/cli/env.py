@@ -17,6 +17,7 @@ from stablemask.backends.choice import KINDS, PASSES, choose, rank
 from stablemask.call import Call
 from stablemask.masks import NO_MASKS, Masks
 from stablemask.options import option
+from stablemask.private import PRIVATE, missing
 from stablemask.versions import installed, newer_than_tested
 
 SUMMARY = "what is installed, and which attention backends work here"
@@ -91,6 +92,7 @@ def describe_environment() -> dict[str, Any]:
         },
         "newer_than_tested": newer_than_tested(),
         "decoding": asdict(check_decoding()),
+        "changed_internals": missing(PRIVATE),
         "platform": platform.platform(),
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -235,6 +237,7 @@ def _as_table(report: dict[str, Any]) -> str:
     decoding = report["decoding"]
     verdict = {True: "works: ", False: "WRONG: ", None: ""}[decoding["works"]]
     lines.append(f"{'decoding':<14} {verdict}{decoding['detail']}")
+    lines += [f"CHANGED, and used here: {line}" for line in report["changed_internals"]]
     lines += ["", "backends, each run forward and backward here:"]
     for check in report["backends"]:
         verdict = "works" if check["works"] else "no"

@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, dataclass
 
+import transformers
 from transformers.utils.import_utils import is_serve_available
 
 from stablemask.cli.models import device_option, dtype_option, load
@@ -9,6 +10,7 @@ from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
 from stablemask.options import option
 from stablemask.shell import pip_install
+from stablemask.versions import OLDEST_SERVER, release
 
 SUMMARY = "answer requests over HTTP, as OpenAI's API does"
 
@@ -28,6 +30,11 @@ class ServeOptions:
 def run(options: ServeOptions) -> None:
     if not is_serve_available():
         raise InputError(f"serve needs a web server: {pip_install('serve')}")
+    here = transformers.__version__
+    if release(here) < release(OLDEST_SERVER):
+        raise InputError(
+            f"serve needs Transformers {OLDEST_SERVER} or newer, this is {here}: {pip_install('serve')}"
+        )
     from stablemask.inference.serving import bind, serve
 
     with bind(options.host, options.port) as listener:
