@@ -1,4 +1,7 @@
+import copy
+
 import pytest
+from transformers import AutoConfig
 
 from stablemask.errors import InputError
 from stablemask.models import PRESETS, StableMaskConfig, preset_config
@@ -40,6 +43,94 @@ def test_gamma_stays_when_the_context_is_overridden_on_loading(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     config = StableMaskConfig.from_pretrained(tmp_path, max_position_embeddings=128)
     assert config.stablemask == {"gamma": 1 / 32, "horizon": None, "hold": 31}
+
+
+def by_override(folder, settings):
+    tiny_config().save_pretrained(folder)
+    return StableMaskConfig.from_pretrained(folder, **settings)
+
+
+def by_auto(folder, settings):
+    tiny_config().save_pretrained(folder)
+    config, unused = AutoConfig.from_pretrained(folder, **settings, return_unused_kwargs=True)
+    assert not unused
+    return config
+
+
+def by_writing(folder, settings):
+    config = copy.deepcopy(tiny_config())
+    before = config.to_dict()
+    try:
+        for name, value in settings.items():
+            setattr(config, name, value)
+    except ValueError:
+        if len(settings) == 1:
+            assert config.to_dict() == before
+        raise
+    return config
+
+
+WAYS = pytest.mark.parametrize("way", [by_override, by_auto, by_writing])
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"attention": "softmax"}, {"attention": "softmax", "stablemask": None}),
+        ({"position_encoding": "nope"}, {"position_encoding": "nope", "rope_parameters": None}),
+        ({"stablemask": {"gamma": 5.0}}, {"stablemask": {"gamma": 5.0}}),
+        ({"stablemask": None}, {}),
+        ({"rope_parameters": {"rope_theta": 500.0}}, {"rope_parameters": {"rope_theta": 500.0}}),
+        ({"rope_theta": 500.0}, {"rope_parameters": {"rope_theta": 500.0}}),
+        (
+            {"num_key_value_heads": 4, "vocab_size": 70},
+            {"num_key_value_heads": 4, "vocab_size": 70},
+        ),
+    ],
+)
+def test_overrides_and_writes_give_what_construction_gives(way, settings, expected, tmp_path):
+    import stablemask.hf  # noqa: F401  # the Auto classes know our model by it
+
+    config = way(tmp_path, settings).to_dict()
+    changed = config.keys() & {"transformers_version", "_name_or_path"}
+    truth = tiny_config(**expected).to_dict()
+    assert config == truth | {name: config[name] for name in changed}
+
+
+def test_a_choice_written_back_has_its_defaults_again():
+    config = tiny_config(stablemask={"gamma": 0.5})
+    config.attention, config.position_encoding = "softmax", "alibi"
+    with pytest.raises(ValueError, match="stablemask must be None with attention='softmax'"):
+        config.stablemask = {"gamma": 0.5}
+    assert config.stablemask is config.rope_parameters is None
+    config.attention, config.position_encoding = "stablemask", "rope"
+    assert config.to_dict() == tiny_config().to_dict()
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"position_encoding": "nonsense"}, "position_encoding must be one of .*'nonsense'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "must hold rope_type 'default'",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "must hold rope_type 'default'"),
+        ({"attention": "flash"}, "attention must be one of .*'flash'"),
+        ({"stablemask": {"gamma": -1}}, r"\['gamma'\] must be greater than 0"),
+        ({"stablemask": "slopes"}, "stablemask must be a dict"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads must divide .*\(4\), got 3"),
+        ({"head_dim": 7}, "head_dim must be even with rope positions, got 7"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
+    ],
+)
+def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**settings)
+    with pytest.raises(ValueError, match=message):
+        way(tmp_path, settings)
 
 
 @pytest.mark.parametrize(

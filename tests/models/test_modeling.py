@@ -405,9 +405,9 @@ def test_trainer_accumulates_gradients_exactly(tmp_path):
     torch.testing.assert_close(weights[0], weights[1])
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("name", ["eager", "flash_attention_2"])
 def test_another_attention_is_refused(name, tmp_path):
-    message = f"attn_implementation must be 'stablemask' or not given.*{name}"
+    message = f"attn_implementation must be 'stablemask', 'sdpa' or not given.*{name}"
     with pytest.raises(ValueError, match=message):
         StableMaskForCausalLM(tiny_config(attn_implementation=name))
     model = tiny_model()
@@ -416,8 +416,19 @@ def test_another_attention_is_refused(name, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         StableMaskForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
-    model = StableMaskForCausalLM.from_pretrained(tmp_path, attn_implementation="stablemask")
-    assert model.config._attn_implementation == "stablemask"
+
+
+@pytest.mark.parametrize("kind", ["stablemask", "softmax"])
+def test_sdpa_and_stablemask_both_mean_what_the_configuration_says(kind, tmp_path):
+    model, input_ids = tiny_model(attention=kind), random_ids(1, 6)
+    logits = model(input_ids).logits
+    model.save_pretrained(tmp_path)
+    for name in ("sdpa", "stablemask"):
+        loaded = StableMaskForCausalLM.from_pretrained(tmp_path, attn_implementation=name).eval()
+        assert torch.equal(loaded(input_ids).logits, logits)
+        model.set_attn_implementation(name)
+        assert torch.equal(model(input_ids).logits, logits)
+        assert model.config._attn_implementation == "stablemask"
 
 
 def test_attention_maps_are_refused():

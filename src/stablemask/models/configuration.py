@@ -10,6 +10,29 @@ from .settings import complete_settings, is_number, require_positive_int
 POSITION_ENCODINGS = ("rope", "alibi", "nope", "learned", "sinusoidal")
 ATTENTION_KINDS = ("stablemask", "softmax", "softmax1", "learned-sink")
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+# What is checked, in construction and whenever it is written afterwards.
+_CHECKED = (
+    *_SIZES,
+    "head_dim",
+    "position_encoding",
+    "attention",
+    "stablemask",
+    "rope_parameters",
+    "rms_norm_eps",
+    "initializer_range",
+    "attention_dropout",
+)
+_NAMES_OF_ROPE = ("rope_theta", "rope_scaling")  # as Transformers took them before rope_parameters
+
 
 class StableMaskConfig(PreTrainedConfig):
     """Configuration of :class:`~stablemask.models.StableMaskModel`.
@@ -29,9 +52,17 @@ class StableMaskConfig(PreTrainedConfig):
         rms_norm_eps, initializer_range, attention_dropout, tie_word_embeddings, use_cache: as in
             Transformers' Llama.
 
+    Whatever way a field is written, ``from_pretrained(path, field=...)`` and ``config.field = ...`` included,
+    it is checked against the others and completed by its defaults. Settings go with the choice that reads
+    them: with another ``attention`` ``stablemask`` becomes None, as does ``rope_parameters`` with another
+    ``position_encoding``.
+
     Raises:
         ValueError: an argument is out of its range; the message names it, its value and its range.
     """
+
+    # No field, and not in `__dict__`, which is saved.
+    __slots__ = ("_complete",)
 
     model_type: ClassVar[str] = "stablemask"
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
@@ -75,9 +106,31 @@ class StableMaskConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check_choices()
         self.stablemask = self._complete_stablemask()
-        asked_for_rope = self.rope_parameters is not None or "rope_theta" in kwargs
+        asked_for_rope = self.rope_parameters is not None or not kwargs.keys().isdisjoint(
+            _NAMES_OF_ROPE
+        )
         super().__post_init__(**kwargs)
         self._check_rope(asked_for_rope)
+        self._complete = True
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # Transformers writes what is overridden onto a finished configuration, one field after another.
+        changes = {
+            name: kwargs.pop(name) for name in (*_CHECKED, *_NAMES_OF_ROPE) if name in kwargs
+        }
+        return super().from_dict(_changed(config_dict, changes), **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        checked = name in _CHECKED or name in _NAMES_OF_ROPE
+        if not checked or not getattr(self, "_complete", False):
+            super().__setattr__(name, value)
+            return
+        stored = {field: getattr(self, field) for field in _CHECKED}
+        new = type(self)(**_changed(stored, {name: value}))
+        for field in _CHECKED:
+            if getattr(new, field) != stored[field]:
+                super().__setattr__(field, getattr(new, field))
 
     @property
     def query_width(self) -> int:
@@ -93,15 +146,7 @@ class StableMaskConfig(PreTrainedConfig):
         return self.num_key_value_heads * self.head_dim
 
     def _check_sizes(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
+        for name in _SIZES:
             require_positive_int(name, getattr(self, name))
         if self.head_dim is not None:
             require_positive_int("head_dim", self.head_dim)
@@ -177,3 +222,18 @@ class StableMaskConfig(PreTrainedConfig):
         assert self.head_dim is not None
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even with rope positions, got {self.head_dim}")
+
+
+def _changed(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields with some written anew, less the settings that their new choice does not read."""
+    fields = stored | changes
+    for choice, reader, settings in (
+        ("attention", "stablemask", "stablemask"),
+        ("position_encoding", "rope", "rope_parameters"),
+    ):
+        if changes.get(choice, reader) != reader and settings not in changes:
+            fields[settings] = None
+    if "rope_theta" in changes:
+        rope = fields.get("rope_parameters") or {}
+        fields["rope_parameters"] = rope | {"rope_theta": fields.pop("rope_theta")}
+    return fields

@@ -68,9 +68,10 @@ class StableMaskPreTrainedModel(PreTrainedModel):
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
-        if attn_implementation not in (None, ATTN_IMPLEMENTATION):
+        # "sdpa" is what scripts say for any model, and means the default.
+        if attn_implementation not in (None, ATTN_IMPLEMENTATION, "sdpa"):
             raise ValueError(
-                f"attn_implementation must be {ATTN_IMPLEMENTATION!r} or not given: "
+                f"attn_implementation must be {ATTN_IMPLEMENTATION!r}, 'sdpa' or not given: "
                 f"{type(self).__name__} runs its own attention, which config.attention chooses, "
                 f"got {attn_implementation!r}"
             )
