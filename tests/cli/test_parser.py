@@ -229,3 +229,24 @@ def test_yaml_that_cannot_be_read(tmp_path):
     }.items():
         with pytest.raises(InputError, match=words):
             load_yaml(tmp_path / name)
+
+
+@dataclass(kw_only=True)
+class Positional:
+    adapter: str = option(MISSING, "which adapter", positional=True)
+    out: Path = option(MISSING, "folder")
+
+
+@pytest.mark.parametrize("argv", [["a", "--out", "o"], ["--out", "o", "a"]])
+def test_a_single_value_may_stand_without_a_flag(argv):
+    assert parse_options(Positional, argv) == Positional(adapter="a", out=Path("o"))
+
+
+def test_a_single_value_without_a_flag_is_required_and_one(capsys):
+    with pytest.raises(InputError, match="^ADAPTER and --out must be given"):
+        parse_options(Positional, [])
+    with pytest.raises(InputError, match="b"):
+        parse_options(Positional, ["a", "b", "--out", "o"])
+    with pytest.raises(SystemExit):
+        parse_options(Positional, ["--help"], prog="stablemask merge")
+    assert "stablemask merge [options] ADAPTER" in capsys.readouterr().out

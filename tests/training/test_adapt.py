@@ -1,6 +1,7 @@
 """The schedule by which the pseudo mass comes in, and what it comes into."""
 
 import math
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from transformers import (
 )
 
 from stablemask import head_decay_rates, pseudo_logsumexp
+from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
 from stablemask.hf import apply_stablemask, load_model
 from stablemask.training.adapt import ShiftSchedule, adapt, harmless_shift
 from stablemask.training.options import FinetuneOptions
 
+from .. import marks
 from ..models.tiny import random_ids, tiny_model
 
 
@@ -228,3 +231,24 @@ def bloom():
 def test_what_cannot_be_adapted_says_so(model, changes, match, shift_steps):
     with pytest.raises(InputError, match=match):
         adapt(model(), options(shift_steps=shift_steps, **changes), held_out(1, 5))
+
+
+@marks.nightly
+def test_a_real_model_bears_the_mass_that_is_chosen_for_it(smollm2_folder):
+    """SmolLM2-135M, which nobody tuned anything for: the whole mass would ruin it."""
+    model = load_model(str(smollm2_folder))
+    text = "\n".join(topics[name] for name in ("lists", "strings", "numbers", "class"))
+    ids = torch.tensor(load_tokenizer(str(smollm2_folder))(text).input_ids[:1024]).view(2, 512)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with torch.no_grad():
+        plain = model(**batch).loss
+        schedule = adapt(model, options(), batch)
+        losses = []
+        for shift in (schedule.shift_from, schedule.shift_to, 0.0):
+            schedule.settings["shift"] = shift
+            losses.append(model(**batch).loss - plain)
+    assert losses[0] == 0
+    assert losses[1] <= 0.25
+    assert losses[2] > 5
+    # As large as its sink, or nearly: log M of 9 without the shift, scores of 2 to 5 in most layers.
+    assert -8 <= schedule.shift_to <= -5

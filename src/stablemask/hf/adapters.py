@@ -73,7 +73,7 @@ def _replace(cls: type, name: str, wrap: Callable) -> None:
     function = getattr(method, "__func__", method)
     if hasattr(function, "_minds_stablemask"):
         return
-    wrapped = functools.wraps(function)(wrap(function))
+    wrapped: Any = functools.wraps(function)(wrap(function))
     wrapped._minds_stablemask = True
     setattr(cls, name, type(method)(wrapped) if isinstance(method, classmethod) else wrapped)
 

@@ -57,11 +57,6 @@ class ShiftSchedule(TrainerCallback):
         self.shift_steps = shift_steps
         self.before = shift_from if before is None else before
 
-    @property
-    def shifts(self) -> dict[str, float]:
-        """The two options that say the same."""
-        return {"shift_from": self.shift_from, "shift_to": self.shift_to}
-
     def shift_at(self, step: int) -> float:
         if step >= self.shift_steps:
             return self.shift_to

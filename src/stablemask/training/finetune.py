@@ -84,7 +84,8 @@ def finetune(options: FinetuneOptions) -> RunResult:
 
     prepared = main_first(lambda: _prepare(options))
     if prepared.schedule is not None:
-        options = replace(options, **prepared.schedule.shifts)
+        schedule = prepared.schedule
+        options = replace(options, shift_from=schedule.shift_from, shift_to=schedule.shift_to)
     if is_main():
         _say_what_was_cut(prepared.record)
     begin_run(folder, options, prepared.data.key, {**prepared.record, "command": command})
