@@ -243,7 +243,7 @@ def test_a_single_value_may_stand_without_a_flag(argv):
 
 
 def test_a_single_value_without_a_flag_is_required_and_one(capsys):
-    with pytest.raises(InputError, match="^ADAPTER and --out must be given"):
+    with pytest.raises(InputError, match=r"^ADAPTER and --out must be given"):
         parse_options(Positional, [])
     with pytest.raises(InputError, match="b"):
         parse_options(Positional, ["a", "b", "--out", "o"])
