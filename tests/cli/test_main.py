@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -120,6 +121,17 @@ def test_result_of_a_command_is_the_exit_code(command):
     assert cli.main(["fake"]) == 0
     command(lambda options: options.count)
     assert cli.main(["fake", "--count", "3"]) == 3
+
+
+def test_a_warning_of_ours_is_one_line(command, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    command(lambda options: None)
+    assert cli.main(["fake"]) == 0
+    ours = ("2 of 3 files are read", UserWarning, cli.__file__, 1)
+    assert warnings.formatwarning(*ours) == "stablemask: 2 of 3 files are read\n"
+    assert "UserWarning: slow" in warnings.formatwarning("slow", UserWarning, "other.py", 1)
+    monkeypatch.setenv("RANK", "1")
+    assert warnings.formatwarning(*ours) == ""
 
 
 @pytest.mark.parametrize(

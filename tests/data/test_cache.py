@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_made_is_named(text_folder, tmp_path):
 
 @pytest.mark.parametrize("refused", ["mkdir", "open"])
 def test_a_disk_that_is_only_read_is_named(text_folder, tmp_path, monkeypatch, refused):
-    """No folder can be made there, or one that is there already takes no file."""
+    """No folder can be made there, or one that is there takes no file."""
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")

@@ -284,10 +284,8 @@ def test_text_and_a_conversation_in_a_record(conversation, tmp_path):
 )
 def test_a_record_that_is_neither_is_told_what_would_be_one(record, tmp_path):
     columns = ", ".join(sorted(record))
-    wanted = (
-        f"'messages', or 'prompt' and 'completion': no column 'text'; the columns are: {columns}"
-    )
-    with pytest.raises(InputError, match=wanted):
+    wanted = f"{columns}; for conversations name them 'messages', or 'prompt' and 'completion'$"
+    with pytest.raises(InputError, match=f"line 1: no column 'text'; the columns are: {wanted}"):
         is_chat(write(tmp_path / "a.jsonl", [record]))
 
 

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,9 @@ COMMANDS = (
     "env", "build", "demo", "pretrain", "finetune", "merge", "generate", "serve", "evaluate", "inspect", "export",
     "bench", "reproduce",
 )  # fmt: skip
+
+_PACKAGE = Path(__file__).parents[1]
+_format_of_python = warnings.formatwarning
 
 FAILED_RUN = 1
 BAD_INPUT = 2
@@ -97,6 +101,20 @@ def _quieten_libraries() -> None:
     # PEFT and Transformers import torchao where it is installed, with what it has for other machines.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """One of ours is a line like an error's, of the main process alone; others stay as they are."""
+    if not Path(filename).is_relative_to(_PACKAGE):
+        return _format_of_python(message, category, filename, lineno, line)
+    return f"stablemask: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _available() -> list[str]:

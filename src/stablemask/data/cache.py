@@ -15,7 +15,7 @@ import numpy as np
 
 from stablemask.errors import InputError
 from stablemask.reading import user_path
-from stablemask.writing import BAD_PATH
+from stablemask.writing import FULL_DISK
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def cached(entry: Path, load: Callable[[Path], T], write: Callable[[Path], None]
         entry.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(entry.with_suffix(".lock")).acquire()
     except OSError as error:
-        if error.errno not in BAD_PATH:
+        if error.errno in FULL_DISK:
             raise
         raise InputError(
             f"cannot keep tokens in '{entry.parent}': {error.strerror}; name another folder by "

@@ -86,9 +86,7 @@ def is_chat(source: str, text_column: str = "text") -> bool:
     fields, where = record.fields, record.where
     has_text = text_column in fields and not isinstance(fields[text_column], list)
     if not is_conversation(fields):
-        if text_column not in fields:
-            conversations = f"{where}: neither text nor a conversation, which holds {WANTED}"
-            check_column(text_column, fields, conversations)
+        check_column(text_column, fields, where, f"for conversations name them {WANTED}")
         return False
     if has_text:
         warnings.warn(

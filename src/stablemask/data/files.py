@@ -126,15 +126,15 @@ def read_rows(path: Path, column: str | None = None) -> Iterator[Row]:
         yield from read(path, column)
 
 
-def check_column(column: str, columns: Iterable[str], where: str) -> None:
+def check_column(column: str, columns: Iterable[str], where: str, hint: str = "") -> None:
     if column in columns:
         return
     there = sorted(str(name)[:40] for name in columns if name is not None)
     more = f" and {len(there) - 20} more" if len(there) > 20 else ""
     message = f"{where}: no column {column!r}; the columns are: {', '.join(there[:20]) or 'none'}"
     if is_conversation(columns):
-        more += "; these are conversations, on which `stablemask finetune` trains"
-    raise InputError(message + more)
+        hint = "these are conversations, on which `stablemask finetune` trains"
+    raise InputError(message + more + (hint and f"; {hint}"))
 
 
 def _decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
