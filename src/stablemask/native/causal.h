@@ -81,7 +81,8 @@ Gradients differentiate(at::Tensor grad, const at::Tensor& query, const at::Tens
   }
   if (of_sink) {
     const at::Tensor of_rows = sink_gradient(grad, out, lse, sink.to(lse.scalar_type()).expand(lse.sizes()));
-    found.sink = at::sum_to(of_rows, sink.sizes()).to(sink.scalar_type());
+    const at::Tensor summed = sink.size(-1) == 1 ? sum_rows(of_rows) : of_rows;
+    found.sink = at::sum_to(summed, sink.sizes()).to(sink.scalar_type());
   }
   return found;
 }

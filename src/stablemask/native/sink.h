@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 namespace stablemask {
@@ -119,6 +120,24 @@ at::Tensor sink_gradient(const at::Tensor& grad, const at::Tensor& out, const at
     gradient = sink_gradient_in<scalar_t>(grad, out, lse, sink);
   });
   return gradient;
+}
+
+// (B, H, n), contiguous, to (B, H, 1). The threads that sum many numbers to one by at::sum decide the bits of it;
+// here one thread takes all of a head.
+at::Tensor sum_rows(const at::Tensor& of_rows) {
+  const int64_t length = of_rows.size(2);
+  at::Tensor sums = at::empty({of_rows.size(0), of_rows.size(1), 1}, of_rows.options());
+  AT_DISPATCH_FLOATING_TYPES(of_rows.scalar_type(), "sum_rows", [&] {
+    const scalar_t* from = of_rows.const_data_ptr<scalar_t>();
+    scalar_t* to = sums.mutable_data_ptr<scalar_t>();
+    const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / length);
+    at::parallel_for(0, sums.numel(), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        to[i] = static_cast<scalar_t>(std::accumulate(from + i * length, from + (i + 1) * length, 0.0));
+      }
+    });
+  });
+  return sums;
 }
 
 } // namespace
