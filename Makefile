@@ -41,7 +41,7 @@ lint: setup
 MATRIX := .matrix
 MATRIX_TESTS := tests/test_private.py tests/test_versions.py tests/models tests/hf tests/inference \
   tests/evaluation tests/test_attention.py tests/backends tests/test_merging.py tests/test_native.py
-MATRIX_EXTRAS := train,report,export,eval,quant
+MATRIX_EXTRAS := train,report,export,eval
 MATRIX_TOOLS := hypothesis pytest pytest-xdist
 
 matrix: oldest newest
@@ -66,7 +66,7 @@ $(MATRIX)/newest/.ready: pyproject.toml
 	$(PYTHON) -m venv $(MATRIX)/newest
 	$(MATRIX)/newest/bin/python -m pip install --quiet --upgrade pip
 	$(MATRIX)/newest/bin/python -m pip install --no-compile --upgrade --upgrade-strategy eager \
-	  --editable ".[$(MATRIX_EXTRAS),serve]" $(MATRIX_TOOLS)
+	  --editable ".[$(MATRIX_EXTRAS),serve,quant]" $(MATRIX_TOOLS)
 	$(MATRIX)/newest/bin/stablemask build
 	touch $@
 
