@@ -109,9 +109,35 @@ def test_packed_texts_equal_separate_ones(model):
     alone = texts(LENGTH, 3, 9)
     ids = torch.cat(alone, -1)
     positions = torch.cat([torch.arange(text.shape[1]) for text in alone])[None]
-    logits = model(ids, position_ids=positions, use_cache=False).logits
     truth = torch.cat([whole(model, text) for text in alone], 1)
-    assert_same(logits, truth)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = model(ids, position_ids=positions, use_cache=False).logits
+        assert_same(logits, truth)
+        apart = torch.block_diag(*(torch.ones(2 * [text.shape[1]]).tril() for text in alone))
+        mask = apart.bool()[None, None]
+        if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
+            model(ids, position_ids=positions, use_cache=False, attention_mask=mask)
+
+
+def test_packed_texts_that_are_merged_warn(model):
+    """As stock Transformers merges them, without a word, where it gets a mask of padding or a cache."""
+    alone = texts(3, 9)
+    ids = torch.cat(alone, -1)
+    positions = torch.cat([torch.arange(text.shape[1]) for text in alone])[None]
+    truth = torch.cat([whole(model, text) for text in alone], 1)
+    ones = torch.ones_like(ids)
+    padding = torch.nn.functional.pad(ones, (0, 2))
+    for given in (
+        {"attention_mask": ones, "use_cache": False},
+        {"use_cache": True},
+        {"attention_mask": padding, "use_cache": False},
+    ):
+        pad = given.get("attention_mask", ones).shape[1] - ids.shape[1]
+        rows = [torch.nn.functional.pad(tensor, (0, pad)) for tensor in (ids, positions)]
+        with pytest.warns(UserWarning, match="each document sees those before it"):
+            logits = model(rows[0], position_ids=rows[1], **given).logits
+        assert (logits[:, : ids.shape[1]] - truth).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

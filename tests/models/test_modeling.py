@@ -1,10 +1,18 @@
 """The decoder against its definition, and each thing Transformers expects of a model."""
 
 import math
+import warnings
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 import stablemask
 from stablemask.models import StableMaskForCausalLM
@@ -185,6 +193,25 @@ def test_packed_documents_are_kept_apart(position, kind, use_cache):
         packed = model(torch.cat(documents, 1), position_ids=positions, use_cache=use_cache).logits
         alone = torch.cat([model(document).logits for document in documents], 1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_packed_documents_that_a_mask_or_a_cache_merges_are_told_of(padding):
+    model = tiny_model()
+    ids, positions = (
+        random_ids(1, 8 + padding),
+        torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4] + padding * [0]]),
+    )
+    mask = (torch.arange(8 + padding) < 8).long()[None]
+    for given in ({"attention_mask": mask}, {CACHE: DynamicCache()}):
+        with pytest.warns(UserWarning, match="each document sees those before it"):
+            model(ids, position_ids=positions, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, position_ids=positions)
+        left = mask.flip(1)
+        model(ids, attention_mask=left, position_ids=(left.cumsum(-1) - 1).clamp(min=0))
+        model(ids, attention_mask=mask, position_ids=torch.arange(8 + padding)[None] * mask)
 
 
 @pytest.mark.parametrize("static", [False, True])

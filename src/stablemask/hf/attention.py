@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
 from ..backends.calls import only_autograd_watches
+from ..models.masks import warn_of_merged_documents
 from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import complete_settings, pseudo_sink_logits
 from ..plain import plain_attention
@@ -66,12 +67,12 @@ def stablemask_attention_forward(
         )
     kwargs["sliding_window"] = window = _sliding_window(module, kwargs)
     q_len, kv_len = query.shape[2], key.shape[2]
+    # Not at every decode step, which would wait for the device; and the masks of continuous batching
+    # are its own, and part of CUDA graphs.
+    if not (q_len == 1 or paged or torch.compiler.is_compiling()):
+        _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
     if attention_mask is not None:
         window_left = None
-        # Not at every decode step, which would wait for the device; and the masks of continuous
-        # batching are its own, and part of CUDA graphs.
-        if not (q_len == 1 or paged or torch.compiler.is_compiling()):
-            _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
     else:
         if kwargs.get("is_causal") is False and q_len > 1:
             raise ValueError(
@@ -256,19 +257,25 @@ def _rows_of_the_mask(
 
 
 def _check_mask(
-    module: nn.Module, mask: Tensor, position_ids: Tensor | None, sliding_window: int | None
+    module: nn.Module,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    sliding_window: int | None,
 ) -> None:
-    """What can be said of a mask by reading it, (B, 1, q, kv)."""
-    q_len, kv_len = mask.shape[-2:]
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if bool(seen.triu(kv_len - q_len + 1).any()):
-        raise ValueError(
-            f"StableMask cannot run in {type(module).__name__} here: the mask lets a token see later ones "
-            "(as in a picture or a prefix), and StableMask is causal"
-        )
-    # In one layer, for it takes as long as all the rest of reading a mask.
-    first = getattr(module, "layer_idx", None) in (None, 0)
-    if mask.dtype == torch.bool and position_ids is not None and first:
+    """What can be said of a mask by reading it, None or (B, 1, q, kv)."""
+    if mask is not None:
+        q_len, kv_len = mask.shape[-2:]
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if bool(seen.triu(kv_len - q_len + 1).any()):
+            raise ValueError(
+                f"StableMask cannot run in {type(module).__name__} here: the mask lets a token see later "
+                "ones (as in a picture or a prefix), and StableMask is causal"
+            )
+    # The rest in one layer, for it takes longer than that.
+    if position_ids is None or getattr(module, "layer_idx", None) not in (None, 0):
+        return
+    warn_of_merged_documents(position_ids, mask)
+    if mask is not None and mask.dtype == torch.bool:
         _warn_of_padding_counted(mask[:, 0], position_ids, sliding_window)
 
 

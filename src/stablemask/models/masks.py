@@ -1,5 +1,6 @@
 """The mask that Transformers makes for our attention: None wherever its arguments say it all."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,3 +65,31 @@ def _hides(attention_mask: Tensor | None) -> bool:
     if attention_mask is None:
         return False
     return torch.compiler.is_compiling() or not bool(attention_mask.all())
+
+
+def warn_of_merged_documents(position_ids: Tensor, mask: Tensor | None) -> None:
+    """Warn where positions restart in a row whose later tokens see the earlier ones all the same.
+
+    Restarting positions mark packed documents. Transformers keeps those apart only where it is given
+    neither a mask of padding nor a cache.
+
+    Args:
+        position_ids: (batch or 1, q).
+        mask: what attention gets, None (causal) or bool (batch, 1 or heads, q, kv). Others are not read.
+    """
+    if torch.compiler.is_compiling():
+        return
+    merged = position_ids[:, 1:] < position_ids[:, :-1]
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape[-2] != mask.shape[-1]:
+            return
+        real = mask[:, 0].diagonal(dim1=-2, dim2=-1)  # padding does not see itself
+        earlier = mask[:, 0].sum(-1) - 1
+        merged = merged & (real & (earlier > position_ids))[:, 1:]
+    if bool(merged.any()):
+        warnings.warn(
+            "position_ids restart within a row, as in packed documents, and each document sees those "
+            "before it: Transformers keeps them apart only without attention_mask and without a cache "
+            "(use_cache=False)",
+            stacklevel=2,
+        )

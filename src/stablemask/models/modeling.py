@@ -25,7 +25,7 @@ from .cache import CACHE, CACHE_NAMES, one_cache
 from .configuration import StableMaskConfig
 from .layers import StableMaskAttention, StableMaskDecoderLayer
 from .loss import chunked_causal_lm_loss
-from .masks import attention_mask
+from .masks import attention_mask, warn_of_merged_documents
 from .norm import RMSNorm
 from .positions import (
     alibi_mask,
@@ -132,7 +132,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 additive, (batch, 1 or heads, length, past + length).
             position_ids: (batch or 1, length), each token's absolute position in its own sequence.
                 Default: counted from ``attention_mask`` (2-D), else from the cache. Positions that
-                restart, with neither mask nor cache, mark packed documents, kept apart.
+                restart, with neither mask nor cache, mark packed documents, kept apart; with one there
+                is a warning.
             cache: a DynamicCache, a StaticCache, or None; ``past_key_values`` is its older name.
             use_cache: make a DynamicCache where none is given; default ``config.use_cache``.
             kwargs: ``output_hidden_states``. Others are dropped, but for caches, masks and positions
@@ -169,6 +170,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 **{CACHE: cache},
                 position_ids=position_ids,
             )
+            if position_ids is not None and position_ids.shape[1] > 1:
+                warn_of_merged_documents(position_ids, attn_mask)
         elif position_ids is None or attention_mask is not None or cache is not None:
             raise ValueError(
                 "sequences shared by several processes need position_ids, and take no attention_mask and "
