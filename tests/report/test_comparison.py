@@ -21,6 +21,7 @@ from stablemask.hf.loading import load_model
 from stablemask.inference import generate
 from stablemask.report.comparison import ATTENTION_BLOCKS, compare
 from stablemask.training.pretrain import pretrain
+from tests.test_reading import DEEP
 
 KINDS = ("softmax", "stablemask")
 
@@ -134,4 +135,7 @@ def test_runs_that_cannot_be_compared(folders, options, tmp_path):
         compare({"one": softmax, "two": unfinished})
     (unfinished / "run.json").write_text(json.dumps({**record, "result": {}, "corpus": "another"}))
     with pytest.raises(InputError, match="text or tokenizer differs"):
+        compare({"one": softmax, "two": unfinished})
+    (unfinished / "run.json").write_text(DEEP)
+    with pytest.raises(InputError, match=r"run\.json' is not JSON: it is nested too deep"):
         compare({"one": softmax, "two": unfinished})

@@ -142,7 +142,7 @@ def test_the_page_is_made_of_the_records_alone(tmp_path):
     with pytest.raises(InputError, match="squares are of another version"):
         write_page({"squares": study}, out, page)
     (out / "squares.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read as a study"):
+    with pytest.raises(InputError, match="is not JSON"):
         write_page({"squares": study}, out, page)
 
 

@@ -26,6 +26,7 @@ from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
 from tests import marks
+from tests.test_reading import DEEP
 
 from .conftest import STEPS, assert_same_weights, metrics
 
@@ -227,11 +228,14 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(file, how, written, tmp_pat
         checkpoints.last_whole(folder)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "nested"])
 def test_a_manifest_that_is_damaged_damages_the_checkpoint(how, written, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(written, folder)
-    damage(folder / "checkpoint-8" / "manifest.json", how)
+    if how == "nested":
+        (folder / "checkpoint-8" / "manifest.json").write_text(DEEP)
+    else:
+        damage(folder / "checkpoint-8" / "manifest.json", how)
     assert checkpoints.last_whole(folder) == folder / "checkpoint-4"
 
 

@@ -3,7 +3,6 @@
 Shapes: L layers, H heads, n tokens.
 """
 
-import json
 import platform
 import statistics
 from collections.abc import Iterator, Mapping
@@ -33,6 +32,7 @@ from ..hf.loading import load_model
 from ..inference import generate
 from ..inference.model import choose_device
 from ..options import load_yaml
+from ..reading import parse_json, read_json, reading
 from ..training.options import FREE_ON_RESUME, PretrainOptions
 from ..training.pretrain import METRICS_FILE, OPTIONS_FILE, RUN_FILE, prepare_data
 
@@ -230,10 +230,7 @@ def compare(
 def _read_run(folder: Path) -> _Run:
     if not (folder / OPTIONS_FILE).is_file():
         raise InputError(f"{folder} holds no run; give a folder that `stablemask pretrain` made")
-    try:
-        record = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / RUN_FILE} is damaged: {error}") from error
+    record = read_json(folder / RUN_FILE)
     if "result" not in record:
         raise InputError(f"the run in {folder} has not finished; go on with it by --resume first")
     return _Run(folder, load_yaml(folder / OPTIONS_FILE), record)
@@ -276,7 +273,13 @@ def _corpus(run: _Run) -> Corpus | StreamedCorpus:
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    path = folder / METRICS_FILE
+    with reading(path):
+        lines = path.read_text().splitlines()
+    try:
+        rows = [parse_json(line) for line in lines]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
 
     def curve(name: str) -> list[dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -15,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from ..benchmarks.figure import LABELS, RATIO_TICKS, STYLES
 from ..errors import InputError
+from ..reading import parse_json
 from ..report.drawing import COLORS
 from .kinds import line_style
 from .page import table
@@ -82,7 +82,7 @@ def read(work: Path, results: str, files: dict[str, str]) -> dict[str, Any]:
     for name in files:
         path = Path(results, name)
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = parse_json(path.read_bytes())
             kept = {key: result[key] for key in _KEPT} | {"torch": result["versions"]["torch"]}
             kept["device"] = _FILE.fullmatch(name)[2]  # type: ignore[index]
             kept |= _PARTS[result["benchmark"]](result)

@@ -29,6 +29,7 @@ from .. import strict_json
 from ..bars import progress_bar
 from ..benchmarks.environment import describe
 from ..errors import InputError, RunError
+from ..reading import parse_json, read_json
 from .study import Job, Record, Study
 
 
@@ -114,12 +115,7 @@ def load_study(out: Path, name: str) -> dict[str, Any] | None:
         InputError: the file is damaged.
     """
     path = out / f"{name}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a study: {error}") from error
+    return read_json(path) if os.path.exists(path) else None
 
 
 def _run(run: Callable[..., Any], work: Path, arguments: dict[str, Any]) -> Record:
@@ -202,7 +198,7 @@ def _record_file(out: Path, study: Study, job: Job) -> Path:
 def _stored(out: Path, study: Study, job: Job) -> Record | None:
     """The record of a job that was done with these arguments."""
     try:
-        record = json.loads(_record_file(out, study, job).read_text(encoding="utf-8"))
+        record = parse_json(_record_file(out, study, job).read_bytes())
     except (OSError, ValueError):
         return None
     arguments = json.loads(json.dumps(dict(job.arguments)))

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError
+from ..reading import parse_json
 
 INCOMPLETE = "incomplete"
 MANIFEST = "manifest.json"
@@ -88,7 +89,7 @@ def last_whole(folder: Path) -> Path | None:
 def verify(checkpoint: Path) -> None:
     """Raise InputError where a file is missing or is not what was written."""
     try:
-        hashes = json.loads((checkpoint / MANIFEST).read_text())
+        hashes = parse_json((checkpoint / MANIFEST).read_bytes())
         damaged = [name for name, digest in hashes.items() if _hash(checkpoint / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         damaged = [str(getattr(error, "filename", None) or MANIFEST)]

@@ -37,7 +37,7 @@ from ..errors import InputError
 from ..evaluation.perplexity import perplexity_of
 from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
-from ..reading import read_json
+from ..reading import parse_json, read_json
 from ..versions import tell_newer
 from ..writing import only_writer
 from . import checkpoints
@@ -184,7 +184,7 @@ def _finished_run(folder: Path, steps: int, checkpoint: Path | None) -> RunResul
         InputError: it has taken more steps, or its checkpoints are gone and it has to take more.
     """
     try:
-        result = json.loads((folder / RUN_FILE).read_text())["result"]
+        result = parse_json((folder / RUN_FILE).read_bytes())["result"]
         finished = RunResult(folder, result["step"], result["eval_loss"])
     except (OSError, ValueError, LookupError):
         finished = RunResult(folder, 0, None)
