@@ -20,7 +20,11 @@ class Ranks:
 
     def __init__(self, size: int, store: str):
         self.size = size
-        context = mp.get_context("spawn")
+        # Forked from a process that has only imported, which is done once for all.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["torch.distributed.tensor", "stablemask.hf", "tests.oracle"]
+        )
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -183,6 +183,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on_elsewhere(
     assert_same_losses(folder, alone, tolerance)
 
 
+@marks.nightly
 def test_two_nodes_on_loopback(options, alone, tolerance, tmp_path):
     """Each node has a launcher of its own, which finds the other at an address."""
     folder = tmp_path / "run"

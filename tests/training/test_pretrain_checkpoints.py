@@ -58,7 +58,7 @@ def test_the_best_checkpoint_stays_beside_the_last(options, tmp_path, monkeypatc
         pytest.param("checkpoint-16", True, marks=marks.nightly),
         pytest.param("incomplete", False, marks=marks.nightly),
         ("incomplete", True),
-        ("metrics.jsonl", False),
+        pytest.param("metrics.jsonl", False, marks=marks.nightly),
     ],
 )
 def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(
@@ -85,7 +85,10 @@ def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=marks.nightly)],
+)
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on(
     number, code, uninterrupted, options, tmp_path
 ):
