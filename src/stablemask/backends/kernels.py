@@ -32,12 +32,13 @@ class Kernel:
 
 
 def _with_blind_rows(out, lse, bias, causal):
-    """What a kernel returns, where they disagree on rows whose every bias is -inf."""
-    keys = torch.arange(bias.shape[3], dtype=torch.int32, device=bias.device)
-    first_seen = torch.where(bias == -torch.inf, len(keys), keys).amin(-1)
-    last = torch.arange(lse.shape[2], device=bias.device) if causal else len(keys) - 1
-    blind = (first_seen > last).expand(lse.shape)
-    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+    """What a kernel returns, in place; of rows whose every bias is -inf kernels say this and that."""
+    seen = bias != -torch.inf
+    first = seen.view(torch.uint8).argmax(-1, keepdim=True)  # 0 too where none is seen
+    blind = ~seen.gather(-1, first)
+    if causal:
+        blind = blind | (first > torch.arange(lse.shape[2], device=bias.device).unsqueeze(-1))
+    return out.masked_fill_(blind, 0.0), lse.masked_fill_(blind.squeeze(-1), -torch.inf)
 
 
 def _cpu_forward(query, key, value, bias, causal, scale):
