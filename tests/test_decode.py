@@ -124,10 +124,11 @@ def test_masks_it_leaves_to_the_general_way():
     torch.testing.assert_close(ours, general)
 
 
-def test_scale_is_used():
+@pytest.mark.parametrize("scale", [0.7, 0.0, -0.7])
+def test_scale_is_used(scale):
     query, key, value = tensors()
-    scaled = sink_attention(query, key, value, 0.0, scale=0.7, backend="flash")
-    torch.testing.assert_close(sink_attention(query, key, value, 0.0, scale=0.7), scaled)
+    scaled = sink_attention(query, key, value, 0.0, scale=scale, backend="reference")
+    torch.testing.assert_close(sink_attention(query, key, value, 0.0, scale=scale), scaled)
 
 
 @pytest.mark.parametrize("units", [Units(True, True), Units(False, True), Units(False, False)])
