@@ -7,6 +7,7 @@ import unicodedata
 from functools import cache, partial
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, trainers
@@ -24,9 +25,12 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from stablemask.data import tokenize_documents, train_tokenizer
 from stablemask.data import tokenizer as module
+from stablemask.data.stream import TextStream
+from stablemask.data.streamed_sources import Files
 from stablemask.data.tokenizer import LLAMA_3, QWEN_2, split_long, splitter
 
 from ..marks import WIKITEXT, wikitext
+from .conftest import write_json_lines
 
 SOURCE = inspect.getsource(argparse)
 # Accents apart and composed, and characters that have a longer form.
@@ -120,6 +124,21 @@ def test_the_tokens_are_those_of_the_whole(name, monkeypatch):
         pieces = list(splitter(tokenizer)(DOCUMENT))
         assert "".join(pieces) == DOCUMENT
         assert (len(pieces) > 1) == (name in CUT)
+
+
+def test_a_stream_has_them_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 20)
+    tokenizer = WHOLE["first"]()
+    source = Files(str(write_json_lines(tmp_path / "a.jsonl", [WORDS])), "text")
+    stream = TextStream(
+        [source], [1], tokenizer, block_size=50, validation_fraction=1e-9, shuffle_buffer=1, seed=0,
+        lanes=1,
+    )  # fmt: skip
+    opened = stream.open([0])
+    found = torch.cat([opened.draw(k)["input_ids"] for k in range(60)])
+    assert found.tolist() == tokenizer(WORDS, add_special_tokens=False)["input_ids"][:3000]
+    stream.validation_fraction = 1 - 1e-9
+    assert stream.held_out_tokens(source, 3000) == found.tolist()
 
 
 @wikitext

@@ -41,7 +41,9 @@ class TrainingOptions:
     steps: int | None = option(None, "optimizer steps; only --dry-run goes without")
     out: str | None = option(None, "folder for the run and its model; only --dry-run goes without")
     data: str = option(MISSING, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
-    text_column: str = option("text", "column that holds the text, in jsonl and parquet")
+    text_column: str = option(
+        "text", "column that holds a record's text; messages, for conversations"
+    )
     context: int | None = option(None, "tokens in a training block; by default the model's")
     batch_size: int = option(16, "blocks in a batch, on each device")
     gradient_accumulation: int | None = option(
