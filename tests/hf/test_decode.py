@@ -148,10 +148,14 @@ def test_the_mass_of_any_position_is_that_of_its_closed_form(settings):
         attention.layer_sink_logits(layer, query, 8, None, position_ids=positions)
     found = attention.layer_sink_logits(layer, query, 8, None, position_ids=positions)
     assert torch.equal(found.expand(2, 4, 8), expected)
+    found = attention.layer_sink_logits(layer, query, 8, None, position_ids=positions.int())
+    assert torch.equal(found.expand(2, 4, 8), expected)
     for column, position in enumerate(positions[1]):
         row = attention.layer_sink_logits(
             layer, query[:1, :, :1], 8, None, position_ids=position.view(1, 1)
         )
         assert torch.equal(row.expand(1, 4, 1), expected[1:, :, column, None])
+    with pytest.raises(TypeError, match="must be an integer tensor"):
+        attention.layer_sink_logits(layer, query, 8, None, position_ids=positions.double())
     with torch.enable_grad():
         (found + torch.ones(1, requires_grad=True)).nan_to_num(neginf=0).sum().backward()

@@ -159,8 +159,10 @@ def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) ->
     positions = positions.to(query.device)
     table = None
     # A table that a tracer or the capture of a CUDA graph made would be theirs.
-    if only_autograd_watches(positions) and not (
-        positions.is_cuda and torch.cuda.is_current_stream_capturing()
+    if (
+        positions.dtype in (torch.int64, torch.int32)
+        and only_autograd_watches(positions)
+        and not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         table = _table_of(config, positions.device)
     if table is None:

@@ -209,7 +209,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 **{CACHE: cache},  # so named, for gradient checkpointing takes it away
                 sequence_group=self.sequence_group,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        filled: Any = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **filled)
 
     @staticmethod
     def _positions(
