@@ -56,6 +56,9 @@ def pseudo_logsumexp(
             checked in eager mode on the CPU only; elsewhere a bad one shows as NaN.
     """
     _check(positions, gamma, horizon)
+    if positions.device.type == "mps":  # Apple's GPU has no float64
+        on_cpu = gamma.cpu() if isinstance(gamma, Tensor) else gamma
+        return pseudo_logsumexp(positions.cpu(), on_cpu, horizon).to(positions.device)
     row = positions.to(torch.float64).unsqueeze(-2)
     symbolic = torch.compiler.is_compiling() or isinstance(gamma, torch.SymFloat)
     if horizon is None and not (isinstance(gamma, Tensor) or symbolic):  # `math` knows no symbol

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from stablemask import sink_attention
+from stablemask import pseudo_logsumexp, sink_attention
 from stablemask.backends import BACKENDS, choice
 from stablemask.backends.choice import KINDS, PASSES, choose
 from stablemask.call import Call
@@ -198,3 +201,30 @@ def test_the_choice_does_not_import_the_compiler():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+class _NoFloat64(TorchDispatchMode):
+    """Refuses what a kind of device does not have, as its kernels do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "mps":
+                assert tensor.dtype != torch.float64, function
+        return result
+
+
+def test_apples_gpu_is_served_by_stock_operations():
+    """On tensors that have its type and no values, all that there is without one."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key = (torch.empty(1, h, 64, 8, device="mps", dtype=torch.float16) for h in (4, 2))
+        for masks in (NO_MASKS, Masks(window=5), Masks(alibi_slopes=torch.ones(4, device="mps"))):
+            call = Call(query, key, key, query.new_zeros(1, 4, 1), masks, 0.0, 0.1)
+            assert _name(choose(call, "auto")) == "blocks"
+            with pytest.raises(ValueError, match="no stock flash kernel for device type 'mps'"):
+                choose(call, "flash")
+        with _NoFloat64():
+            for gamma in (0.1, torch.full((4,), 0.1, device="mps")):
+                for horizon in (None, 70):
+                    sink = pseudo_logsumexp(torch.arange(64, device="mps"), gamma, horizon)
+                    assert (sink.device.type, sink.dtype) == ("mps", torch.float32)

@@ -212,7 +212,7 @@ def _forward_backward(
     query, key, value, sink_logits = inputs
     out = sink_attention(query, key, value, sink_logits, backend=backend)
     gradients = torch.autograd.grad(out.square().sum(), inputs)
-    return [tensor.detach().to("cpu", torch.float64) for tensor in (out, *gradients)]
+    return [tensor.detach().cpu().double() for tensor in (out, *gradients)]
 
 
 def _distance(tensors: list[Tensor], exact: list[Tensor]) -> float:
