@@ -82,3 +82,15 @@ def test_below_its_floor_it_says_which_version_it_needs(model_folder, capsys, mo
     monkeypatch.setattr(serve.transformers, "__version__", "5.16.1")
     error = fails(capsys, "--model", model_folder)
     assert f"serve needs Transformers {OLDEST_SERVER} or newer, this is 5.16.1" in error
+
+
+def test_nothing_else_needs_that_server():
+    code = (
+        "import sys\n"
+        "for name in ('transformers.cli.serving', 'fastapi', 'uvicorn', 'openai'):\n"
+        "    sys.modules[name] = None\n"
+        "import importlib, stablemask, stablemask.hf\n"
+        "from stablemask.cli import main\n"
+        "for name in main.COMMANDS: importlib.import_module(f'stablemask.cli.{name}')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

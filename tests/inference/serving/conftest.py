@@ -36,10 +36,12 @@ def serving(model, tokenizer, name):
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
-            yield client
-        server.should_exit = True
-        thread.join()
+        try:
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="package")

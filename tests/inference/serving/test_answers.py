@@ -67,6 +67,21 @@ def test_chat(client, llama):
     assert chunks[-1].usage == answer.usage
 
 
+def test_a_reply_goes_back_as_the_client_dumps_it(client):
+    """With a null for everything that it might hold."""
+    messages = say("the quick")
+    reply = client.chat.completions.create(model="llama", messages=messages, max_tokens=5)
+    message = reply.choices[0].message
+    assert None in message.model_dump().values()
+    again = [
+        client.chat.completions.create(
+            model="llama", messages=[*messages, said, *say("fox")], max_tokens=5
+        ).choices[0].message.content
+        for said in (message.model_dump(), {"role": "assistant", "content": message.content})
+    ]  # fmt: skip
+    assert again[0] == again[1]
+
+
 def test_chat_content_in_parts(client):
     parts = [{"role": "user", "content": [{"type": "text", "text": "the quick"}]}]
     whole, in_parts = (

@@ -1,15 +1,25 @@
 """What may be asked of the server: the rest is refused, in words that say what to do."""
 
 import json
+import time
 
 import openai
 import pytest
 
-from .conftest import CONTEXT, complete, post, say
+from .conftest import CONTEXT, complete, post, say, serving
 
 
-def test_models(client):
-    assert [model.id for model in client.models.list()] == ["llama"]
+def test_models(client, ours):
+    begun = time.time()
+    with serving(*ours, "/runs/our model") as named:
+        for name, of in (("llama", client), ("/runs/our model", named)):
+            (model,) = of.models.list()
+            assert (model.id, model.object, model.owned_by) == (name, "model", "stablemask")
+            assert of.models.retrieve(name) == model
+            assert 0 < model.created < time.time()
+        assert model.created >= int(begun)
+        with pytest.raises(openai.NotFoundError, match="no model '/runs' here"):
+            named.models.retrieve("/runs")
     with pytest.raises(
         openai.NotFoundError, match="no model 'gpt-4' here; this server has 'llama'"
     ):
@@ -39,7 +49,7 @@ def test_a_prompt_that_is_too_long(client, our_client):
         (b'{"prompt": 1}', "prompt: Input should be a valid string, got 1"),
         (b'{"prompt": ["a", "b"]}', "prompt: Input should be a valid string, got ['a', 'b']"),
         (b'{"prompt": "\\ud800"}', "prompt: "),
-        (b'{"prompt": "a", "\\ud800": 1}', "valid string"),
+        (b'{"prompt": "a", "\\ud800": 1}', "\\ud800 is not supported"),
         (b'{"prompt": "a", "logprobs": 2}', "logprobs is not supported; what can be given is"),
         (b'{"prompt": "a", "tools": []}', "tools is not supported"),
         (b'{"prompt": "a", "n": 2}', "n: only 1 is supported, got 2"),
@@ -53,6 +63,10 @@ def test_a_prompt_that_is_too_long(client, our_client):
         (b'{"prompt": "a", "top_p": 0}', "top_p: Input should be greater than 0, got 0"),
         (b'{"prompt": "a", "seed": 1e30}', "seed: Input should be"),
         (b'{"prompt": "a", "stop": ""}', "stop.0: String should have at least 1 character"),
+        (
+            b'{"prompt": "a", "stop": "' + b"a" * 100_000 + b'"}',
+            "stop.0: String should have at most 1000 characters",
+        ),
         (b'{"prompt": "a", "stop": [1]}', "stop.0: Input should be a valid string"),
         (b'{"prompt": "a", "stream": "yes"}', "stream: Input should be a valid boolean"),
         (b'{"prompt": "a", "model": 3}', "model: Input should be a valid string"),
@@ -78,6 +92,19 @@ def test_bad_requests(client, body, words):
             {"messages": say([{"type": "image_url"}])},
             "messages.0.content.0.type: Input should be 'text'",
         ),
+        (
+            {"messages": [{"role": "user", "content": "a", "weight": 1}]},
+            "messages.0.weight is not supported; what can be given is content, role",
+        ),
+        (
+            {"messages": say([{"type": "text", "text": "a", "cache": 1}])},
+            "messages.0.content.0.cache is not supported; what can be given is text, type",
+        ),
+        (
+            {"messages": say("a"), "stream_options": {"all": True}},
+            "stream_options.all is not supported; what can be given is include_usage",
+        ),
+        ({"messages": say(None)}, "messages.0.content must be given"),
         ({"messages": say(1)}, "messages.0.content: Input should be a valid list"),
         ({"messages": say("a"), "tools": [{}]}, "tools is not supported"),
         ({"messages": say("a"), "logprobs": True}, "logprobs: only False is supported"),

@@ -12,7 +12,7 @@ from stablemask.errors import InputError
 from stablemask.inference.serving import bind, build_app
 
 from ...cli.conftest import learned_folder as learned_folder
-from .conftest import CONTEXT, complete, say, stream
+from .conftest import CONTEXT, complete, post, say, stream
 
 
 @pytest.fixture
@@ -74,6 +74,21 @@ def test_listens_on_loopback_alone(client):
     port = client.base_url.port
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+def chunks(size):
+    """A body whose length nobody has told."""
+    for _ in range(size // 1000):
+        yield b" " * 1000
+
+
+@pytest.mark.parametrize("body", [lambda size: b" " * size, chunks], ids=["whole", "in chunks"])
+def test_a_body_that_is_too_long(client, monkeypatch, body):
+    monkeypatch.setattr("stablemask.inference.serving.http.MAX_BODY", 10_000)
+    status, answer = post(client, body(300_000))
+    assert (status, answer["error"]["message"]) == (413, "the body must have at most 10000 bytes")
+    assert post(client, body(10_000))[0] == 400  # it is taken, and is no JSON
+    assert complete(client, "the", max_tokens=2)[1] == "length"
 
 
 def test_addresses_that_cannot_be_had():

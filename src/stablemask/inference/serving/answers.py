@@ -165,7 +165,11 @@ class AnswerStreamer(DirectStreamer):
             self.stopped = True
             self._send(text[: min(found)])
             raise _GenerationCancelled
-        begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        longest = (range(min(len(stop) - 1, len(text)), 0, -1) for stop in stops)
+        begun = [
+            next((n for n in lengths if text.endswith(stop[:n])), 0)
+            for stop, lengths in zip(stops, longest)
+        ]
         certain = len(text) - max(begun, default=0)
         self._held = text[certain:]
         self._send(text[:certain])

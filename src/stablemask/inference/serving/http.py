@@ -13,6 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import InputError
 
+# Bytes. A million tokens of text, each character escaped, are as much.
+MAX_BODY = 16 << 20
+
 
 def add_manners(app: FastAPI) -> None:
     """Cancel what a client no longer waits for; answer errors as OpenAI's API does."""
@@ -25,7 +28,7 @@ def add_manners(app: FastAPI) -> None:
 
 
 class _EndWithClient:
-    """Cancels a request whose client hangs up; Starlette itself does so for streams only."""
+    """Ends a request whose client hangs up, as Starlette does for streams alone, or whose body is too long."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -33,13 +36,23 @@ class _EndWithClient:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        too_long = _answer(413, f"the body must have at most {MAX_BODY} bytes")
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY:
+            return await too_long(scope, receive, send)
         messages: asyncio.Queue[Message] = asyncio.Queue()
 
-        async def listen() -> None:
+        async def listen() -> bool:
+            """Hand on what comes, until the client hangs up, or until it is too long."""
+            size = 0
             message: Message = {"type": "http.request"}
             while message["type"] != "http.disconnect":
                 message = await receive()
+                size += len(message.get("body", b""))
+                if size > MAX_BODY:
+                    return True
                 messages.put_nowait(message)
+            return False
 
         answering: asyncio.Task = asyncio.create_task(
             self.app(scope, messages.get, send)  # type: ignore[arg-type]
@@ -52,6 +65,9 @@ class _EndWithClient:
             answering.cancel()
         with suppress(asyncio.CancelledError):
             await answering
+        if listening.done() and not listening.cancelled() and listening.result():
+            # A handler has its body before it answers, so nothing has been sent.
+            await too_long(scope, receive, send)
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:

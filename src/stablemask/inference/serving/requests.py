@@ -11,7 +11,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from ...errors import InputError
 
@@ -40,15 +42,36 @@ Prompt = Annotated[
         lambda given: given[0] if isinstance(given, list) and len(given) == 1 else given
     ),
 ]
+# So long a stop text costs no more than a token does.
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1), AfterValidator(_encodable)]],
+    list[Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_encodable)]],
     Field(max_length=16),
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
 ]
 
 
 class _Part(BaseModel):
+    """A part of a request, in which a null counts as not given: clients send them for what they leave out."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        given = {name: value for name, value in given.items() if value is not None}
+        known = set[str]()
+        for name, field in cls.model_fields.items():
+            alias = field.validation_alias
+            known |= set(map(str, alias.choices)) if isinstance(alias, AliasChoices) else {name}
+        for name in given.keys() - known:
+            raise PydanticCustomError(
+                "unknown",
+                "{name} is not supported; what can be given is {known}",
+                {"name": ascii(name)[1:-1], "known": ", ".join(sorted(known))},
+            )
+        return given
 
 
 class StreamOptions(_Part):
@@ -105,21 +128,19 @@ class ChatRequest(Request):
 
 
 def check_request(kind: type[Request], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a request by their names, defaults filled in; a null counts as not given.
+    """The values of a request by their names, defaults filled in.
 
     Raises:
         InputError: a field is unknown, missing, of the wrong type or out of its range.
     """
-    given = {name: value for name, value in body.items() if value is not None}
     try:
-        return kind.model_validate(given).model_dump()
+        return kind.model_validate(body).model_dump()
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
     where = ".".join(map(str, problem["loc"]))
     match problem["type"]:
-        case "extra_forbidden":
-            known = ", ".join(sorted(kind.model_fields))
-            raise InputError(f"{where} is not supported; what can be given is {known}")
+        case "unknown":
+            raise InputError(f"{where}.{problem['msg']}".removeprefix("."))
         case "missing":
             raise InputError(f"{where} must be given")
     message = problem["msg"].removeprefix("Value error, ")

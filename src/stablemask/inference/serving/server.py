@@ -35,7 +35,7 @@ from .answers import AnswerThread
 from .http import add_manners, error_body
 from .requests import ChatRequest, CompletionRequest, Request, check_request
 
-ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+ROUTES = {"/v1/chat/completions", "/v1/completions", "/health"}
 # Below it, logits would overflow and the likeliest token is certain anyway.
 MIN_TEMPERATURE = 1e-5
 # Seconds in which running answers may end after Ctrl-C, before they are cut off.
@@ -139,8 +139,28 @@ def build_app(
     )
     # The others load and unload models at a client's word, or are not tested here.
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", None) in ROUTES]
+    _describe(app, name)
     add_manners(app)
     return app
+
+
+def _describe(app: FastAPI, name: str) -> None:
+    """The routes that tell which model there is, in OpenAI's fields and no more."""
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "stablemask"}
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{asked:path}")  # a folder has slashes
+    def one(asked: str) -> dict[str, Any]:
+        _check_name(asked, name)
+        return model
+
+
+def _check_name(asked: str, served: str) -> None:
+    if asked != served:
+        raise HTTPException(404, f"no model {asked!a} here; this server has {served!a}")
 
 
 class _OneModel(ModelManager):
@@ -154,7 +174,6 @@ class _OneModel(ModelManager):
         answers: AnswerThread,
     ):
         self.model, self.tokenizer, self.answers = model, tokenizer, answers
-        self.created = int(time.time())
         super().__init__(force_model=name)
 
     @staticmethod
@@ -170,10 +189,6 @@ class _OneModel(ModelManager):
     def shutdown(self) -> None:
         """The model is its caller's, to keep or to drop; no answer runs in it any more."""
         self.answers.close()
-
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
-        model = {"id": self.force_model, "object": "model", "created": self.created}
-        return [model | {"owned_by": "stablemask"}]
 
 
 class _OneThread(GenerationState):
@@ -193,11 +208,8 @@ class _Checked(BaseHandler):
 
     def _validate_request(self, body: dict) -> None:
         request = check_request(self.request_type, body)
-        served = self.model_manager.force_model
-        if request["model"] not in (None, served):
-            raise HTTPException(
-                404, f"no model {request['model']!a} here; this server has {served!a}"
-            )
+        served = str(self.model_manager.force_model)
+        _check_name(request["model"] or served, served)
         body.clear()
         body.update(request)
 
