@@ -91,7 +91,7 @@ def test_an_endless_stream_ends_with_its_reader(model_folder, monkeypatch, capsy
     argv += ["--temperature", "2", "--seed", "0"]
     assert main(["generate", "--model", model_folder, *argv]) == 130
     assert said[0].startswith("the")
-    assert said[50:] == ["stablemask:", "interrupted"]
+    assert said[50:] == ["stablemask: interrupted"]
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
