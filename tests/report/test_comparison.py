@@ -128,12 +128,12 @@ def test_runs_that_cannot_be_compared(folders, options, tmp_path):
         compare({"one": softmax, "two": other})
     unfinished = tmp_path / "unfinished"
     shutil.copytree(softmax, unfinished)
-    record = json.loads((unfinished / "run.json").read_text())
-    del record["result"]
+    finished = json.loads((unfinished / "run.json").read_text())
+    record = {name: value for name, value in finished.items() if name != "result"}
     (unfinished / "run.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="has not finished"):
         compare({"one": softmax, "two": unfinished})
-    (unfinished / "run.json").write_text(json.dumps({**record, "result": {}, "corpus": "another"}))
+    (unfinished / "run.json").write_text(json.dumps({**finished, "corpus": "another"}))
     with pytest.raises(InputError, match="text or tokenizer differs"):
         compare({"one": softmax, "two": unfinished})
     (unfinished / "run.json").write_text(DEEP)

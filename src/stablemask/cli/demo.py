@@ -1,6 +1,5 @@
 """Train a small model with softmax and one with StableMask, and write a report that compares them."""
 
-import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from stablemask.cli.page import where_it_is, whole_file
 from stablemask.errors import InputError
 from stablemask.options import option, option_fields
 from stablemask.report.comparison import compare
@@ -59,8 +59,9 @@ def run(options: DemoOptions) -> int:
             seed=options.seed,
             command=_command(options),
         )
-        _write(out / RESULTS, comparison.to_json())
-        _write(out / REPORT, render(comparison))
+        for name, text in {RESULTS: comparison.to_json(), REPORT: render(comparison)}.items():
+            with whole_file(out / name) as partial:
+                partial.write_text(text, encoding="utf-8")
     print(f"\n{text_table(comparison)}\n")
     print(_what_next(options))
     return 0
@@ -115,22 +116,11 @@ def _command(options: DemoOptions, *, resume: bool = False) -> str:
     return shlex.join(words + ["--resume"] * resume)
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _what_next(options: DemoOptions) -> str:
     out = Path(options.out)
     model = shlex.quote(str(out / "stablemask"))
-    report = (out / REPORT).resolve()
     command = runnable("stablemask")
-    return f"""report   {report}
-         open it in a browser: {report.as_uri()}
+    return f"""{where_it_is(out / REPORT)}
 numbers  {out / RESULTS}
 
 Try next:

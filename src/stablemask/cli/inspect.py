@@ -1,12 +1,10 @@
 """Where a model's attention goes on a text, as one HTML page: sinks, pseudo share, attention maps."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from stablemask.cli.models import device_option, dtype_option, load
+from stablemask.cli.page import labels, where_it_is, whole_file
 from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
 from stablemask.options import option
@@ -31,9 +29,9 @@ def run(options: InspectOptions) -> None:
     names = [options.model] if options.against is None else [options.model, options.against]
     if len(set(names)) < len(names):
         raise InputError(f"--against must be another model, got {options.against} twice")
-    with _whole_file(Path(options.out)) as partial:
+    with whole_file(Path(options.out)) as partial:
         inspections: list[Inspection] = []
-        for name, label in zip(names, _labels(names), strict=True):
+        for name, label in zip(names, labels(names), strict=True):
             inspections.append(
                 inspect_model(
                     load(name, options.dtype, options.device),
@@ -46,33 +44,7 @@ def run(options: InspectOptions) -> None:
             )
         partial.write_text(render_inspection(inspections), encoding="utf-8")
     print(_table(inspections))
-    report = Path(options.out).resolve()
-    print(f"\nreport   {options.out}\n         open it in a browser: {report.as_uri()}")
-
-
-def _labels(names: list[str]) -> list[str]:
-    """The last part of each name, where these differ."""
-    short = [Path(name).name or name for name in names]
-    return short if len(set(short)) == len(short) else names
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end; it is made first, to fail before the work."""
-    try:
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder; name a file as --out")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.touch()
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}; name another file as --out"
-        ) from error
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    print(f"\n{where_it_is(Path(options.out))}")
 
 
 def _table(inspections: list[Inspection]) -> str:

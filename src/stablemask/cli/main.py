@@ -19,7 +19,7 @@ from stablemask.writing import BAD_PATH, FULL_DISK
 
 # In the order a new user meets them. Each is the module of that name in this folder.
 COMMANDS = (
-    "env", "build", "demo", "pretrain", "finetune", "merge", "generate", "serve", "evaluate", "inspect", "export",
+    "env", "build", "demo", "pretrain", "finetune", "merge", "generate", "serve", "evaluate", "compare", "inspect", "export",
     "bench", "reproduce",
 )  # fmt: skip
 

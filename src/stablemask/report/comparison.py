@@ -31,8 +31,8 @@ from ..evaluation import (
 from ..hf.loading import load_model
 from ..inference import generate
 from ..inference.model import choose_device
-from ..options import load_yaml
-from ..reading import parse_json, read_json, reading
+from ..options import load_yaml, options_from_values
+from ..reading import first_line, parse_json, read_json, reading
 from ..training.options import FREE_ON_RESUME, PretrainOptions
 from ..training.pretrain import METRICS_FILE, OPTIONS_FILE, RUN_FILE, prepare_data
 
@@ -41,6 +41,20 @@ SNIPPET_TOKENS = 32  # of the attention maps; more would leave no room for the t
 ATTENTION_BLOCKS = 8  # over which attention is averaged
 # A report compares runs of one design, so these options must be the same in all of them.
 SHARED_OPTIONS = ("preset", "context")
+# Options that change nothing in the model that is trained.
+UNIMPORTANT = FREE_ON_RESUME - {"steps"} | {
+    "log_every", "eval_every", "eval_tokens", "probe_tokens", "save_every", "compile", "chunked_loss",
+    "gradient_checkpointing",
+}  # fmt: skip
+# What the files of a run must hold to be compared.
+RECORDED = {
+    "corpus": str,
+    "command": str,
+    "versions": dict,
+    "train_tokens": int | None,
+    "validation_tokens": int,
+}
+RESOLVED = ("steps", "context", "vocab_size", "gradient_accumulation", "global_batch_size")
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,8 @@ def compare(
         InputError: a folder holds no finished run, or the runs cannot be compared: another preset,
             another context or another text.
     """
+    if max_tokens < 2:
+        raise InputError(f"max_tokens must be at least 2, got {max_tokens}")
     if len(folders) < 2:
         raise InputError(f"a comparison needs two runs or more, got {len(folders)}")
     found = {label: _read_run(Path(folder)) for label, folder in folders.items()}
@@ -228,12 +244,24 @@ def compare(
 
 
 def _read_run(folder: Path) -> _Run:
-    if not (folder / OPTIONS_FILE).is_file():
+    written = folder / OPTIONS_FILE
+    if not written.is_file():
         raise InputError(f"{folder} holds no run; give a folder that `stablemask pretrain` made")
     record = read_json(folder / RUN_FILE)
-    if "result" not in record:
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name), kind) for name, kind in RECORDED.items()
+    ):
+        raise InputError(f"{folder / RUN_FILE} is damaged: {', '.join(RECORDED)} must be there")
+    result = record.get("result")
+    if not isinstance(result, dict) or not isinstance(result.get("eval_loss"), float):
         raise InputError(f"the run in {folder} has not finished; go on with it by --resume first")
-    return _Run(folder, load_yaml(folder / OPTIONS_FILE), record)
+    names = {field.name for field in fields(PretrainOptions)}
+    known = {name: value for name, value in load_yaml(written).items() if name in names}
+    options = asdict(PretrainOptions(**options_from_values(PretrainOptions, known, str(written))))
+    missing = [name for name in RESOLVED if options[name] is None]
+    if missing:
+        raise InputError(f"{written} is damaged: {', '.join(missing)} must be there")
+    return _Run(folder, options, record)
 
 
 def _check_comparable(runs: Mapping[str, _Run]) -> None:
@@ -257,13 +285,12 @@ def _differences(runs: Mapping[str, _Run]) -> list[str]:
     return [
         name
         for name, value in first.items()
-        if name not in FREE_ON_RESUME and any(other.get(name) != value for other in others)
+        if name not in UNIMPORTANT and any(other.get(name) != value for other in others)
     ]
 
 
 def _corpus(run: _Run) -> Corpus | StreamedCorpus:
-    names = {field.name for field in fields(PretrainOptions)}
-    options = PretrainOptions(**{n: value for n, value in run.options.items() if n in names})
+    options = PretrainOptions(**run.options)
     corpus = prepare_data(options)
     if corpus.key != run.record["corpus"]:
         raise InputError(
@@ -275,11 +302,11 @@ def _corpus(run: _Run) -> Corpus | StreamedCorpus:
 def _training(folder: Path) -> dict[str, Any]:
     path = folder / METRICS_FILE
     with reading(path):
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
     try:
-        rows = [parse_json(line) for line in lines]
+        rows = [row for row in map(parse_json, lines) if isinstance(row, dict)]
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+        raise InputError(f"{path} is damaged: {first_line(error)}") from error
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
 
     def curve(name: str) -> list[dict[str, float]]:

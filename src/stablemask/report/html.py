@@ -7,7 +7,7 @@ from typing import Any
 from .comparison import Comparison, RunMeasurement
 from .figures import draw_all
 from .page import PAPER, page, paragraphs, swatch
-from .summary import captions, table, what_differs
+from .summary import captions, is_short, table, trained_tokens, what_differs
 
 FIGURES = {
     "loss": "Loss during training",
@@ -37,19 +37,15 @@ def _title(comparison: Comparison) -> str:
 
 
 def _lead(comparison: Comparison) -> str:
-    run = comparison.runs[comparison.baseline]
-    options = run.options
-    tokens = (
-        options["steps"]
-        * options["batch_size"]
-        * options["gradient_accumulation"]
-        * options["context"]
-    )
+    runs = list(comparison.runs.values())
+    options = runs[0].options
+    positions = " and ".join(dict.fromkeys(run.options["position"] for run in runs))
+    parameters = _range([f"{run.parameters / 1e6:.1f}" for run in runs])
+    tokens = _range([f"{trained_tokens(run) / 1e6:.2f}" for run in runs])
     facts = (
-        f"Here {len(comparison.runs)} models of {run.parameters / 1e6:.1f} million parameters "
-        f"({options['preset']}, positions: {options['position']}) are trained from scratch on "
-        f"{tokens / 1e6:.2f} million tokens each, in blocks of {options['context']:,}. "
-        f"{what_differs(comparison)}"
+        f"Here {len(runs)} models of {parameters} million parameters ({options['preset']}, positions: "
+        f"{positions}) are trained from scratch on {tokens} million tokens each, in blocks of "
+        f"{options['context']:,}. {what_differs(comparison)}"
     )
     return f"""<p class="lead">In a causal language model every token must hand out exactly 1 of
 attention, even when nothing before it is of use; models learn to dump the surplus on the first
@@ -83,9 +79,8 @@ def _table(comparison: Comparison) -> str:
 <div class="scroll"><table class="numbers"><thead><tr><th></th>{heads}</tr></thead>
 <tbody>{"".join(body)}</tbody></table></div>
 <p class="soft">Perplexity is the exponential of the mean loss; lower is better, and the lowest is
-bold. Tokens per second is the median over the log lines of each training; the trainings ran one
-after another, so what else the machine did weighs on it, and <code>stablemask bench</code> is the
-fair race. Attention is averaged over layers, heads and rows. The last row feeds one token over and
+bold. Tokens per second is the median over the log lines of each training; what else its machine did
+weighs on it, and <code>stablemask bench</code> is the fair race. Attention is averaged over layers, heads and rows. The last row feeds one token over and
 over: 0 up to rounding means that the model cannot tell positions apart.</p>
 {paragraphs(notes, "notes")}"""
 
@@ -112,9 +107,11 @@ def _samples(comparison: Comparison) -> str:
         f'<pre class="wrap"><b>{escape(comparison.prompt)}</b>{escape(run.sample)}</pre></div>'
         for label, run in comparison.runs.items()
     )
+    hint = ""
+    if is_short(comparison):
+        hint = " After so short a training, look for the shape of the text rather than its sense."
     return f"""<h2>A sample of each</h2>
-<p class="soft">The same prompt (in bold) continued {how}. After so short a training, look for the
-shape of the text rather than its sense.</p>
+<p class="soft">The same prompt (in bold) continued {how}.{hint}</p>
 <div class="samples">
 {samples}
 </div>"""
@@ -128,10 +125,12 @@ def _reproduce(comparison: Comparison) -> str:
     first = comparison.runs[comparison.baseline]
     machine = comparison.machine
     lines = [
-        f"Trained with {_versions(first.record['versions'])}.",
+        *dict.fromkeys(
+            f"Trained with {_versions(run.record['versions'])}." for run in comparison.runs.values()
+        ),
         f"Measured with {_versions(comparison.versions)}, on {machine['device']} "
         f"({machine['system']}, {machine['cpu']}, {machine['threads']} threads).",
-        f"Text: {first.record['train_tokens']:,} training and "
+        f"Text: {_count(first.record['train_tokens'])} training and "
         f"{first.record['validation_tokens']:,} validation tokens, key {first.record['corpus']}.",
     ]
     return f"""<h2>Do it again</h2>
@@ -157,6 +156,12 @@ def _settings(comparison: Comparison) -> str:
     return f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _range(values: list[str]) -> str:
+    """The value that all have, or the least and the largest."""
+    least, largest = min(values, key=float), max(values, key=float)
+    return least if least == largest else f"{least} to {largest}"
+
+
 def _gamma(run: RunMeasurement) -> str:
     if isinstance(run.gamma, float):
         return f"{run.gamma:.4g}"
@@ -175,6 +180,10 @@ def _cells(values: Sequence[Any]) -> str:
 
 def _versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _count(tokens: int | None) -> str:
+    return "streamed" if tokens is None else f"{tokens:,}"
 
 
 def _class(name: str, applies: bool) -> str:

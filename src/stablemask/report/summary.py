@@ -60,6 +60,13 @@ def table(comparison: Comparison) -> list[Row]:
     ]
     return [
         *lengths,
+        row("training loss, the last logged", _last_loss, "{:.4f}".format, min),
+        row(
+            "validation loss at the end",
+            lambda run: run.record["result"]["eval_loss"],
+            "{:.4f}".format,
+            min,
+        ),
         row("training, tokens per second", lambda run: run.tokens_per_second, "{:,.0f}".format),
         row("attention on the first token", lambda run: fmean(run.first_token), "{:.1%}".format),
         row(
@@ -74,6 +81,10 @@ def table(comparison: Comparison) -> list[Row]:
             "spread of identical tokens' output", lambda run: run.identical_spread, "{:.2g}".format
         ),
     ]
+
+
+def _last_loss(run: RunMeasurement) -> float | None:
+    return run.training[-1]["loss"] if run.training else None
 
 
 def text_table(comparison: Comparison) -> str:
@@ -136,10 +147,11 @@ def _loss(comparison: Comparison) -> list[str]:
             f"{len(gaps)} evaluations; at the last, step {step:.0f}, it is {abs(last):.3f} nats a "
             f"token {'lower' if last < 0 else 'higher'}."
         )
-    sentences.append(
-        "One short training of each: it shows how a model gets going rather than where it would "
-        "end, and how much of a difference is chance, only more seeds can tell."
-    )
+    if is_short(comparison):
+        sentences.append(
+            "So short a training shows how a model gets going rather than where it would end."
+        )
+    sentences.append("How much of a difference is chance, only more seeds can tell.")
     return sentences
 
 
@@ -304,6 +316,16 @@ def change(value: float, base: float) -> str:
 
 def _is_finite(row: dict[str, Any]) -> bool:
     return row["perplexity"] is not None and math.isfinite(row["perplexity"])
+
+
+def trained_tokens(run: RunMeasurement) -> int:
+    options = run.options
+    return int(options["steps"] * options["global_batch_size"] * options["context"])
+
+
+def is_short(comparison: Comparison) -> bool:
+    """Whether a run has seen less than twenty tokens a parameter, the usual measure of a whole training."""
+    return any(trained_tokens(run) < 20 * run.parameters for run in comparison.runs.values())
 
 
 def _base(comparison: Comparison) -> RunMeasurement:
