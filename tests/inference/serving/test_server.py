@@ -85,7 +85,7 @@ def chunks(size):
 @pytest.mark.parametrize("body", [lambda size: b" " * size, chunks], ids=["whole", "in chunks"])
 def test_a_body_that_is_too_long(client, monkeypatch, body):
     monkeypatch.setattr("stablemask.inference.serving.http.MAX_BODY", 10_000)
-    status, answer = post(client, body(300_000))
+    status, answer = post(client, body(30_000))
     assert (status, answer["error"]["message"]) == (413, "the body must have at most 10000 bytes")
     assert post(client, body(10_000))[0] == 400  # it is taken, and is no JSON
     assert complete(client, "the", max_tokens=2)[1] == "length"

@@ -36,22 +36,23 @@ class _EndWithClient:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        too_long = _answer(413, f"the body must have at most {MAX_BODY} bytes")
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY:
-            return await too_long(scope, receive, send)
         messages: asyncio.Queue[Message] = asyncio.Queue()
 
         async def listen() -> bool:
-            """Hand on what comes, until the client hangs up, or until it is too long."""
+            """Hand on what comes until the client hangs up; whether it is too long.
+
+            What is too long is dropped to its end, or the connection would be reset before the answer is
+            read; but not without end.
+            """
             size = 0
             message: Message = {"type": "http.request"}
             while message["type"] != "http.disconnect":
                 message = await receive()
                 size += len(message.get("body", b""))
-                if size > MAX_BODY:
+                if size <= MAX_BODY:
+                    messages.put_nowait(message)
+                elif size > 4 * MAX_BODY or not message.get("more_body"):
                     return True
-                messages.put_nowait(message)
             return False
 
         answering: asyncio.Task = asyncio.create_task(
@@ -65,8 +66,9 @@ class _EndWithClient:
             answering.cancel()
         with suppress(asyncio.CancelledError):
             await answering
-        if listening.done() and not listening.cancelled() and listening.result():
-            # A handler has its body before it answers, so nothing has been sent.
+        # A handler that awaits its body has sent nothing yet.
+        if answering.cancelled() and listening.done() and listening.result():
+            too_long = _answer(413, f"the body must have at most {MAX_BODY} bytes")
             await too_long(scope, receive, send)
 
 
