@@ -15,12 +15,15 @@ settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 
-LONGEST = {
-    "test_tutorial.py",
-    "test_pretraining_guide.py",
+LONGEST = (
     "test_distributed.py",
+    "test_tutorial.py",
     "test_pretrain_checkpoints.py",
-}
+    "test_runner.py",
+    "test_demo.py",
+    "test_running.py",
+    "test_pretraining_guide.py",
+)
 
 
 def pytest_configure():
@@ -38,7 +41,10 @@ def pytest_ignore_collect(collection_path):
 
 def pytest_collection_modifyitems(items):
     """The longest files come first, or one of two processes waits for the other at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    last = len(LONGEST)
+    items.sort(
+        key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else last
+    )
 
 
 @pytest.fixture(autouse=True)
