@@ -354,7 +354,7 @@ def test_same_inputs_same_bits():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize(
-    "lengths", [(2, 0, 0), (2, 0, 4), (1, 1, 1), (2, 3, 9), (2, 70, 70), (3, 1500, 1500)]
+    "lengths", [(2, 0, 0), (2, 0, 4), (1, 1, 1), (2, 3, 9), (2, 70, 70), (1, 1100, 1100)]
 )
 @pytest.mark.parametrize("value_dim", [8, 24])
 @pytest.mark.parametrize("tokens_first", [False, True])
