@@ -258,8 +258,10 @@ def test_values_of_parquet_become_text(tokenizer, tmp_path):
 
 def test_text_beside_conversations_is_told(tokenizer, source, tmp_path):
     (tmp_path / "README.md").write_text("what these are")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/dataset_info.json").write_text('{"features": {}}')
     assert is_chat(str(tmp_path))
-    with pytest.warns(match=r"of 2 files in .*, 1 are read; not read: 1 \.md"):
+    with pytest.warns(match=r"of 3 files in .*, 1 are read; not read: 1 \.md, 1 \.json"):
         prepare_chat(str(tmp_path), tokenizer, context=2048)
 
 

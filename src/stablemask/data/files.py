@@ -27,6 +27,9 @@ EXTENSIONS = (
     f"and {_PARQUET}"
 )
 
+# What Datasets writes beside its data.
+_METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+
 PARQUET_ROWS = 1000  # held at a time
 
 
@@ -43,7 +46,8 @@ def is_text(path: Path) -> bool:
 
 
 def is_records(path: Path) -> bool:
-    return _kind(path) in _RECORDS or path.suffix.lower() == _PARQUET
+    is_known = _kind(path) in _RECORDS or path.suffix.lower() == _PARQUET
+    return is_known and path.name not in _METADATA
 
 
 def _kind(path: Path) -> str:
