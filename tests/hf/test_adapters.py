@@ -210,7 +210,10 @@ def test_merging_adds_the_adapter_to_the_weights(base, adapter, tmp_path, capsys
     ids = random_ids(2, 9)
     expected = load_model(str(adapter))(ids).logits
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    tokenizers = [
+        json.loads((d / "tokenizer.json").read_text()) for d in (base, tmp_path / "merged")
+    ]
+    assert tokenizers[0] == tokenizers[1]
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 

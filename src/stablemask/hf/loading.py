@@ -1,7 +1,7 @@
 """Loading a causal language model from a folder or the hub, with every failure in one line."""
 
 import re
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,16 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available, logging
 
 from ..arguments import FLOATS
-from ..data import load_tokenizer
 from ..errors import InputError
 from ..models import StableMaskConfig
 from ..reading import first_line, parse_json, reading, user_path
@@ -100,17 +105,15 @@ def merge_adapter(name_or_path: str, out: str | Path) -> str:
     if adapter is None:
         raise InputError(f"{name_or_path} is a whole model, and no adapter to merge into one")
     base = _base_of(name, adapter)
+    tokenizer = _tokenizer_of(name, base)
     model = _merged(_load_base(name, None)[0], name)
-    tokenizer = next(filter(_has_tokenizer, (name, base)), None)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        whole = Path(scratch) / "model"
+        model.save_pretrained(whole)
         if tokenizer is not None:
-            load_tokenizer(tokenizer).save_pretrained(partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            tokenizer.save_pretrained(whole)
+        whole.rename(out)
     return base
 
 
@@ -280,9 +283,14 @@ def _merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return adapted.merge_and_unload()
 
 
-def _has_tokenizer(name: str) -> bool:
-    file = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
-    return file is not None
+def _tokenizer_of(*names: str) -> Any:
+    """The first tokenizer there is in these folders or repositories, or None."""
+    for name in names:
+        file = "tokenizer_config.json"
+        if cached_file(name, file, _raise_exceptions_for_missing_entries=False) is not None:
+            with _one_line(f"the tokenizer {name}"):
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return None
 
 
 def _check_folder(folder: Path) -> None:
