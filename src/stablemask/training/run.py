@@ -149,7 +149,8 @@ def _as_begun(options: Options) -> Options:
     if not written.exists():
         return options
     before = load_yaml(written)
-    kept = {n: before.get(n) for n in KEPT_ON_RESUME if getattr(options, n, before) is None}
+    left_out = [name for name in KEPT_ON_RESUME if getattr(options, name, before) is None]
+    kept: dict[str, Any] = {name: before.get(name) for name in left_out}
     return dataclasses.replace(options, **kept)
 
 
@@ -186,7 +187,7 @@ def _finished_run(folder: Path, steps: int, checkpoint: Path | None) -> RunResul
     try:
         result = parse_json((folder / RUN_FILE).read_bytes())["result"]
         finished = RunResult(folder, result["step"], result["eval_loss"])
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         finished = RunResult(folder, 0, None)
     done = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
     if steps < max(done, finished.step):
@@ -209,7 +210,7 @@ def begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str
 def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
     if (folder / RUN_FILE).exists():
         before = read_json(folder / RUN_FILE)
-        if before["corpus"] != key:
+        if not isinstance(before, dict) or before.get("corpus") != key:
             raise InputError(
                 f"{options.data} is not what {folder} was started with: its text or its "
                 "tokenizer has changed; restore it, or name another --out"
@@ -411,7 +412,7 @@ def _put_in_place(
         if path.name != "training_args.bin":  # a pickle, which nothing of ours reads
             path.replace(folder / path.name)
     shutil.rmtree(partial)
-    record = json.loads((folder / RUN_FILE).read_text())
+    record = read_json(folder / RUN_FILE)
     record["result"] = {"step": result.step, "eval_loss": result.eval_loss}
     write_card(record)
     _write_json(folder / RUN_FILE, record)

@@ -19,6 +19,7 @@ from ...bars import progress_bar
 from ...evaluation.perplexity import perplexity_of, perplexity_text
 from ...models.configuration import StableMaskConfig
 from ...models.cost import flops_per_token
+from ...reading import parse_json
 
 _LOSS = ("loss", "grad_norm", "learning_rate")
 
@@ -243,11 +244,10 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text().splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            if parse_json(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, LookupError):
             continue  # a line that a kill cut short
-        if row["step"] <= step:
-            kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
