@@ -8,7 +8,7 @@ from stablemask.hf import apply_stablemask
 from stablemask.hf.attention import stablemask_attention_forward
 from tests import marks
 
-from .families import FAMILIES, PAGE, PSEUDO, outcome, page
+from .families import FAMILIES, OLDEST, PAGE, PSEUDO, outcome, page
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -20,6 +20,10 @@ families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family
 )
 def test_a_family_works_from_the_version_that_the_page_names(family):
     assert outcome(family).works == (Version(family.since) <= marks.TRANSFORMERS)
+
+
+def test_the_oldest_version_that_the_page_names_is_the_floor():
+    assert f'"transformers>={OLDEST}",' in (PAGE.parents[1] / "pyproject.toml").read_text()
 
 
 @families

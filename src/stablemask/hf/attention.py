@@ -169,7 +169,7 @@ def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) ->
         num_heads = config.num_attention_heads
         sink_logits = pseudo_sink_logits(model_settings(config), num_heads, positions)
     elif positions.numel() == 1 and positions.is_cpu:  # the same in half the time
-        sink_logits = table[min(max(int(positions), 0), len(table) - 1)].unsqueeze(-1)
+        sink_logits = table[min(max(int(positions), 0), len(table) - 1)]
     else:
         rows = positions.reshape(-1).clamp(0, len(table) - 1)
         sink_logits = table.index_select(0, rows).view(*positions.shape, -1).transpose(-1, -2)
@@ -181,10 +181,14 @@ def _table_of(config: Any, device: torch.device) -> Tensor | None:
     try:
         # By value, for settings may change between any two calls.
         settings = tuple(
-            (name, tuple(value) if isinstance(value, list) else value)
-            for name, value in (given or {}).items()
+            [
+                (name, tuple(value) if isinstance(value, list) else value)
+                for name, value in given.items()
+            ]
         )
-        return _table(settings, config.num_attention_heads, context_of(config), device)
+        # The context stands for what is not given, and takes as long to read as all the rest.
+        context = None if "gamma" in given and "hold" in given else context_of(config)
+        return _table(settings, config.num_attention_heads, context, device)
     except (AttributeError, TypeError):  # no dict, or no hash: `model_settings` says what is wrong
         return None
 
@@ -197,7 +201,7 @@ _LARGEST_TABLE = 1 << 22
 def _table(
     settings: tuple[tuple[str, Any], ...], num_heads: int, context: int | None, device: torch.device
 ) -> Tensor | None:
-    """Log of the mass by position, (positions, heads or 1), up to the last at which it changes.
+    """Log of the mass by position, (positions, heads or 1, 1), up to the last at which it changes.
 
     None where it changes for ever, or for too long.
     """
@@ -213,7 +217,7 @@ def _table(
         return None
     with torch.inference_mode(False), torch.no_grad():
         positions = torch.arange(length, device=device)
-        return pseudo_sink_logits(complete, num_heads, positions).T.contiguous()
+        return pseudo_sink_logits(complete, num_heads, positions).T.contiguous().unsqueeze(-1)
 
 
 def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
