@@ -39,7 +39,7 @@ def test_table_and_page(folders, longer, tmp_path, capsys):
     assert "Mind that the runs differ in steps, seed and attention." in lines
     page = out.read_text()
     assert page.count("<figure>") == 7
-    assert "on 0.00 million tokens each" in page
+    assert "on 384 to 768 tokens each" in page
     for record in found:
         assert record["command"] in page
     assert list(tmp_path.iterdir()) == [out]

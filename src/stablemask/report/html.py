@@ -40,11 +40,11 @@ def _lead(comparison: Comparison) -> str:
     runs = list(comparison.runs.values())
     options = runs[0].options
     positions = " and ".join(dict.fromkeys(run.options["position"] for run in runs))
-    parameters = _range([f"{run.parameters / 1e6:.1f}" for run in runs])
-    tokens = _range([f"{trained_tokens(run) / 1e6:.2f}" for run in runs])
+    parameters = _range([run.parameters / 1e6 for run in runs], ".1f")
+    tokens = _range([trained_tokens(run) for run in runs], ",")
     facts = (
         f"Here {len(runs)} models of {parameters} million parameters ({options['preset']}, positions: "
-        f"{positions}) are trained from scratch on {tokens} million tokens each, in blocks of "
+        f"{positions}) are trained from scratch on {tokens} tokens each, in blocks of "
         f"{options['context']:,}. {what_differs(comparison)}"
     )
     return f"""<p class="lead">In a causal language model every token must hand out exactly 1 of
@@ -121,7 +121,7 @@ def _reproduce(comparison: Comparison) -> str:
     trainings = [run.record["command"] for run in comparison.runs.values()]
     commands = ""
     if comparison.command is not None:
-        commands = f"<p>All of it:</p><pre>{escape(comparison.command)}</pre><p>Each training:</p>"
+        commands = f"<p>This page:</p><pre>{escape(comparison.command)}</pre><p>Each training:</p>"
     first = comparison.runs[comparison.baseline]
     machine = comparison.machine
     lines = [
@@ -156,9 +156,9 @@ def _settings(comparison: Comparison) -> str:
     return f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _range(values: list[str]) -> str:
+def _range(values: Sequence[float], form: str) -> str:
     """The value that all have, or the least and the largest."""
-    least, largest = min(values, key=float), max(values, key=float)
+    least, largest = format(min(values), form), format(max(values), form)
     return least if least == largest else f"{least} to {largest}"
 
 
