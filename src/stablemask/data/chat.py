@@ -113,7 +113,7 @@ def prepare_chat(
         InputError: the source cannot be read, a record is no conversation, the tokenizer has no chat
             template or one that does not tell the assistant's tokens, or too few are left.
     """
-    from tqdm import tqdm
+    from stablemask.bars import progress_bar
 
     if not tokenizer.is_fast:
         raise InputError(
@@ -133,9 +133,7 @@ def prepare_chat(
     given = False
     digest = hashlib.blake2b(digest_size=16)
     cut = left_out = 0
-    for record in tqdm(
-        read_records(source), desc="rendering", unit=" chats", delay=1, disable=None
-    ):
+    for record in progress_bar(read_records(source), desc="rendering", unit=" chats", delay=1):
         messages = messages_of(record.fields, record.where)
         try:
             ids, scored = render(messages, tokenizer)

@@ -117,9 +117,9 @@ def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
 
 
 def progress_bar(total: int | None) -> tqdm[NoReturn]:
-    from tqdm import tqdm
+    from stablemask import bars
 
-    return tqdm(total=total, desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=None)
+    return bars.progress_bar(total=total, desc="tokenizing", unit="char", unit_scale=True, delay=1)
 
 
 class _Piece(NamedTuple):

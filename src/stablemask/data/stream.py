@@ -203,12 +203,12 @@ class TextStream:
 
     def held_out_tokens(self, source: Source, wanted: int) -> list[int]:
         """The first ``wanted`` tokens of the documents held out, or as many as there are."""
-        from tqdm import tqdm
+        from stablemask.bars import progress_bar
 
         encode, end = self.encoder(), self.tokenizer.eos_token_id
         ids: list[int] = []
-        with tqdm(
-            total=wanted, desc="held out", unit="token", unit_scale=True, delay=1, disable=None
+        with progress_bar(
+            total=wanted, desc="held out", unit="token", unit_scale=True, delay=1
         ) as bar:
             for document in source.held_out(self.validation_fraction):
                 for piece in self.split(document.text):
