@@ -58,7 +58,8 @@ def test_places_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for place, reason in {
-        "file": "it is a file",
+        "file": "it is no folder",
+        "loop": "it is no folder",
         "file/run": "Not a directory",
         "loop/run": "Too many levels of symbolic links",
         "n" * 300: "File name too long",
@@ -72,6 +73,8 @@ def test_places_that_cannot_be_written_to(tmp_path):
 def test_only_a_bad_path_is_the_users_fault():
     with pytest.raises(InputError, match="'out': Read-only file system"), writing(Path("out")):
         raise OSError(errno.EROFS, "Read-only file system", "out/model")
+    with pytest.raises(InputError, match="'out': No such file"), writing(Path("out")):
+        raise OSError(errno.ENOENT, "No such file or directory", "out/model")  # as /proc has it
     with pytest.raises(OSError), writing(Path("out")):
         raise OSError(errno.ENOSPC, "No space left on device", "out/model")
 

@@ -26,9 +26,10 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in BAD_PATH:
+        # /proc has no place for a folder.
+        if error.errno not in BAD_PATH | {errno.ENOENT}:
             raise
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
         raise InputError(f"cannot write to '{path}': {reason}; name another --out") from error
 
 

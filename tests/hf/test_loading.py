@@ -111,7 +111,13 @@ def test_a_full_disk_is_not_the_models_fault(folder, monkeypatch):
 def test_paths_that_lead_nowhere(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
-    for path in (tmp_path / "loop", tmp_path / "file" / "model", tmp_path / ("n" * 300), "n" * 300):
+    for path in (
+        tmp_path / "loop",
+        tmp_path / "file" / "model",
+        tmp_path / ("n" * 300),
+        "n" * 300,
+        "n/" + "n" * 99,
+    ):
         with pytest.raises(InputError, match=r"no model folder at|cannot read|is a file"):
             load_model(str(path))
 

@@ -104,7 +104,7 @@ def test_the_run_folder_is_guarded(uninterrupted, options, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("do not touch")
     with pytest.raises(InputError, match="not empty"):
         pretrain(replace(options, out=str(tmp_path / "full")))
-    with pytest.raises(InputError, match="it is a file"):
+    with pytest.raises(InputError, match="it is no folder"):
         pretrain(replace(options, out=str(tmp_path / "full" / "thesis.tex")))
 
 

@@ -305,9 +305,9 @@ def _check_folder(folder: Path) -> None:
 
 def _check_hub(name: str) -> None:
     """Ask the hub once, where Transformers would retry for half a minute."""
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
         HfApi().model_info(name, timeout=10)
     except RepositoryNotFoundError as error:
         raise InputError(
