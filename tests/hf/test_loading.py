@@ -81,7 +81,7 @@ def test_damaged_config(folder):
     for field, value, reason in (
         ("model_type", [], "TypeError: unhashable type"),
         ("rope_parameters", [1], "AttributeError: 'list' object"),
-        ("layer_types", 5, "TypeError: 'int' object is not iterable"),
+        ("layer_types", 5, "layer_types must be None"),
         ("dtype", "float8_e4m3fn", "Float8"),
         ("id2label", 5, "AttributeError: 'int' object"),
     ):

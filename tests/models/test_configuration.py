@@ -124,6 +124,7 @@ def test_a_choice_written_back_has_its_defaults_again():
         ({"num_key_value_heads": 3}, r"num_key_value_heads must divide .*\(4\), got 3"),
         ({"head_dim": 7}, "head_dim must be even with rope positions, got 7"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
+        ({"sliding_window": 5}, "sliding_window must be None: .*, got 5"),
     ],
 )
 def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, message, tmp_path):

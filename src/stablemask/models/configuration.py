@@ -31,6 +31,8 @@ _CHECKED = (
     "initializer_range",
     "attention_dropout",
 )
+# What Transformers' caches and masks would read, and our layers do not.
+_UNREAD = ("sliding_window", "layer_types", "attention_chunk_size")
 _NAMES_OF_ROPE = ("rope_theta", "rope_scaling")  # as Transformers took them before rope_parameters
 
 
@@ -99,6 +101,8 @@ class StableMaskConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in _UNREAD:
+            _refuse_unread(name, kwargs.get(name))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()
@@ -116,12 +120,12 @@ class StableMaskConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # Transformers writes what is overridden onto a finished configuration, one field after another.
-        changes = {
-            name: kwargs.pop(name) for name in (*_CHECKED, *_NAMES_OF_ROPE) if name in kwargs
-        }
+        ours = (*_CHECKED, *_NAMES_OF_ROPE, *_UNREAD)
+        changes = {name: kwargs.pop(name) for name in ours if name in kwargs}
         return super().from_dict(_changed(config_dict, changes), **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        _refuse_unread(name, value)
         checked = name in _CHECKED or name in _NAMES_OF_ROPE
         if not checked or not getattr(self, "_complete", False):
             super().__setattr__(name, value)
@@ -222,6 +226,13 @@ class StableMaskConfig(PreTrainedConfig):
         assert self.head_dim is not None
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even with rope positions, got {self.head_dim}")
+
+
+def _refuse_unread(name: str, value: Any) -> None:
+    if name in _UNREAD and value is not None:
+        raise ValueError(
+            f"{name} must be None: every layer attends to all of the past, got {value!r}"
+        )
 
 
 def _changed(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
