@@ -177,7 +177,7 @@ def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) ->
 
 
 def _table_of(config: Any, device: torch.device) -> Tensor | None:
-    given = getattr(config, "stablemask", None)
+    given: Any = getattr(config, "stablemask", None)
     try:
         # By value, for settings may change between any two calls.
         settings = tuple(
