@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import marks
+from tests import cuda_contract, marks
 
 settings.register_profile("test", max_examples=60, deadline=None)
 settings.register_profile("nightly", max_examples=500, deadline=None)
@@ -50,6 +50,18 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+CARDS = {"sm90": (9, 0), "sm80": (8, 0), "sm75": (7, 5)}
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=marks.gpu), *CARDS])
+def device(request, monkeypatch):
+    """Where a test of CUDA's paths has its tensors: a GPU, or the CPU in place of one of each kind."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    cuda_contract.emulate(monkeypatch, CARDS[request.param])
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

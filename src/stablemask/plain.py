@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .backends import hardware
 from .backends.calls import nothing_watches
 from .backends.kernels import longest_in_float32
 from .native import LIBRARY
@@ -95,7 +96,7 @@ def plain_attention(
     dtype = query.dtype
     if dtype not in _DTYPES or key.dtype is not dtype or value.dtype is not dtype:
         return None
-    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+    if not all(hardware.kind_of(tensor) == "cpu" for tensor in (query, key, value)):
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
         return None  # the kernel takes the last axis for contiguous
@@ -111,7 +112,7 @@ def plain_attention(
         and type(sink_logits) in (Tensor, Parameter)
         and _broadcasts(sink_logits.shape, batch, heads)
         and sink_logits.is_floating_point()
-        and sink_logits.is_cpu
+        and hardware.kind_of(sink_logits) == "cpu"
     ):
         return None
     if scale is None:

@@ -47,6 +47,14 @@ PRIVATE: dict[str, str | None] = {
         "grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, "
         "is_causal, philox_seed, philox_offset, scale"
     ),
+    "torch.ops.aten._flash_attention_forward": (
+        "query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, "
+        "scale, window_size_left, window_size_right"
+    ),
+    "torch.ops.aten._flash_attention_backward": (
+        "grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, "
+        "is_causal, philox_seed|rng_state, philox_offset|unused, scale, window_size_left, window_size_right"
+    ),
     "torch.ops.aten._scaled_dot_product_cudnn_attention": (
         "query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask, scale"
     ),

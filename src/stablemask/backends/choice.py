@@ -9,6 +9,7 @@ holds "blocks", which can serve every call.
 import functools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import torch
 
 from ..call import Call
 from ..masks import NO_MASKS, Masks
-from . import BACKENDS, Backend
+from . import BACKENDS, Backend, flash_attn, hardware
 from .calls import constant_while_compiling, needs_gradient
 
 MEASURED = Path(__file__).with_name("measured")
-# Taken by name only. The dense definition keeps every score. FlexAttention on the CPU would have a
-# C++ compiler run for seconds in the midst of a call.
-_BY_NAME = {"cpu": ("reference", "flex")}
-_BY_NAME_ELSEWHERE = ("reference",)
+# Taken by name only. The dense definition keeps every score. FlexAttention has a compiler run for seconds
+# in the midst of a call.
+_BY_NAME = ("reference", "flex")
 # A lead smaller than this is noise on a shared machine, and does not change the default order.
 _CLEAR_LEAD = 1.2
 # Lengths that stand for all while a function is traced, where they may be symbols.
@@ -71,7 +71,7 @@ def kind_of(masks: Masks) -> str:
 
 def _rank_of(call: Call) -> tuple[str, ...]:
     query = call.query
-    device, dtype, kind = query.device.type, query.dtype, kind_of(call.masks)
+    device, dtype, kind = hardware.kind_of(query), query.dtype, kind_of(call.masks)
     training = needs_gradient(call)
     q_len, kv_len = query.shape[2], call.key.shape[2]
     if torch.compiler.is_compiling() or not (type(q_len) is type(kv_len) is int):
@@ -100,7 +100,7 @@ def rank(
         kind, step: of ``KINDS``, of ``PASSES``.
         q_bits, kv_bits: rows and keys are at most 2 to the power of these.
     """
-    order = default_order(device, kind, step)
+    order = default_order(device, step)
     rows = [
         row
         for row in _measurements(device)
@@ -114,13 +114,12 @@ def rank(
                 -row["kv_len"],  # of two as near the longer, where a wrong choice costs more
             ),
         )
-        order = _by_time(nearest["milliseconds"], order, device)
+        order = _by_time(nearest["milliseconds"], order)
     return order, bool(rows)
 
 
-def _by_time(times: dict[str, float], order: tuple[str, ...], device: str) -> tuple[str, ...]:
-    by_name = _BY_NAME.get(device, _BY_NAME_ELSEWHERE)
-    names = [name for name in times if name in BACKENDS and name not in by_name]
+def _by_time(times: dict[str, float], order: tuple[str, ...]) -> tuple[str, ...]:
+    names = [name for name in times if name in BACKENDS and name not in _BY_NAME]
 
     def cost(name: str) -> float:
         return times[name] if name == order[0] else times[name] * _CLEAR_LEAD
@@ -128,16 +127,33 @@ def _by_time(times: dict[str, float], order: tuple[str, ...], device: str) -> tu
     return tuple(dict.fromkeys((*sorted(names, key=cost), *order)))
 
 
-def default_order(device: str, kind: str, step: str) -> tuple[str, ...]:
-    """The order where nothing was measured, by what a backend must do.
+def default_order(device: str, step: str) -> tuple[str, ...]:
+    """The order where nothing was measured.
 
-    A stock kernel reads a causal call as it is. Masks that hide or bias by distance it gets in
-    blocks of rows, where FlexAttention on CUDA makes one kernel of them; that kernel is not worth
-    its compilation for the one row of a decoding step.
+    On CUDA it is that of stock attention, with FlashAttention 3 or 4 first where it is installed for a
+    device that has it. cuDNN makes a graph for every length of keys, which no decoding step is worth.
+    FlexAttention is taken by name only: it compiles in the midst of a call.
     """
-    if device == "cuda" and step != "decode" and kind in ("alibi", "window", "documents"):
-        return "flex", "flash", "blocks"
-    return "flash", "blocks"
+    if device != "cuda":
+        return "flash", "blocks"
+    order: tuple[str, ...] = ("flash", "blocks")
+    if step != "decode" and _stock_prefers_cudnn():
+        order = ("cudnn", *order)
+    return ("flash_attn", *order) if flash_attn.is_ahead() else order
+
+
+@functools.cache
+def _stock_prefers_cudnn() -> bool:
+    """As `check_prefer_cudnn_attention` of PyTorch decides, and as its user has switched it."""
+    device = torch.device("cuda")
+    version = hardware.cudnn_version()
+    return (
+        version is not None
+        and version > 91500
+        and hardware.capability(device) in ((9, 0), (10, 0))
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and not os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED")
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

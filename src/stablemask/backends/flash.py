@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..call import Call
 from ..masks import NO_MASKS, Masks
-from . import functional
+from . import functional, hardware
 from .calls import (
     is_exporting,
     needs_gradient,
@@ -23,12 +23,15 @@ from .operators import absorb, eager_forward, flash_forward, scale_rows
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
+# Of cuDNN: the first that takes more than 128 columns a head, on Hopper alone.
+_CUDNN_WIDE_HEADS = 91000
 
 
 def unsupported(call: Call) -> str | None:
     """Why no stock kernel can serve this call, or None."""
     query, value = call.query, call.value
-    if query.device.type not in ("cpu", "cuda"):
+    kind = hardware.kind_of(query)
+    if kind not in ("cpu", "cuda"):
         return f"no stock flash kernel for device type {query.device.type!r}"
     if call.dropout_p > 0:
         return "the stock flash kernels are called without dropout"
@@ -36,9 +39,12 @@ def unsupported(call: Call) -> str | None:
         return "the stock flash kernels have no forward-mode derivative"
     if call.masks.need_gradient:
         return "the stock flash kernels give no gradient for attn_mask or alibi_slopes"
-    if query.device.type == "cuda":
+    if kind == "cuda":
         if query.dtype == torch.float64:
             return "no CUDA flash kernel takes float64"
+        capability = hardware.capability(query.device)
+        if query.dtype == torch.bfloat16 and capability < (8, 0):
+            return f"bfloat16 needs compute capability 8.0, this device has {capability}"
         if max(query.shape[-1], value.shape[-1]) > _MAX_CUDA_HEAD_DIM:
             return f"head_dim is above {_MAX_CUDA_HEAD_DIM}"
     return None
@@ -46,19 +52,32 @@ def unsupported(call: Call) -> str | None:
 
 def unsupported_cudnn(call: Call) -> str | None:
     """Why the cuDNN kernel cannot serve this call, or None."""
-    if call.query.device.type != "cuda":
-        return f"cuDNN needs a CUDA device, the tensors are on {call.query.device.type!r}"
-    if call.query.dtype not in _FLASH_DTYPES:
-        return f"cuDNN attention takes float16 and bfloat16, not {call.query.dtype}"
-    if not torch.backends.cudnn.is_available():
+    query, key, masks = call.query, call.key, call.masks
+    if hardware.kind_of(query) != "cuda":
+        return f"cuDNN needs a CUDA device, the tensors are on {query.device.type!r}"
+    if query.dtype not in _FLASH_DTYPES:
+        return f"cuDNN attention takes float16 and bfloat16, not {query.dtype}"
+    version, capability = hardware.cudnn_version(), hardware.capability(query.device)
+    if version is None:
         return "this PyTorch was built without cuDNN"
+    if capability < (8, 0):
+        return f"cuDNN attention needs compute capability 8.0, this device has {capability}"
+    wide = capability == (9, 0) and version >= _CUDNN_WIDE_HEADS
+    limit = _MAX_CUDA_HEAD_DIM if wide else 128
+    if max(query.shape[-1], call.value.shape[-1]) > limit:
+        return f"head_dim is above {limit}, of cuDNN {version} on compute capability {capability}"
+    if torch.are_deterministic_algorithms_enabled() and needs_gradient(call):
+        return "cuDNN's backward is not deterministic"
+    if masks.by_tile or query.shape[2] not in (1, key.shape[2]):
+        return "cuDNN is called for squares and single rows, with padding or without"
+    if key.shape[2] == 1:
+        return "cuDNN attention takes no single key"
     return unsupported(call)
 
 
 def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
-    query = call.query
-    return _attend(call, kernel_for(query.device.type, query.dtype, call.masks is not NO_MASKS))
+    return _attend(call, kernel_for(call.query, call.masks))
 
 
 def attend_cudnn(call: Call) -> Tensor:
@@ -66,11 +85,15 @@ def attend_cudnn(call: Call) -> Tensor:
     return _attend(call, "cudnn")
 
 
-def kernel_for(device: str, dtype: torch.dtype, has_bias: bool) -> str:
-    """The stock kernel that serves a device and dtype, a key of ``KERNELS``."""
-    if device == "cpu":
+def kernel_for(query: Tensor, masks: Masks) -> str:
+    """The stock kernel that serves such queries, a key of ``KERNELS``."""
+    if hardware.kind_of(query) == "cpu":
         return "cpu"
-    return "cuda" if dtype in _FLASH_DTYPES and not has_bias else "efficient"
+    takes_half = query.dtype in _FLASH_DTYPES and hardware.capability(query.device) >= (8, 0)
+    biased = masks.attn_mask is not None or masks.alibi_slopes is not None
+    # Packed, they would be read by the host, which no graph may do.
+    unread = masks.documents is not None and torch.compiler.is_compiling()
+    return "cuda" if takes_half and not (biased or unread) else "efficient"
 
 
 def stock_kernel(call: Call) -> str:
@@ -82,7 +105,7 @@ def stock_kernel(call: Call) -> str:
     reason = unsupported(call)
     if reason:
         raise ValueError(f"no stock kernel serves this call: {reason}")
-    return kernel_for(call.query.device.type, call.query.dtype, call.masks is not NO_MASKS)
+    return kernel_for(call.query, call.masks)
 
 
 def _attend(call: Call, kernel: str) -> Tensor:

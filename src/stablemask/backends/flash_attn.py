@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
+from . import hardware
 from .calls import (
     constant_while_compiling,
     refuse_second_order,
@@ -34,7 +35,7 @@ _MAX_HEAD_DIM = 256
 def unsupported(call: Call) -> str | None:
     """Why the package cannot serve this call, or None."""
     query, masks = call.query, call.masks
-    if query.device.type != "cuda":
+    if hardware.kind_of(query) != "cuda":
         return f"flash-attn needs a CUDA device, the tensors are on {query.device.type!r}"
     if query.dtype not in _DTYPES:
         return f"flash-attn takes float16 and bfloat16, not {query.dtype}"
@@ -82,12 +83,19 @@ def _package(device: torch.device, alibi: bool) -> tuple[str, str | None]:
 def _choose_package(device: torch.device, alibi: bool) -> tuple[str, str | None]:
     if torch.version.hip is not None:
         return "fa2", "flash-attn is used in its CUDA build, and this is a ROCm device"
-    capability = torch.cuda.get_device_capability(device)
+    capability = hardware.capability(device)
     if capability[0] == 9 and not alibi and problem("fa3") is None:
         return "fa3", None
     if capability < (8, 0):
         return "fa2", f"flash-attn needs compute capability 8.0, this device has {capability}"
     return "fa2", problem("fa2")
+
+
+@functools.cache
+def is_ahead() -> bool:
+    """Whether the package has a kernel that is ahead of the stock one here: FA3, on Hopper."""
+    hopper = torch.version.hip is None and hardware.capability(torch.device("cuda"))[0] == 9
+    return hopper and problem("fa3") is None
 
 
 def problem(package: str) -> str | None:

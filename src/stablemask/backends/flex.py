@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from ..call import Call
-from . import reference
+from . import hardware, reference
 from .calls import constant_while_compiling, needs_gradient
 
 _BLOCK = 128  # rows and keys of a block of the block mask
@@ -38,7 +38,7 @@ Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  
 def unsupported(call: Call) -> str | None:
     """Why FlexAttention cannot serve this call, or None."""
     query = call.query
-    device = query.device.type
+    device = hardware.kind_of(query)
     if device not in ("cpu", "cuda"):
         return f"FlexAttention is used on CPU and CUDA, not on {device!r}"
     if query.dtype == torch.float64:
@@ -84,7 +84,7 @@ def attend(call: Call) -> Tensor:
     documents = masks.documents
     if documents is not None:
         documents = documents.expand(batch, m).contiguous()
-    by_key = not _returns_lse(query.device.type)
+    by_key = not _returns_lse(query)
     if by_key:
         # It refuses a leaf that wants a gradient even where none is asked for.
         query = query.detach()
@@ -112,8 +112,8 @@ def attend(call: Call) -> Tensor:
     return out[..., :value_dim]
 
 
-def _returns_lse(device: str) -> bool:
-    return device != "cpu"
+def _returns_lse(query: Tensor) -> bool:
+    return hardware.kind_of(query) != "cpu"
 
 
 def _at_least(tensor: Tensor, dim: int) -> Tensor:
@@ -225,7 +225,7 @@ def _block_tensors(call: Call) -> Blocks:
     """Which blocks of keys a block of rows looks at, in part or in full, as BlockMask wants them."""
     masks, device = call.masks, call.query.device
     n, m = call.query.shape[2], call.key.shape[2]
-    has_sink_key = not _returns_lse(device.type)
+    has_sink_key = not _returns_lse(call.query)
     is_bool = masks.attn_mask is not None and masks.attn_mask.dtype == torch.bool
     arguments = (n, m, masks.window, is_bool, has_sink_key, device)
     if masks.documents is not None or torch.compiler.is_compiling():

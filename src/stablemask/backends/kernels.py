@@ -3,7 +3,8 @@
     forward(query, key, value, bias, causal, scale) -> out (B, H, n, D), lse (B, H, n)
     backward(grad, query, key, value, out, lse, bias, causal, scale) -> d_query, d_key, d_value
 
-``causal`` is square and aligned top-left; ``bias`` is added to the scaled scores and may be -inf; ``lse`` is
+``causal`` is square and aligned top-left; a ``band`` as one more argument, of "cuda" alone, makes it one call of
+rows on the last keys (see :class:`~.tiles.Band`); ``bias`` is added to the scaled scores and may be -inf; ``lse`` is
 the natural logsumexp of the visible scores, in float32 (float64 for float64 inputs), and -inf, beside an
 ``out`` of 0, for a row whose every bias is -inf. The backward takes any ``out`` and ``lse``: it rebuilds
 ``exp(scores - lse)`` and ``rowsum(grad * out)`` from them, which is what ``operators.py`` rests on.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..processor import UNITS
+from .tiles import Band
 
 aten = torch.ops.aten
 
@@ -111,19 +113,41 @@ def longest_in_float32(dtype: torch.dtype) -> float:
     return math.inf
 
 
+def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors that CUDA's kernels may read 16 bytes at a time; a slice that begins between is copied."""
+    return tuple(
+        tensor if _is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+        for tensor in tensors
+    )
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    size = tensor.element_size()
+    if any(tensor.stride(axis) * size % 16 for axis in range(tensor.dim() - 1)):
+        return False
+    # While compiling there is no address yet; a compiler aligns what it makes.
+    return torch.compiler.is_compiling() or tensor.is_meta or tensor.data_ptr() % 16 == 0
+
+
 def _no_random_state(like: Tensor) -> tuple[Tensor, Tensor]:
     state = torch.zeros((), dtype=torch.int64, device=like.device)
     return state, state
 
 
-def _cuda_forward(query, key, value, bias, causal, scale):
+def _cuda_forward(query, key, value, bias, causal, scale, band=None):
+    query, key, value = _aligned(query, key, value)
+    if band is not None:
+        return _banded_forward(query, key, value, scale, band)
     out, lse, *_ = aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, causal, False, scale=scale
     )
     return out, lse
 
 
-def _cuda_backward(grad, query, key, value, out, lse, bias, causal, scale):
+def _cuda_backward(grad, query, key, value, out, lse, bias, causal, scale, band=None):
+    query, key, value = _aligned(query, key, value)
+    if band is not None:
+        return _banded_backward(grad, query, key, value, out, lse, scale, band)
     # Dense batches have no cumulative lengths, and the kernel reads its rng state as one tensor.
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty(0, dtype=torch.uint64, device=query.device)
@@ -133,7 +157,57 @@ def _cuda_backward(grad, query, key, value, out, lse, bias, causal, scale):
     )  # fmt: skip
 
 
+def _banded_forward(query, key, value, scale, band):
+    batch, _, n, _ = query.shape
+    rows, keys, values = (_packed(tensor, band) for tensor in (query, key, value))
+    out, lse, *_ = aten._flash_attention_forward(
+        rows, keys, values, *_lengths(n, key.shape[2], band), 0.0, True, False,
+        scale=scale, **_window(band),
+    )  # fmt: skip
+    if band.limits is not None:
+        lse = lse.unflatten(1, (batch, n)).transpose(0, 1)
+    return _unpacked(out, batch), lse
+
+
+def _banded_backward(grad, query, key, value, out, lse, scale, band):
+    batch, _, n, _ = query.shape
+    if band.limits is not None:
+        lse = lse.transpose(0, 1).flatten(1).contiguous()
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    unused = torch.empty(0, dtype=torch.uint64, device=query.device)
+    rows, keys, values = (_packed(tensor, band) for tensor in (query, key, value))
+    found = aten._flash_attention_backward(
+        _packed(grad, band), rows, keys, values, _packed(out, band), lse,
+        *_lengths(n, key.shape[2], band), 0.0, True, state, unused, scale=scale, **_window(band),
+    )  # fmt: skip
+    return tuple(_unpacked(gradient, batch) for gradient in found)
+
+
+def _packed(tensor: Tensor, band: Band) -> Tensor:
+    """(B, n, H, D), or (B n, H, D) where documents of all sequences lie in one row."""
+    tensor = tensor.transpose(1, 2)
+    return tensor if band.limits is None else tensor.flatten(0, 1)
+
+
+def _unpacked(tensor: Tensor, batch: int) -> Tensor:
+    tensor = tensor if tensor.dim() == 4 else tensor.unflatten(0, (batch, -1))
+    return tensor.transpose(1, 2)
+
+
+def _lengths(n: int, m: int, band: Band) -> tuple[Tensor | None, Tensor | None, int, int]:
+    if band.limits is None:
+        return None, None, n, m
+    limits, longest = band.limits
+    return limits, limits, longest, longest
+
+
+def _window(band: Band) -> dict[str, int]:
+    left = -1 if band.window is None else band.window - 1
+    return {"window_size_left": left, "window_size_right": 0}
+
+
 def _cudnn_forward(query, key, value, bias, causal, scale):
+    query, key, value = _aligned(query, key, value)
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
         query, key, value, bias, True, 0.0, causal, False, scale=scale
     )
@@ -143,15 +217,24 @@ def _cudnn_forward(query, key, value, bias, causal, scale):
 
 
 def _cudnn_backward(grad, query, key, value, out, lse, bias, causal, scale):
+    query, key, value = _aligned(query, key, value)
     seed, offset = _no_random_state(query)
+    # Up to PyTorch 2.13 a graph is found again whatever the strides of these two, and reads them by those of
+    # the first call. So they lie as the query does, which is how stock attention makes them.
+    grad, out = (_as_it_lies(tensor, query) for tensor in (grad, out))
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad, query, key, value, out, lse.unsqueeze(-1), seed, offset, bias, None, None,
         query.shape[2], key.shape[2], 0.0, causal, scale=scale,
     )  # fmt: skip
 
 
-# The memory-efficient kernel has no grouped heads, pads lse to a multiple of 32 rows, and wants
-# the rows of a bias aligned to 16 bytes.
+def _as_it_lies(tensor: Tensor, like: Tensor) -> Tensor:
+    laid = torch.empty_like(like)
+    return tensor if tensor.stride() == laid.stride() else laid.copy_(tensor)
+
+
+# The memory-efficient kernel has no grouped heads, pads lse to a multiple of 32 rows, wants the rows of a
+# bias aligned to 16 bytes, and reads ``out`` in the backward as (batch, rows, heads, dim) whatever its strides.
 _LSE_ROWS = 32
 _BIAS_COLUMNS = 16
 
@@ -177,6 +260,7 @@ def _aligned_bias(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor | N
 
 
 def _efficient_forward(query, key, value, bias, causal, scale):
+    query, key, value = _aligned(query, key, value)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         query, _repeat_groups(query, key), _repeat_groups(query, value),
         _aligned_bias(query, key, bias), True, 0.0, causal, scale=scale,
@@ -186,8 +270,10 @@ def _efficient_forward(query, key, value, bias, causal, scale):
 
 
 def _efficient_backward(grad, query, key, value, out, lse, bias, causal, scale):
+    query, key, value = _aligned(query, key, value)
     seed, offset = _no_random_state(query)
     padding = -query.shape[2] % _LSE_ROWS
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     # An infinite lse gives the padded rows a probability of zero.
     lse = torch.nn.functional.pad(lse, (0, padding), value=torch.inf)
     d_query, d_key, d_value, _ = aten._scaled_dot_product_efficient_attention_backward(

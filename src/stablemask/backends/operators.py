@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..masks import Masks
 from ..native import LIBRARY
+from . import hardware
 from .calls import only_autograd_watches, refuse_second_order, sink_gradient
 from .kernels import KERNELS
-from .tiles import Tile, Tiling
+from .tiles import Band, Tile, Tiling
 
 _ROWS_IN_BUFFER = 4096
 _NEGLIGIBLE = 40.0
@@ -62,7 +63,7 @@ def forward(
     if sink_logits is not None:
         sink_logits = sink_logits.to(lse_dtype(query))
     masks = Masks(attn_mask, alibi_slopes, window, documents)
-    tiling = _tiling(query, key, masks, past, scale, kernel)
+    tiling, kernel = _tiling(query, key, masks, past, scale, kernel)
     blocks = tiling.blocks()
     if len(blocks) == 1:
         out, lse = _forward_block(blocks[0], tiling, query, key, value, sink_logits, scale, kernel)
@@ -89,7 +90,7 @@ def _forward_block(
     for tile in tiling.tiles(rows):
         out, lse = KERNELS[kernel].forward(
             query[:, :, tile.rows], key[:, :, tile.keys], value[:, :, tile.keys],
-            tile.bias, tile.causal, scale,
+            tile.bias, tile.causal, scale, *_band_of(tile),
         )  # fmt: skip
         parts.append((out, lse if tile.shift is None else lse - tile.shift))
         biased = biased or tile.bias is not None
@@ -125,7 +126,7 @@ def _forward_block(
 
 def absorb(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor | None:
     """Take the share of a sink out of ``out``, in place, in one pass; its lse with the sink, None if not done."""
-    if LIBRARY is None or out.device.type != "cpu":
+    if LIBRARY is None or hardware.kind_of(out) != "cpu":
         return None
     return LIBRARY.absorb(out, lse, sink_logits)
 
@@ -151,7 +152,11 @@ def scale_rows(out: Tensor, weight: Tensor) -> Tensor:
     the cache takes half the time.
     """
     rows_in_all = weight.numel()
-    if rows_in_all <= _ROWS_IN_BUFFER or out.dtype == weight.dtype or out.device.type != "cpu":
+    if (
+        rows_in_all <= _ROWS_IN_BUFFER
+        or out.dtype == weight.dtype
+        or hardware.kind_of(out) != "cpu"
+    ):
         return out.mul_(weight.unsqueeze(-1))
     rows = out  # in the order of memory, which follows that of the query
     if not out.is_contiguous():
@@ -193,7 +198,7 @@ def backward(
     if attn_mask is not None or masks.by_tile:
         # A row that sees nothing has scores of -inf only; any finite lse makes their weights 0.
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    tiling = _tiling(query, key, masks, past, scale, kernel, backward=True)
+    tiling, kernel = _tiling(query, key, masks, past, scale, kernel, backward=True)
     blocks = tiling.blocks()
 
     def part(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +208,7 @@ def backward(
             grad[:, :, tile.rows], query[:, :, tile.rows],
             key[:, :, tile.keys], value[:, :, tile.keys],
             out[:, :, tile.rows], tile_lse.contiguous(),
-            tile.bias, tile.causal, scale,
+            tile.bias, tile.causal, scale, *_band_of(tile),
         )  # fmt: skip
 
     if len(blocks) == 1:
@@ -238,16 +243,23 @@ def _tiling(
     scale: float,
     kernel: str,
     backward: bool = False,
-) -> Tiling:
+) -> tuple[Tiling, str]:
+    """The calls of an attention, and the kernel that takes them."""
     # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
     dtype = lse_dtype(query) if kernel == "cpu" else query.dtype
-    return Tiling(
-        masks, query.shape[2], key.shape[2], past,
-        dtype=dtype, device=query.device,
+    tiling = Tiling(
+        masks, query.shape[2], key.shape[2], past, batch=query.shape[0],
+        dtype=dtype, device=query.device, on_cpu=hardware.kind_of(query) == "cpu",
         half=kernel == "cpu" and query.dtype in (torch.bfloat16, torch.float16),
-        backward=backward,
+        backward=backward, banded=kernel == "cuda",
         alibi_reach=_alibi_reach(query, key, masks, past, scale, kernel),
     )  # fmt: skip
+    # FlashAttention takes no bias.
+    return tiling, "efficient" if kernel == "cuda" and tiling.biased else kernel
+
+
+def _band_of(tile: Tile) -> tuple[Band, ...]:
+    return () if tile.band is None else (tile.band,)
 
 
 def _alibi_reach(

@@ -5,6 +5,8 @@ calls, the keys before it (all visible) and its own (square, causal). All rows a
 mask would need a bias quadratic in length: then a block is ``ROWS_IN_BLOCK`` rows (``ROWS_IN_HALF_BLOCK``),
 and its biases are made when its turn comes.
 
+- FlashAttention on CUDA takes windows, packed documents and rows behind other keys in one call (:class:`Band`),
+  and no bias: where these are all there is, there is one tile.
 - A window or documents: keys that no row of the block sees are left out of the call.
 - ALiBi: ``-slope * (row - key)`` is ``slope * (key - anchor)``, one number a key, less
   ``slope * (row - anchor)``, which shifts a row's logsumexp and nothing else. With the anchor at the
@@ -30,6 +32,20 @@ _KEPT_BIASES = 4  # the square's, the window's, and those of the blocks where a 
 
 
 @dataclass(frozen=True)
+class Band:
+    """What FlashAttention hides by itself, besides later keys.
+
+    Attributes:
+        window: how many of the latest keys, itself included, a row sees; None for all.
+        limits: where each packed document of the batch begins and ends, counted over all sequences, int32 on
+            the device, with the length of the longest; None for one document a sequence.
+    """
+
+    window: int | None = None
+    limits: tuple[Tensor, int] | None = None
+
+
+@dataclass(frozen=True)
 class Tile:
     """One call of a kernel.
 
@@ -38,6 +54,7 @@ class Tile:
         causal: the tile is a square on the diagonal.
         bias: (B or 1, H or 1, rows or 1, keys or 1), or None.
         shift: (H, rows), what the bias adds too much to each row's scores, or None.
+        band: what the kernel hides by itself; the rows then stand on the last of the keys.
     """
 
     rows: slice
@@ -45,6 +62,7 @@ class Tile:
     causal: bool
     bias: Tensor | None
     shift: Tensor | None
+    band: Band | None = None
 
 
 class Tiling:
@@ -55,9 +73,12 @@ class Tiling:
         num_rows, num_keys: the lengths. The rows stand on the last keys or, all of them, behind the
             last: ``past + num_rows <= num_keys`` or ``past >= num_keys``.
         past: the key of the first row.
+        batch: sequences.
         dtype: of the biases.
+        on_cpu: whether what documents hold may be read without waiting for a GPU.
         half: of inputs in half precision, whose bias is float32.
         backward: whether the tiles are those of a backward pass.
+        banded: whether the kernel takes a :class:`Band`.
         alibi_reach: (H,), the largest ALiBi penalty that is not hidden; None for no limit.
     """
 
@@ -68,26 +89,48 @@ class Tiling:
         num_keys: int,
         past: int,
         *,
+        batch: int,
         dtype: torch.dtype,
         device: torch.device,
+        on_cpu: bool = True,
         half: bool = False,
         backward: bool = False,
+        banded: bool = False,
         alibi_reach: Tensor | None = None,
     ) -> None:
         self.masks = masks
         self.num_rows, self.num_keys, self.past = num_rows, num_keys, past
+        self.batch = batch
         self.dtype, self.device = dtype, device
         self.half, self.backward = half, backward
         self.alibi_reach = None if alibi_reach is None else alibi_reach.view(1, -1, 1, 1)
         self._document_starts = None
-        if masks.documents is not None and device.type == "cpu":  # a GPU would have to wait
+        if masks.documents is not None and on_cpu:  # a GPU would have to wait
             self._document_starts = _document_starts(masks.documents)
         self._by_distance: dict[tuple[int, int, int], Tensor | None] = {}
+        self.band = self._find_band() if banded else None
+
+    @property
+    def biased(self) -> bool:
+        """Whether a tile has a bias."""
+        return self.band is None and (self.masks.by_tile or self.masks.attn_mask is not None)
+
+    def _find_band(self) -> Band | None:
+        masks, stop = self.masks, self.past + self.num_rows
+        if masks.attn_mask is not None or masks.alibi_slopes is not None or stop > self.num_keys:
+            return None
+        if masks.documents is None:
+            plain = masks.window is None and (self.past == 0 or self.num_rows == 1)
+            return None if plain else Band(masks.window)
+        if self.past > 0 or stop < self.num_keys:
+            return None
+        limits = _document_limits(masks.documents.expand(self.batch, -1))
+        return None if limits is None else Band(masks.window, limits)
 
     def blocks(self) -> list[slice]:
         """The query rows, in blocks."""
         step = max(self.num_rows, 1)
-        if self.masks.by_tile:
+        if self.masks.by_tile and self.band is None:
             alibi_alone = self.masks.window is None and self.masks.documents is None
             large = self.half and (self.backward or alibi_alone)
             step = ROWS_IN_HALF_BLOCK if large else ROWS_IN_BLOCK
@@ -97,6 +140,9 @@ class Tiling:
     def tiles(self, rows: slice) -> Iterator[Tile]:
         """The calls of a block; none where no row of it sees a key."""
         first, stop = self.past + rows.start, self.past + rows.stop
+        if self.band is not None:
+            yield Tile(rows, slice(0, stop), True, None, None, self.band)
+            return
         lowest = self._lowest_key(rows)
         if rows.stop - rows.start == 1:
             ranges = [(slice(lowest, min(stop, self.num_keys)), False)]
@@ -177,3 +223,19 @@ def _document_starts(documents: Tensor) -> Tensor:
     group = torch.where(new, place, 0).cummax(dim=1).values
     starts = torch.empty_like(order).scatter_(1, order, order.gather(1, group))
     return starts.amin(dim=0)
+
+
+def _document_limits(documents: Tensor) -> tuple[Tensor, int] | None:
+    """``Band.limits`` of ids (B, m); None where a document is not in one piece, or may not be read now."""
+    if documents.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    ids = documents.cpu()  # once a call: how many documents there are decides what is launched
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    for row, start in zip(ids, starts, strict=True):
+        pieces = row[start]
+        if len(pieces.unique()) < len(pieces):
+            return None
+    limits = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([ids.numel()])])
+    longest = int(limits.diff().max())
+    return limits.to(documents.device, torch.int32), longest

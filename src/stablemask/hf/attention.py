@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
+from ..backends import hardware
 from ..backends.calls import only_autograd_watches
 from ..models.masks import warn_of_merged_documents
 from ..models.modeling import ATTN_IMPLEMENTATION
@@ -85,7 +86,7 @@ def stablemask_attention_forward(
             # The mask function of "sdpa" gives None there only for the prefill of a static cache.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
     sink_logits = layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs)
-    if q_len == 1 and query.is_cpu and window_left is None and not dropout:
+    if q_len == 1 and hardware.kind_of(query) == "cpu" and window_left is None and not dropout:
         row = plain_attention(
             query, key, value, sink_logits=sink_logits, scale=scaling, attn_mask=attention_mask
         )
@@ -162,13 +163,13 @@ def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) ->
     if (
         positions.dtype in (torch.int64, torch.int32)
         and only_autograd_watches(positions)
-        and not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not (hardware.kind_of(positions) == "cuda" and torch.cuda.is_current_stream_capturing())
     ):
         table = _table_of(config, positions.device)
     if table is None:
         num_heads = config.num_attention_heads
         sink_logits = pseudo_sink_logits(model_settings(config), num_heads, positions)
-    elif positions.numel() == 1 and positions.is_cpu:  # the same in half the time
+    elif positions.numel() == 1 and hardware.kind_of(positions) == "cpu":  # half the time
         sink_logits = table[min(max(int(positions), 0), len(table) - 1)]
     else:
         rows = positions.reshape(-1).clamp(0, len(table) - 1)

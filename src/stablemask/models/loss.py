@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import hardware
+
 IGNORED = -100
 # Logits held at a time: 256 MiB in float32, and enough tokens to keep a GPU busy.
 CHUNK_LOGITS = 1 << 26
@@ -127,7 +129,7 @@ def _most_rows(weight: Tensor) -> int:
     """Tokens of a chunk."""
     vocab_size, hidden_size = weight.shape
     most = max(1, CHUNK_LOGITS // vocab_size)
-    if weight.device.type != "cpu":
+    if hardware.kind_of(weight) != "cpu":
         return most
     # Below twice the width, adding up the weight's gradient once a chunk costs more than the caches save.
     return min(most, max(CACHED_LOGITS // vocab_size, 2 * hidden_size))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..backends import hardware
 from ..backends.calls import autocast_is_on, under_torch_func
 
 
@@ -30,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
 
     def _trains_on_cpu(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            hardware.kind_of(x) == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
