@@ -48,6 +48,7 @@ matrix: oldest newest
 
 .PHONY: oldest newest
 oldest newest: %: $(MATRIX)/%/.ready
+	$(MATRIX)/$*/bin/stablemask build
 	OMP_NUM_THREADS=1 $(MATRIX)/$*/bin/python -m pytest -q -n 2 --dist loadfile $(MATRIX_TESTS)
 
 $(MATRIX)/oldest/.ready: pyproject.toml
@@ -59,7 +60,6 @@ $(MATRIX)/oldest/.ready: pyproject.toml
 	  || $(MATRIX)/oldest/bin/python -m pip install --no-compile $$torch; }
 	$(MATRIX)/oldest/bin/python -m pip install --no-compile --constraint $(MATRIX)/floors.txt \
 	  --editable ".[$(MATRIX_EXTRAS)]" $(MATRIX_TOOLS)
-	$(MATRIX)/oldest/bin/stablemask build
 	touch $@
 
 $(MATRIX)/newest/.ready: pyproject.toml
@@ -67,7 +67,6 @@ $(MATRIX)/newest/.ready: pyproject.toml
 	$(MATRIX)/newest/bin/python -m pip install --quiet --upgrade pip
 	$(MATRIX)/newest/bin/python -m pip install --no-compile --upgrade --upgrade-strategy eager \
 	  --editable ".[$(MATRIX_EXTRAS),serve,quant]" $(MATRIX_TOOLS)
-	$(MATRIX)/newest/bin/stablemask build
 	touch $@
 
 bench: setup
