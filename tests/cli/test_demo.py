@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from stablemask.cli import demo
 from stablemask.cli.main import main
 
 from .test_main import stablemask
@@ -114,3 +115,10 @@ def test_out_must_be_a_folder_of_its_own(tmp_path, capsys):
     assert "is not empty and holds no demo" in capsys.readouterr().err
     assert main(["demo", "--out", str(tmp_path / "notes.txt")]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_one_that_was_killed_before_it_had_begun_starts(resume, tmp_path):
+    (tmp_path / "softmax").mkdir()
+    (tmp_path / "softmax" / ".lock").touch()
+    demo._check_out(tmp_path, resume)

@@ -90,9 +90,11 @@ def _check_out(out: Path, resume: bool) -> None:
     begun = any((out / kind / OPTIONS_FILE).exists() for kind in KINDS)
     if begun and not resume:
         raise InputError(f"{out} already holds a demo; add --resume, or name another --out")
-    if resume and not begun:
+    if resume and not out.exists():
         raise InputError(f"{out} holds no demo to resume; leave out --resume to start one")
-    if not begun and out.exists() and any(out.iterdir()):
+    # One that was killed before its first training had begun left nothing but locks.
+    files = (path for path in out.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not begun and any(files):
         raise InputError(f"{out} is not empty and holds no demo; name another --out")
 
 
