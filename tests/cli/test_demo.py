@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stablemask.cli import demo
+from stablemask.cli.demo import _check_out
 from stablemask.cli.main import main
 
 from .test_main import stablemask
@@ -121,4 +121,4 @@ def test_out_must_be_a_folder_of_its_own(tmp_path, capsys):
 def test_one_that_was_killed_before_it_had_begun_starts(resume, tmp_path):
     (tmp_path / "softmax").mkdir()
     (tmp_path / "softmax" / ".lock").touch()
-    demo._check_out(tmp_path, resume)
+    _check_out(tmp_path, resume)
