@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablemask import (
     head_decay_rates,
@@ -191,6 +192,33 @@ def test_windows_documents_and_chunks_are_one_call_each_way(device, rows, keys, 
     sink_attention(query, key, key, 0.0, **keywords).sum().backward()
     names = [name for name, *_ in CARD.calls]
     assert names == [f"flash {operator} forward", f"flash {operator} backward"]
+
+
+class _Precise(TorchDispatchMode):
+    """The float32 tensors of at least a size that are made."""
+
+    def __init__(self, least):
+        self.least, self.found = least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            if out.numel() >= self.least and out.data_ptr() not in self.found:
+                self.found.append(out.data_ptr())
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "buffers"), [(torch.bfloat16, 0), (torch.float16, 1)])
+def test_a_learned_sink_costs_no_float32_copies(device, dtype, buffers):
+    if not serves("flash", dtype, device):
+        pytest.skip("bfloat16 needs compute capability 8.0")
+    query = torch.randn(2, 4, 48, 64, device=device, dtype=dtype)
+    sink = torch.randn(4, 1, device=device, requires_grad=True)
+    out = sink_attention(query, query, query, sink, backend="flash")
+    with _Precise(out.numel()) as made:
+        out.backward(torch.randn_like(out))
+    assert len(made.found) == buffers
+    assert sink.grad.isfinite().all()
 
 
 def test_kernels_are_chosen_by_the_device(device):

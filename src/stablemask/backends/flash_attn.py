@@ -26,6 +26,7 @@ from .calls import (
     sink_gradient,
     with_positive_scale,
 )
+from .operators import row_sums
 
 MODULES = {"fa3": "flash_attn_interface", "fa2": "flash_attn.flash_attn_interface"}
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -229,7 +230,7 @@ def _differentiate(ctx, grad, _):
     )
     d_sink = None
     if ctx.needs_input_grad[3]:
-        d_total = -(grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+        d_total = -row_sums(grad, out).transpose(1, 2)
         d_sink = sink_gradient(sink_logits, lse, d_total)
     return *gradients, d_sink, *(None,) * 4
 

@@ -235,6 +235,20 @@ def lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def row_sums(grad: Tensor, out: Tensor) -> Tensor:
+    """``(grad * out).sum(-1)``, summed in float32 (float64 for float64).
+
+    On CUDA, which converts as it reads and sums, without float32 copies of both: of bfloat16 the products
+    are rounded as ``out`` is, and of float16, whose range they could leave, there is one float32 buffer.
+    """
+    precise = lse_dtype(out)
+    if hardware.kind_of(out) == "cuda" and out.dtype == torch.bfloat16:
+        return (grad * out).sum(-1, dtype=precise)
+    if hardware.kind_of(out) == "cuda" and out.dtype == torch.float16:
+        return grad.to(precise).mul_(out).sum(-1)
+    return (grad.to(precise) * out.to(precise)).sum(-1)
+
+
 def _tiling(
     query: Tensor,
     key: Tensor,
@@ -343,7 +357,7 @@ def differentiate(ctx, d_out, d_lse, backward=flash_backward):
         gradients = _with_lse_gradient(backward, d_out, d_lse, *tensors, *masks, *rest)
     d_sink = None
     if sink_logits is not None and ctx.needs_input_grad[3]:
-        d_total = -(d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        d_total = -row_sums(d_out, out)
         d_sink = sink_gradient(sink_logits, lse, d_total if d_lse is None else d_total + d_lse)
     return *gradients, d_sink, *nothing[4:]
 

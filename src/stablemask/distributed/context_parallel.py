@@ -348,7 +348,7 @@ class _RingAttention(torch.autograd.Function):
 
         d_sink = None
         if ctx.needs_input_grad[3]:
-            d_total = -(grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+            d_total = -operators.row_sums(grad, out)
             d_sink = sink_gradient(sink_logits, lse, d_total)
         return (
             d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), d_sink,
