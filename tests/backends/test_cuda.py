@@ -198,13 +198,13 @@ class _Precise(TorchDispatchMode):
     """The float32 tensors of at least a size that are made."""
 
     def __init__(self, least):
-        self.least, self.found = least, []
+        self.least, self.found = least, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-            if out.numel() >= self.least and out.data_ptr() not in self.found:
-                self.found.append(out.data_ptr())
+        for made in [out] if isinstance(out, torch.Tensor) else []:
+            if made.dtype == torch.float32 and made.numel() >= self.least:
+                self.found.add(made.data_ptr())
         return out
 
 
