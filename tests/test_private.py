@@ -28,7 +28,8 @@ LAST = {part for name in LISTED for part in name.split(".")}
 # Of Python itself, of flash-attn (whose backend looks before it calls), and of a model that Transformers
 # shards, where it is looked for.
 ELSEWHERE = {
-    "_replace", "_exit", "_processes", "_flash_attn_forward", "_flash_attn_backward", "_hf_device_mesh",
+    "_replace", "_exit", "_processes", "_flash_attn_forward", "_flash_attn_backward",
+    "_flash_attn_fwd", "_flash_attn_bwd", "_hf_device_mesh",
     "_schema",
 }  # fmt: skip
 # Made by a metaclass, in every class.

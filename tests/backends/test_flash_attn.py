@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stablemask import head_decay_rates, sink_attention
-from stablemask.backends import flash_attn
+from stablemask.backends import flash_attn, hardware
 from stablemask.call import Call
 from stablemask.masks import Masks
 from tests import marks
@@ -111,16 +111,70 @@ def _fa3_backward(
     return torch.empty(0)
 
 
+def _fa4_mask(softmax_scale, causal, softcap, left, right):
+    """As `_resolve_causal_local_window` has it: causality is a window without a right side."""
+    assert causal
+    assert softcap in (None, 0.0)
+    assert right is None
+    assert left is None or left >= 0  # a negative one would hide a row's own key
+    return softmax_scale, causal, -1 if left is None else left, 0, None
+
+
+def _fa4_checks(q, k, v, learnable_sink):
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    assert q.shape[-1] % 8 == 0
+    if learnable_sink is not None:
+        assert learnable_sink.shape == (q.shape[2],)
+        assert learnable_sink.dtype == _lse_dtype(q)
+
+
+def _fa4_forward(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None,
+    causal=False, softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None,
+    tile_mn=None, mma_pv_is_rs=None, intra_wg_overlap=None, num_threads=384, num_splits=1,
+    pack_gqa=None, _arch=None, score_mod=None, mask_mod=None, block_sparse_tensors=None,
+    return_lse=False, out=None, lse=None,
+):  # fmt: skip
+    """flash_attn_4 4.0.0b36: flash_attn.cute.interface._flash_attn_fwd."""
+    _fa4_checks(q, k, v, learnable_sink)
+    mask = _fa4_mask(softmax_scale, causal, softcap, window_size_left, window_size_right)
+    out, lse = _forward(q, k, v, *mask)
+    if learnable_sink is not None:  # one more column of the softmax, in the lse too
+        total = torch.logaddexp(lse, learnable_sink[:, None])
+        out, lse = out * (lse - total).exp().transpose(1, 2).unsqueeze(-1), total
+    return out, lse if return_lse else None, None, None, None
+
+
+def _fa4_backward(
+    q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+    window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False,
+    num_stages_Q=2, num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False,
+    AtomLayoutMSdP=2, AtomLayoutNdKV=2, AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None,
+    cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    deterministic=False, dq=None, dk=None, dv=None, score_mod=None, score_mod_bwd=None,
+    mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None,
+    learnable_sink=None,
+):  # fmt: skip
+    """flash_attn_4 4.0.0b36: flash_attn.cute.interface._flash_attn_bwd."""
+    _fa4_checks(q, k, v, learnable_sink)
+    mask = _fa4_mask(softmax_scale, causal, softcap, window_size_left, window_size_right)
+    assert learnable_sink is None  # its gradient would be a fourth
+    _backward(dout, q, k, v, out, lse, dq, dk, dv, *mask)
+    return dq, dk, dv
+
+
 STAND_INS = {
+    "fa4": SimpleNamespace(_flash_attn_fwd=_fa4_forward, _flash_attn_bwd=_fa4_backward),
     "fa2": SimpleNamespace(_flash_attn_forward=_fa2_forward, _flash_attn_backward=_fa2_backward),
     "fa3": SimpleNamespace(_flash_attn_forward=_fa3_forward, _flash_attn_backward=_fa3_backward),
 }
 
 
-@pytest.fixture(params=["fa2", "fa3"])
+@pytest.fixture(params=["fa2", "fa3", "fa4"])
 def package(request, monkeypatch):
     monkeypatch.setattr(flash_attn, "_load", STAND_INS.__getitem__)
-    monkeypatch.setattr(flash_attn, "_package", lambda device, alibi: (request.param, None))
+    monkeypatch.setattr(flash_attn, "_package", lambda *call: (request.param, None))
     return request.param
 
 
@@ -145,7 +199,9 @@ def test_outputs_and_every_gradient_equal_the_reference(package, mask, q_len, kv
 
     masks = {"window": 5} if mask.endswith("window") else {}
     masks |= {"window": 100} if mask.startswith("wide") else {}
-    if mask.startswith("alibi") and package == "fa2":  # FA3 has none, and is not asked for it
+    if (
+        mask.startswith("alibi") and package == "fa2"
+    ):  # the others have none, and are not asked for it
         masks |= {"alibi_slopes": head_decay_rates(4)}
     call = _call(q_len, kv_len, **masks)
     for ours, expected in zip(
@@ -177,6 +233,98 @@ def test_infinite_sinks(package):
     assert all(grad.isfinite().all() for grad in grads)
     assert (grads[3][0, :2] == 0).all()
     assert (grads[3][0, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+def test_a_sink_for_each_head_is_one_of_fa4s_own(monkeypatch, per_head):
+    from stablemask.backends import reference
+
+    given = []
+
+    def forward(*tensors, learnable_sink=None, **keywords):
+        given.append(learnable_sink)
+        return _fa4_forward(*tensors, learnable_sink=learnable_sink, **keywords)
+
+    package = SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=_fa4_backward)
+    monkeypatch.setattr(flash_attn, "_load", lambda name: package)
+    monkeypatch.setattr(flash_attn, "_package", lambda *call: ("fa4", None))
+    call = _call(7, 12, window=5)
+    sink = (torch.randn(1, 4, 1) if per_head else torch.zeros(1, 1, 1)).double().requires_grad_()
+    call = call._replace(sink_logits=sink)
+    for ours, expected in zip(
+        _results(flash_attn.attend, call), _results(reference.attend, call), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(given[0], sink.expand(1, 4, 1).flatten())
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "dim", "alibi", "deterministic", "expected"),
+    [
+        ((8, 0), "fa2 fa3 fa4", 256, False, True, "fa2"),
+        ((12, 0), "fa2 fa4", 64, False, False, "fa2"),
+        ((9, 0), "fa2 fa3 fa4", 64, False, False, "fa3"),
+        ((9, 0), "fa2 fa3 fa4", 64, True, False, "fa2"),
+        ((9, 0), "fa2 fa4", 200, False, False, "fa4"),
+        ((9, 0), "fa3", 192, False, True, "fa3"),
+        ((9, 0), "fa3 fa4", 193, False, True, "fa4"),
+        ((9, 0), "fa3", 193, False, False, "fa3"),
+        ((9, 0), "fa3", 193, False, True, "deterministic up to a head_dim of 192"),
+        ((9, 0), "fa3", 64, True, False, "has no alibi_slopes"),
+        ((10, 0), "fa2 fa4", 128, False, True, "fa4"),
+        ((10, 3), "fa2 fa4", 136, False, False, "fa2"),
+        ((10, 0), "fa4", 136, False, False, "head_dim up to 128"),
+        ((10, 0), "", 64, False, False, "cannot be imported"),
+        ((7, 5), "fa2", 64, False, False, "compute capability 8.0"),
+    ],
+)
+def test_the_package_is_chosen_by_the_device_and_the_call(
+    monkeypatch, capability, installed, dim, alibi, deterministic, expected
+):
+    def load(package):
+        if package not in installed:
+            raise ImportError("not installed")
+        return STAND_INS[package]
+
+    monkeypatch.setattr(flash_attn, "_load", load)
+    monkeypatch.setattr(hardware, "kind_of", lambda tensor: "cuda")
+    monkeypatch.setattr(hardware, "capability", lambda device: capability)
+    query = torch.zeros(1, 2, 4, dim, dtype=torch.float16, requires_grad=True)
+    masks = Masks(alibi_slopes=torch.ones(2) if alibi else None)
+    flash_attn._choose_package.cache_clear()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        call = Call(query, query, query, torch.zeros(1, 1, 1), masks, 0.0, 1.0)
+        reason = flash_attn.unsupported(call)
+        assert flash_attn._package_for(call)[0] == expected or expected in reason
+        with torch.no_grad():  # which no backward follows
+            assert expected.startswith("fa") or (
+                ("deterministic" in expected) == (flash_attn.unsupported(call) is None)
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+        flash_attn._choose_package.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "ahead"),
+    [
+        ((9, 0), "fa3 fa2", True),
+        ((9, 0), "fa4 fa2", False),
+        ((10, 0), "fa4", True),
+        ((10, 0), "fa2", False),
+        ((12, 0), "fa4 fa2", False),
+    ],
+)
+def test_auto_puts_it_first_where_its_kernel_is_ahead(monkeypatch, capability, installed, ahead):
+    def load(package):
+        if package not in installed:
+            raise ImportError("not installed")
+        return STAND_INS[package]
+
+    monkeypatch.setattr(flash_attn, "_load", load)
+    monkeypatch.setattr(hardware, "capability", lambda device: capability)
+    assert flash_attn.is_ahead.__wrapped__() == ahead
 
 
 def test_operators(package):
@@ -239,7 +387,14 @@ def test_a_version_with_other_signatures_is_refused(monkeypatch):
     )
     assert "too old" in flash_attn.problem("fa2")
     monkeypatch.setattr(flash_attn, "_load", STAND_INS.__getitem__)
-    assert flash_attn.problem("fa2") is flash_attn.problem("fa3") is None
+    assert all(flash_attn.problem(package) is None for package in flash_attn.MODULES)
+
+    def without_sink(q, k, v, out, dout, lse, softmax_scale=None):
+        """flash_attn_4 of early 2026."""
+
+    for module in (SimpleNamespace(), SimpleNamespace(_flash_attn_bwd=without_sink)):
+        monkeypatch.setattr(flash_attn, "_load", lambda package, module=module: module)
+        assert "too old" in flash_attn.problem("fa4")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +414,7 @@ def test_says_what_it_cannot_do(changes, reason, monkeypatch):
             device=torch.device("cuda"), dtype=dtype, shape=torch.Size([1, 2, 4, dim])
         )
 
-    monkeypatch.setattr(flash_attn, "_package", lambda device, alibi: ("fa2", None))
+    monkeypatch.setattr(flash_attn, "_package", lambda *call: ("fa2", None))
     call = Call(on_cuda(), on_cuda(), on_cuda(), None, Masks(), 0.0, 1.0)
     assert flash_attn.unsupported(call) is None
     if "query" in changes:

@@ -30,7 +30,9 @@ BACKENDS: dict[str, Backend] = {
     "flash": Backend(flash.attend, flash.unsupported, "the stock flash kernel of the device"),
     "cudnn": Backend(flash.attend_cudnn, flash.unsupported_cudnn, "the cuDNN kernel, CUDA only"),
     "flash_attn": Backend(
-        flash_attn.attend, flash_attn.unsupported, "the flash-attn package, FA2 or FA3, CUDA only"
+        flash_attn.attend,
+        flash_attn.unsupported,
+        "the flash-attn package, FA2, FA3 or FA4, CUDA only",
     ),
     "flex": Backend(flex.attend, flex.unsupported, "FlexAttention; on the CPU forward only"),
     "blocks": Backend(

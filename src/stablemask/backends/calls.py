@@ -1,5 +1,7 @@
 """What several backends, and the choice among them, ask of a call."""
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -93,6 +95,12 @@ def sink_gradient(sink_logits: Tensor, lse: Tensor, d_total: Tensor) -> Tensor:
     # An infinite sink has taken the whole row; its out, and so its gradient, is 0.
     share = torch.exp(sink_logits.to(lse.dtype) - lse).nan_to_num(nan=1.0)
     return (share * d_total).sum_to_size(sink_logits.shape).to(sink_logits.dtype)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """A warning that is given once in a process."""
+    warnings.warn(message, stacklevel=2)
 
 
 def refuse_second_order(ctx, *grads):
