@@ -56,6 +56,8 @@ def test_a_captured_model_computes_what_it_computes_elsewhere(family, stable):
     model = tiny_transformer(family)
     if stable:
         apply_stablemask(model, gamma=[0.01, 0.1, 0.3, 1.0], start=1)
+    if family == "Gemma2":
+        model.set_attn_implementation("eager")  # an older Transformers leaves the cap out of SDPA
     ids = random_ids(1, LENGTH)
     with torch.no_grad():
         before = model(ids).logits
