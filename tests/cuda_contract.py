@@ -48,6 +48,8 @@ class Card:
 
 
 CARD = Card()
+# Bytes that a block of a kernel can have, by capability.
+SHARED_MEMORY = {(9, 0): 232448, (8, 0): 166912, (7, 5): 65536}
 
 
 class ContractError(RuntimeError):
@@ -566,6 +568,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Car
     monkeypatch.setattr(hardware, "kind_of", lambda tensor: "cuda")
     monkeypatch.setattr(hardware, "capability", lambda device: capability)
     monkeypatch.setattr(hardware, "cudnn_version", lambda: 91600)
+    monkeypatch.setattr(hardware, "shared_memory", lambda device: SHARED_MEMORY[capability])
+    monkeypatch.setattr(hardware, "compiler_problem", lambda: None)
     for module in (plain, operators):
         monkeypatch.setattr(module, "LIBRARY", None)
     # FlexAttention unfused has the lse and a backward, as its compiled kernel has.

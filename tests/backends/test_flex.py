@@ -4,15 +4,17 @@ Compiling takes most of the time, so the cases share a few compiled kernels: cau
 mask, a row after a cache, and half precision.
 """
 
+import warnings
+
 import pytest
 import torch
 
 from stablemask import head_decay_rates, sink_attention
-from stablemask.backends import flex, reference
+from stablemask.backends import calls, flex, hardware, reference
 from stablemask.call import Call
 from stablemask.masks import Masks
-from tests import marks
-from tests.oracle import gradients, make_inputs, sink_definition
+from tests import cuda_contract, marks
+from tests.oracle import assert_no_further_than_twice, gradients, make_inputs, sink_definition
 
 KV_LEN = 310
 
@@ -23,10 +25,7 @@ def _assert_close_to_definition(inputs, sink, definition, **keywords):
         out = sink_attention(*inputs, sink, backend="flex", **keywords)
         dense = sink_attention(*inputs, sink, backend="reference", **keywords)
     assert out.dtype == inputs[0].dtype
-    assert out.isfinite().all()
-    roundings = 4 * torch.finfo(out.dtype).eps * definition.abs().max()
-    allowed = 2 * (dense.double() - definition).abs().max() + roundings
-    assert (out.double() - definition).abs().max() <= allowed
+    assert_no_further_than_twice((out,), (dense,), (definition,), inputs[2].abs().max())
 
 
 def _definition(inputs, sink, **keywords):
@@ -265,40 +264,104 @@ def test_block_mask_from_bounds(q_len, kv_len, window, with_documents):
         assert torch.equal(full[0, 0], every)
 
 
-class TestOnCUDA:
-    pytestmark = marks.gpu
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=marks.gpu), "sm90"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "window", "alibi", "documents", "bool", "float"])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(257, 257), (130, 300)])
+def test_on_cuda_outputs_and_every_gradient(device, dtype, mask, q_len, kv_len):
+    keywords = {
+        "none": {},
+        "window": {"window": 40},
+        "alibi": {"alibi_slopes": head_decay_rates(4).to(device).requires_grad_()},
+        "documents": {"documents": torch.arange(kv_len, device=device) // 70},
+        "bool": {"attn_mask": torch.rand(2, 1, q_len, kv_len, device=device) > 0.4},
+        "float": {"attn_mask": torch.randn(1, 4, q_len, kv_len, device=device).requires_grad_()},
+    }[mask]
+    inputs = make_inputs(2, 4, 2, q_len, kv_len, 32, dtype)
+    sink = torch.tensor([[-torch.inf], [torch.inf], [0.0], [1.0]])
+    inputs = tuple(t.detach().to(device).requires_grad_() for t in (*inputs, sink))
+    learned = [t for t in keywords.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    results = []
+    for precise, backend in ((False, "flex"), (False, "reference"), (True, "reference")):
+        leaves = tuple(t.detach().double().requires_grad_() for t in inputs) if precise else inputs
+        out = sink_attention(*leaves, backend=backend, **keywords)
+        grad = torch.ones_like(out).cumsum(-1) / out.shape[-1]
+        results.append([out, *gradients(out, (*leaves, *learned), grad)])
+    # The longest sum is that of a row of `grad * out`, in the gradient of the sink.
+    term = (grad * out).abs().sum(-1).max()
+    results = [[t.detach().cpu() for t in each] for each in results]
+    assert_no_further_than_twice(
+        *(each[: len(results[0]) - len(learned)] for each in results), term
+    )
+    for each, leaf in zip(
+        zip(*(r[len(r) - len(learned) :] for r in results)), learned, strict=True
+    ):
+        # Each term has an error of the inputs' dtype; the terms are added one at a time, in any order, in
+        # float32: one rounding of the sum each, of either sign.
+        largest, count = each[2].abs().max(), 2 * 4 * q_len * kv_len / leaf.numel()
+        coarser = torch.finfo(dtype).eps / torch.finfo(leaf.dtype).eps
+        summed = max(coarser * max(term, largest), count**0.5 / 4 * largest)
+        assert_no_further_than_twice(*([t] for t in each), summed)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("mask", ["none", "window", "alibi", "documents", "bool", "float"])
-    @pytest.mark.parametrize(("q_len", "kv_len"), [(257, 257), (130, 300)])
-    def test_outputs_and_every_gradient(self, dtype, mask, q_len, kv_len):
-        torch.set_default_device("cuda")
-        try:
-            keywords = {
-                "none": {},
-                "window": {"window": 40},
-                "alibi": {"alibi_slopes": head_decay_rates(4).requires_grad_()},
-                "documents": {"documents": torch.arange(kv_len) // 70},
-                "bool": {"attn_mask": torch.rand(2, 1, q_len, kv_len) > 0.4},
-                "float": {"attn_mask": torch.randn(1, 4, q_len, kv_len).requires_grad_()},
-            }[mask]
-            inputs = make_inputs(2, 4, 2, q_len, kv_len, 32, dtype)
-            sink = torch.tensor([[-torch.inf], [torch.inf], [0.0], [1.0]], requires_grad=True)
-        finally:
-            torch.set_default_device(None)
-        learned = [t for t in keywords.values() if isinstance(t, torch.Tensor) and t.requires_grad]
-        results = {}
-        for name, precise, backend in (
-            ("flex", False, "flex"), ("dense", False, "reference"), ("exact", True, "reference"),
-        ):  # fmt: skip
-            leaves = (*inputs, sink)
-            if precise:
-                leaves = tuple(t.detach().double().requires_grad_() for t in leaves)
-            out = sink_attention(*leaves, backend=backend, **keywords)
-            grad = torch.ones_like(out).cumsum(-1) / out.shape[-1]
-            results[name] = [out, *gradients(out, (*leaves, *learned), grad)]
-        for ours, dense, exact in zip(*results.values(), strict=True):
-            assert ours.isfinite().all()
-            roundings = 4 * torch.finfo(dtype).eps * exact.abs().max()
-            allowed = 2 * (dense.double() - exact).abs().max() + roundings
-            assert (ours.double() - exact).abs().max() <= allowed
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "reason"),
+    [
+        (torch.float32, 64, (8, 6), None),
+        (torch.float32, 128, (8, 6), "147456 bytes of shared memory, this device has 101376"),
+        (torch.bfloat16, 128, (8, 6), None),
+        (torch.float32, 128, (8, 0), None),
+        (torch.float32, 96, (8, 0), "shared memory"),  # for which PyTorch chooses larger blocks
+        (torch.float32, 96, (9, 0), None),
+    ],
+)
+def test_float32_is_refused_where_its_blocks_do_not_fit(
+    monkeypatch, dtype, head_dim, capability, reason
+):
+    monkeypatch.setitem(cuda_contract.SHARED_MEMORY, (8, 6), 101376)
+    cuda_contract.emulate(monkeypatch, capability)
+    query = torch.zeros(1, 2, 5, head_dim, dtype=dtype)
+    problem = flex.unsupported(_call()._replace(query=query, key=query, value=query))
+    assert problem is None if reason is None else reason in problem
+
+
+@pytest.mark.parametrize(
+    ("package", "compiler", "reason"),
+    [
+        (None, "gcc", "Triton is not installed"),
+        ("triton", "no-such-compiler", "there is no 'no-such-compiler'"),
+        ("triton", "python", None),
+    ],
+)
+def test_on_cuda_it_needs_triton_and_a_compiler(monkeypatch, package, compiler, reason):
+    asked = hardware._look_for_compiler.__wrapped__
+    cuda_contract.emulate(monkeypatch, (9, 0))
+    monkeypatch.setattr(hardware, "compiler_problem", asked)
+    monkeypatch.setattr(hardware, "find_spec", lambda name: package)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: name == "python" or None)
+    monkeypatch.setenv("CC", compiler)
+    problem = flex.unsupported(_call())
+    assert problem is None if reason is None else reason in problem
+
+
+def test_exporting_with_a_dynamic_length_is_refused(monkeypatch):
+    cuda_contract.emulate(monkeypatch, (9, 0))
+
+    class Attention(torch.nn.Module):
+        def forward(self, query):
+            return sink_attention(query, query, query, 0.5, window=5, backend="flex")
+
+    query, length = torch.zeros(1, 2, 240, 16), torch.export.Dim("length", min=2, max=512)
+    with pytest.raises(ValueError, match="exported with a dynamic length"):
+        torch.export.export(Attention(), (query,), dynamic_shapes=({2: length},))
+
+
+def test_the_first_compilation_is_told_once():
+    calls.say_once.cache_clear()
+    structures = [flex._structure(_call(heads=heads)) for heads in (7, 9)]
+    with pytest.warns(UserWarning, match="FlexAttention compiles a kernel"):
+        flex._compiled(structures[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flex._compiled(structures[1])

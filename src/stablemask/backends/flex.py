@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from ..call import Call
 from . import hardware, reference
-from .calls import constant_while_compiling, needs_gradient
+from .calls import constant_while_compiling, is_exporting, needs_gradient, say_once
 
 _BLOCK = 128  # rows and keys of a block of the block mask
 _MIN_CUDA_HEAD_DIM = 16
@@ -54,7 +54,35 @@ def unsupported(call: Call) -> str | None:
             # Its lowering reads only tensors that come from outside the graph (PyTorch 2.13).
             return "FlexAttention on the CPU cannot be part of a larger compiled function"
         return cpu_problem()
+    return _cuda_problem(call)
+
+
+def _cuda_problem(call: Call) -> str | None:
+    problem = hardware.compiler_problem()
+    if problem is not None:
+        return f"FlexAttention on CUDA needs a compiler: {problem}"
+    query, key, value = call.query, call.key, call.value
+    if query.dtype == torch.float32:
+        width = max(query.shape[-1], value.shape[-1])
+        needed, there = _shared_memory(width), hardware.shared_memory(query.device)
+        if needed > there:
+            return (
+                f"FlexAttention in float32 at a head_dim of {width} needs {needed} bytes of shared "
+                f"memory, this device has {there}"
+            )
+    if is_exporting() and not type(query.shape[2]) is type(key.shape[2]) is int:
+        return "FlexAttention cannot be exported with a dynamic length, only with a fixed one"
     return None
+
+
+def _shared_memory(head_dim: int) -> int:
+    """Bytes of shared memory of the float32 forward on CUDA, with the blocks that PyTorch chooses.
+
+    A block of rows, two buffers each of a block of keys and of values, and the weights.
+    """
+    rows, keys = {64: (128, 32), 128: (128, 32), 256: (64, 16)}.get(head_dim, (64, 64))
+    width = 1 << (head_dim - 1).bit_length()
+    return 4 * (rows * width + 4 * keys * width + rows * keys)
 
 
 @constant_while_compiling
@@ -202,6 +230,7 @@ def _compiled(structure: tuple) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
     The compiler gives up on code that it has compiled eight times; so each structure has its own.
     """
+    say_once("FlexAttention compiles a kernel for each new kind of call, which takes seconds")
     code = _flex.__code__.replace(co_name=f"_flex_{abs(hash(structure)):x}")
     own = types.FunctionType(code, _flex.__globals__)
     return torch.compile(own, dynamic=True, fullgraph=True)

@@ -1,5 +1,11 @@
 """What computes a tensor: asked here alone, so that tests can stand in for a GPU that is not there."""
 
+import functools
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -21,3 +27,30 @@ def capability(device: torch.device) -> tuple[int, int]:
 def cudnn_version() -> int | None:
     """Such as 91900, or None where PyTorch was built without cuDNN."""
     return torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+
+
+@constant_while_compiling
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one block of a CUDA kernel can have to itself; those of an A100 without a device."""
+    if not torch.cuda.is_available():
+        return 166912
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 65536)  # ROCm tells of none
+
+
+@constant_while_compiling
+def compiler_problem() -> str | None:
+    """What is missing to compile kernels for CUDA here, as PyTorch's compiler does, or None."""
+    return _look_for_compiler()
+
+
+@functools.cache
+def _look_for_compiler() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    # Triton compiles what launches its kernels; on Windows it brings a compiler for that.
+    named = os.environ.get("CC")
+    compilers = [named] if named else ["gcc", "clang"]
+    if sys.platform != "win32" and not any(shutil.which(name) for name in compilers):
+        return f"Triton needs a C compiler, and there is no {' or '.join(map(repr, compilers))}"
+    return None
