@@ -542,12 +542,52 @@ OPERATORS: dict[str, Callable] = {
     "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
 }
 _library: torch.library.Library | None = None
+_ours: torch.library.Library | None = None
+
+
+def take_share(out, lse, sink, number, top, result):
+    """As the kernel of ``triton_kernels.py``, which cannot run here: one launch."""
+    check(out.stride(-1) == result.stride(-1) == 1 and lse.dtype == torch.float32, "rows")
+    sink = torch.tensor(number) if sink is None else sink.float()
+    check(lse.shape == out.shape[:3] == result.shape[:3], "shapes")
+    product = out.float() * torch.sigmoid(lse - sink).unsqueeze(-1)
+    total = torch.logaddexp(lse, sink)
+    if top is not None:
+        blind = top == -torch.inf
+        product, total = product.masked_fill(blind.unsqueeze(-1), 0.0), total.where(~blind, sink)
+    result.copy_(product)
+    lse.copy_(total)
+
+
+def look_up(table, positions):
+    rows = positions.long().clamp(0, len(table) - 1)
+    return table[rows].squeeze(-1).transpose(1, 2).contiguous()
+
+
+class TritonKernels:
+    """In place of that module: an operator each, so that what counts launches sees one."""
+
+    look_up = staticmethod(lambda *tensors: torch.ops.stablemask_contract.look_up(*tensors))
+
+    @staticmethod
+    def take_share(out, lse, sink, top, result):
+        number = None if isinstance(sink, Tensor) else float(sink)
+        sink = sink if isinstance(sink, Tensor) else None
+        torch.ops.stablemask_contract.take_share(out, lse, sink, number, top, result)
 
 
 def register() -> None:
     """Put them where PyTorch has nothing: the CPU's entry of its table, for the rest of the process."""
-    global _library
+    global _library, _ours
     if _library is None:
+        _ours = torch.library.Library("stablemask_contract", "DEF")
+        _ours.define(
+            "take_share(Tensor(a!) out, Tensor(b!) lse, Tensor? sink, float? number, Tensor? top, "
+            "Tensor(c!) result) -> ()"
+        )
+        _ours.define("look_up(Tensor table, Tensor positions) -> Tensor")
+        _ours.impl("take_share", take_share, "CPU")
+        _ours.impl("look_up", look_up, "CPU")
         _library = torch.library.Library("aten", "IMPL")
         for name, function in OPERATORS.items():
             _library.impl(name, function, "CPU")
@@ -572,6 +612,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Car
     monkeypatch.setattr(hardware, "compiler_problem", lambda: None)
     for module in (plain, operators):
         monkeypatch.setattr(module, "LIBRARY", None)
+    monkeypatch.setattr(hardware, "is_capturing", lambda tensor: False)
+    monkeypatch.setattr(hardware, "triton_kernels", lambda: TritonKernels)
     # FlexAttention unfused has the lse and a backward, as its compiled kernel has.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "_compiled", lambda structure: flex._flex)

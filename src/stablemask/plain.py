@@ -6,7 +6,8 @@ own signs. Whatever else a call may be, wrong arguments included, it goes the ge
 
 Where ``stablemask build`` has compiled ``native``, it answers them: one row behind a cache, with a kernel of
 its own, and a sequence that attends to itself, with gradients or without. Elsewhere there is a short way for
-the row alone, through the stock kernel.
+the row alone, through the stock kernel; on CUDA, where launches are what takes the time, with one more for the
+sink.
 """
 
 import math
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .backends import hardware
+from .backends import BACKENDS, hardware
 from .backends.calls import nothing_watches
+from .backends.choice import choose
+from .backends.flash import cuda_row
 from .backends.kernels import longest_in_float32
+from .call import Call
+from .masks import NO_MASKS, Masks
 from .native import LIBRARY
 from .processor import AVX512, UNITS
 from .pseudo import log_pseudo_mass
@@ -60,7 +65,7 @@ def plain_attention(
     scale: float | None = None,
     attn_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """Attention of a plain call on the CPU; None if it is not one.
+    """Attention of a plain call on the CPU or CUDA; None if it is not one.
 
     Without gradients that is one row per sequence. Where it is compiled, it is also as many rows as keys,
     then without ``attn_mask`` and with a ``value_dim`` that is ``head_dim``.
@@ -73,16 +78,21 @@ def plain_attention(
             horizon; else the result is None.
         scale: of the scores, or None.
         attn_mask: which keys a sequence sees, of bool, ``(batch or 1, 1, 1, kv_len)``, where the row is
-            compiled; else the result is None.
+            compiled or on CUDA; else the result is None.
     """
     if LIBRARY is not None and not torch.compiler.is_compiling():
-        return LIBRARY.attend(
+        out = LIBRARY.attend(
             query, key, value, sink_logits, gamma, scale, attn_mask,
             _LONGEST_IN_FLOAT32, _SHORTEST_BY_TILES,
         )  # fmt: skip
-    if attn_mask is not None or not nothing_watches():
+        if out is not None or not (type(query) is Tensor and query.is_cuda):
+            return out
+    if not nothing_watches():
         return None
     if not (type(query) is type(key) is type(value) is Tensor):
+        return None
+    device = hardware.kind_of(query)
+    if device not in ("cpu", "cuda") or (attn_mask is not None and device == "cpu"):
         return None
     shape, cache = query.shape, key.shape
     if len(shape) != 4 or shape[2] != 1 or len(cache) != 4 or value.shape != cache:
@@ -96,7 +106,7 @@ def plain_attention(
     dtype = query.dtype
     if dtype not in _DTYPES or key.dtype is not dtype or value.dtype is not dtype:
         return None
-    if not all(hardware.kind_of(tensor) == "cpu" for tensor in (query, key, value)):
+    if not query.device == key.device == value.device:
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
         return None  # the kernel takes the last axis for contiguous
@@ -112,15 +122,44 @@ def plain_attention(
         and type(sink_logits) in (Tensor, Parameter)
         and _broadcasts(sink_logits.shape, batch, heads)
         and sink_logits.is_floating_point()
-        and hardware.kind_of(sink_logits) == "cpu"
+        and sink_logits.device == query.device
     ):
         return None
     if scale is None:
         scale = head_dim**-0.5
     elif type(scale) is not float or not math.isfinite(scale):
         return None
+    if device == "cuda":
+        return _on_cuda(query, key, value, sink_logits, scale, attn_mask)
     out = _unchecked(query, key, value, sink_logits, scale)
     return out.reshape(batch, heads, 1, head_dim)
+
+
+def _on_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | float,
+    scale: float,
+    attn_mask: Tensor | None,
+) -> Tensor | None:
+    kv_len = key.shape[2]
+    if torch.is_autocast_enabled("cuda"):
+        return None
+    if attn_mask is not None and not (
+        type(attn_mask) is Tensor
+        and attn_mask.dtype == torch.bool
+        and attn_mask.device == query.device
+        and attn_mask.shape in ((query.shape[0], 1, 1, kv_len), (1, 1, 1, kv_len))
+    ):
+        return None
+    masks = NO_MASKS if attn_mask is None else Masks(attn_mask)
+    sink = (
+        sink_logits if isinstance(sink_logits, Tensor) else query
+    )  # which backends do not ask about
+    if choose(Call(query, key, value, sink, masks, 0.0, scale), "auto") is not BACKENDS["flash"]:
+        return None
+    return cuda_row(query, key, value, sink_logits, attn_mask, scale)
 
 
 def _unchecked(

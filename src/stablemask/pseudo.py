@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .arguments import is_int, is_number, shown
+from .backends import hardware
 from .backends.calls import only_autograd_watches
 
 
@@ -139,7 +140,7 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
                 f"gamma must be a number or a tensor (heads,), got shape {tuple(gamma.shape)}"
             )
         # Reading values would wait for the device, or break a graph or a transform.
-        if gamma.device.type != "cpu" or not only_autograd_watches(gamma):
+        if hardware.kind_of(gamma) != "cpu" or not only_autograd_watches(gamma):
             return
         lowest = float(gamma.detach().amin()) if gamma.numel() else 0.0
         if gamma.isnan().any():

@@ -18,11 +18,12 @@ from .calls import (
     under_torch_func,
     with_positive_scale,
 )
-from .kernels import KERNELS
+from .kernels import KERNELS, as_rows_of_key_heads, efficient_row, mask_as_bias
 from .operators import absorb, eager_forward, flash_forward, scale_rows
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
+_TINY = torch.finfo(torch.float32).tiny
 # Of cuDNN: the first that takes more than 128 columns a head, on Hopper alone.
 _CUDNN_WIDE_HEADS = 91000
 
@@ -117,6 +118,10 @@ def _attend(call: Call, kernel: str) -> Tensor:
     in_sight = torch.compiler.is_compiling() and not is_exporting()
     plain = type(query) is type(key) is type(value) is Tensor and query.numel() > 0
     alone = plain and nothing_watches()
+    if one_row and alone and not masks.by_tile and kernel in ("cuda", "efficient"):
+        row = cuda_row(query, key, value, sink_logits, masks.attn_mask, scale)
+        if row is not None:
+            return row
     if one_call and (alone or (in_sight and not needs_gradient(call))):
         # Without an operator around it, which takes as long to enter as a short kernel.
         query, key, value, value_dim, scale = fit(query, key, value, scale, kernel)
@@ -130,6 +135,52 @@ def _attend(call: Call, kernel: str) -> Tensor:
         # In sight of the compiler, which makes the factor part of what comes next.
         return (out[..., :value_dim].to(lse.dtype) * factor.unsqueeze(-1)).to(query.dtype)
     return attend_with_lse(query, key, value, sink_logits, masks, past, scale, kernel)[0]
+
+
+def cuda_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | float,
+    attn_mask: Tensor | None,
+    scale: float,
+) -> Tensor | None:
+    """A row of decoding on CUDA in one launch more than the kernel's; None where it takes another way.
+
+    Args:
+        query: (B, H, 1, D), with key and value (B, K, m, D): of a dtype that the device's kernels take.
+        sink_logits: a number, or three-dimensional, broadcastable to (B, H, 1).
+        attn_mask: (B or 1, H or 1, 1, m), or None.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    kernels = hardware.triton_kernels()
+    if kernels is None or head_dim % 8 or value.shape[3] != head_dim or scale < _TINY:
+        return None
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        return None
+    if isinstance(sink_logits, Tensor):
+        sink_logits = sink_logits.expand(batch, heads, 1)
+    masks = NO_MASKS if attn_mask is None else Masks(attn_mask)
+    if kernel_for(query, masks) == "cuda":
+        out, lse = KERNELS["cuda"].forward(query, key, value, None, False, scale)
+        kernels.take_share(out, lse, sink_logits, None, out)
+        return out
+    bias = top = None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            bias = mask_as_bias(attn_mask, query.dtype)
+        else:
+            row, keys = slice(0, 1), slice(0, key.shape[2])
+            bias = masks.bias(row, keys, keys.stop - 1, dtype=query.dtype, device=query.device)
+        top = as_rows_of_key_heads(bias.amax(-1, keepdim=True).expand(batch, heads, 1, 1), kv_heads)
+        top = top.squeeze(-1)
+    if isinstance(sink_logits, Tensor):
+        sink_logits = sink_logits.unflatten(1, (kv_heads, -1)).squeeze(-1)
+    out, lse = efficient_row(query, key, value, bias, scale)
+    result = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    kernels.take_share(out, lse, sink_logits, top, result)
+    return result.view(batch, heads, 1, head_dim)
 
 
 def attend_with_lse(

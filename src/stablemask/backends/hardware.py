@@ -4,7 +4,9 @@ import functools
 import os
 import shutil
 import sys
+import warnings
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,11 @@ from .calls import constant_while_compiling
 def kind_of(tensor: Tensor) -> str:
     """``"cpu"``, ``"cuda"``, or another type of device."""
     return tensor.device.type
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be read by the host, nor copied from it."""
+    return kind_of(tensor) == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @constant_while_compiling
@@ -54,3 +61,22 @@ def _look_for_compiler() -> str | None:
     if sys.platform != "win32" and not any(shutil.which(name) for name in compilers):
         return f"Triton needs a C compiler, and there is no {' or '.join(map(repr, compilers))}"
     return None
+
+
+@functools.cache
+def triton_kernels() -> Any:
+    """The module of that name; None where Triton is not there, or cannot compile for this GPU."""
+    if compiler_problem() is not None:
+        return None
+    from . import triton_kernels as kernels
+
+    try:
+        kernels.check()
+    except Exception as error:  # whatever its compiler, its driver or the one of C have to say
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"Triton cannot compile here ({reason}): a sink takes three launches in place of one",
+            stacklevel=2,
+        )
+        return None
+    return kernels

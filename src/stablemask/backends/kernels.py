@@ -253,13 +253,47 @@ def _aligned_bias(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor | N
     if bias is None:
         return None
     length = key.shape[2]
-    padding = -length % _BIAS_COLUMNS
     bias = bias.expand(*bias.shape[:-1], length)
-    bias = torch.nn.functional.pad(bias, (0, padding))[..., :length]
+    if not (_is_aligned(bias) and bias.stride(-1) == 1):
+        padding = -length % _BIAS_COLUMNS
+        bias = torch.nn.functional.pad(bias, (0, padding))[..., :length]
     return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
 
 
+def as_rows_of_key_heads(tensor: Tensor, kv_heads: int) -> Tensor:
+    """What there is of each head and one row, (B, H or 1, 1, ...), with the heads of a key head as its rows."""
+    return tensor if tensor.shape[1] == 1 else tensor.unflatten(1, (kv_heads, -1)).squeeze(3)
+
+
+def mask_as_bias(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as 0 and -inf, in one launch, its rows as far apart as kernels want them."""
+    *rows, length = attn_mask.shape
+    wide = torch.empty(
+        *rows, length + -length % _BIAS_COLUMNS, dtype=dtype, device=attn_mask.device
+    )
+    return torch.log(attn_mask, out=wide[..., :length])
+
+
+def efficient_row(query, key, value, bias, scale):
+    """One row, the query heads of a key head as its rows, so that no key is copied for them.
+
+    Returns ``out`` (B, K, G, D) and ``lse`` (B, K, G), G query heads to each of K key heads; of a row whose
+    every bias is -inf they say this and that.
+    """
+    query, key, value = _aligned(query, key, value)
+    rows = as_rows_of_key_heads(query, key.shape[1])
+    bias = None if bias is None else as_rows_of_key_heads(bias, key.shape[1])
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        rows, key, value, _aligned_bias(rows, key, bias), True, 0.0, False, scale=scale
+    )
+    return out, lse[..., : rows.shape[2]]
+
+
 def _efficient_forward(query, key, value, bias, causal, scale):
+    if query.shape[2] == 1:
+        out, lse = efficient_row(query, key, value, bias, scale)
+        out, lse = out.reshape(query.shape), lse.reshape(query.shape[:3])
+        return (out, lse) if bias is None else _with_blind_rows(out, lse, bias, causal)
     query, key, value = _aligned(query, key, value)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         query, _repeat_groups(query, key), _repeat_groups(query, value),

@@ -126,9 +126,14 @@ def _forward_block(
 
 def absorb(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor | None:
     """Take the share of a sink out of ``out``, in place, in one pass; its lse with the sink, None if not done."""
-    if LIBRARY is None or hardware.kind_of(out) != "cpu":
-        return None
-    return LIBRARY.absorb(out, lse, sink_logits)
+    kind = hardware.kind_of(out)
+    if kind == "cuda":
+        kernels = hardware.triton_kernels()
+        if kernels is None:
+            return None
+        kernels.take_share(out, lse, sink_logits.expand(lse.shape), None, out)
+        return lse
+    return LIBRARY.absorb(out, lse, sink_logits) if LIBRARY is not None and kind == "cpu" else None
 
 
 def _weighted_sum(outs: list[Tensor], weights: list[Tensor | None]) -> Tensor:

@@ -5,7 +5,6 @@ A model hands over query, key and value, a mask where causality alone does not s
 at every forward pass, and written where the name is chosen (`guard.py`); None there is no mass. Shapes: B batch, H query heads, q and kv lengths.
 """
 
-import functools
 import warnings
 from typing import Any
 
@@ -15,10 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
 from ..backends import hardware
-from ..backends.calls import only_autograd_watches
 from ..models.masks import warn_of_merged_documents
+from ..models.mass import sink_logits_at
 from ..models.modeling import ATTN_IMPLEMENTATION
-from ..models.settings import complete_settings, pseudo_sink_logits
+from ..models.settings import pseudo_sink_logits
 from ..plain import plain_attention
 from .settings import context_of, model_settings
 
@@ -70,7 +69,7 @@ def stablemask_attention_forward(
     q_len, kv_len = query.shape[2], key.shape[2]
     # Not at every decode step, which would wait for the device; and the masks of continuous batching
     # are its own, and part of CUDA graphs.
-    if not (q_len == 1 or paged or torch.compiler.is_compiling()):
+    if not (q_len == 1 or paged or torch.compiler.is_compiling() or hardware.is_capturing(query)):
         _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
     if attention_mask is not None:
         window_left = None
@@ -153,72 +152,17 @@ def _token_positions(q_len: int, position_ids: Tensor | None = None, **_: Any) -
 
 
 def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) -> Tensor:
-    """Log of the mass of each row, broadcastable to (B, H, q).
-
-    Read from a table of positions where that can be: a model's layers ask tens of times a token.
-    """
+    """Log of the mass of each row, broadcastable to (B, H, q)."""
     positions = positions.to(query.device)
-    table = None
-    # A table that a tracer or the capture of a CUDA graph made would be theirs.
-    if (
-        positions.dtype in (torch.int64, torch.int32)
-        and only_autograd_watches(positions)
-        and not (hardware.kind_of(positions) == "cuda" and torch.cuda.is_current_stream_capturing())
-    ):
-        table = _table_of(config, positions.device)
-    if table is None:
-        num_heads = config.num_attention_heads
-        sink_logits = pseudo_sink_logits(model_settings(config), num_heads, positions)
-    elif positions.numel() == 1 and hardware.kind_of(positions) == "cpu":  # half the time
-        sink_logits = table[min(max(int(positions), 0), len(table) - 1)]
-    else:
-        rows = positions.reshape(-1).clamp(0, len(table) - 1)
-        sink_logits = table.index_select(0, rows).view(*positions.shape, -1).transpose(-1, -2)
-    return _local_heads(module, sink_logits, query)
-
-
-def _table_of(config: Any, device: torch.device) -> Tensor | None:
-    given: Any = getattr(config, "stablemask", None)
-    try:
-        # By value, for settings may change between any two calls.
-        settings = tuple(
-            [
-                (name, tuple(value) if isinstance(value, list) else value)
-                for name, value in given.items()
-            ]
+    num_heads = getattr(config, "num_attention_heads", None)
+    sink_logits = None
+    if isinstance(num_heads, int):
+        sink_logits = sink_logits_at(
+            config.stablemask, num_heads, lambda: context_of(config), positions
         )
-        # The context stands for what is not given, and takes as long to read as all the rest.
-        context = None if "gamma" in given and "hold" in given else context_of(config)
-        return _table(settings, config.num_attention_heads, context, device)
-    except (AttributeError, TypeError):  # no dict, or no hash: `model_settings` says what is wrong
-        return None
-
-
-# Numbers in a table, 16 MiB of them.
-_LARGEST_TABLE = 1 << 22
-
-
-@functools.lru_cache(maxsize=8)
-def _table(
-    settings: tuple[tuple[str, Any], ...], num_heads: int, context: int | None, device: torch.device
-) -> Tensor | None:
-    """Log of the mass by position, (positions, heads or 1, 1), up to the last at which it changes.
-
-    None where it changes for ever, or for too long.
-    """
-    complete = complete_settings(dict(settings), num_heads, context)
-    last = complete.get("hold")
-    if last is None:
-        last = complete["horizon"]
-    if last is None:
-        return None
-    length = max(last, complete.get("start", 0)) + 1
-    heads = num_heads if isinstance(complete["gamma"], (list, str)) else 1
-    if length * heads > _LARGEST_TABLE:
-        return None
-    with torch.inference_mode(False), torch.no_grad():
-        positions = torch.arange(length, device=device)
-        return pseudo_sink_logits(complete, num_heads, positions).T.contiguous().unsqueeze(-1)
+    if sink_logits is None:
+        sink_logits = pseudo_sink_logits(model_settings(config), num_heads, positions)
+    return _local_heads(module, sink_logits, query)
 
 
 def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ..backends import hardware
+
 
 def attention_mask(
     batch_size: int,
@@ -61,10 +63,11 @@ def attention_mask(
 
 
 def _hides(attention_mask: Tensor | None) -> bool:
-    """Whether it may hide a token; while compiling its values cannot be read."""
+    """Whether it may hide a token; what makes a graph cannot read its values."""
     if attention_mask is None:
         return False
-    return torch.compiler.is_compiling() or not bool(attention_mask.all())
+    unread = torch.compiler.is_compiling() or hardware.is_capturing(attention_mask)
+    return unread or not bool(attention_mask.all())
 
 
 def warn_of_merged_documents(position_ids: Tensor, mask: Tensor | None) -> None:
@@ -77,7 +80,7 @@ def warn_of_merged_documents(position_ids: Tensor, mask: Tensor | None) -> None:
         position_ids: (batch or 1, q).
         mask: what attention gets, None (causal) or bool (batch, 1 or heads, q, kv). Others are not read.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or hardware.is_capturing(position_ids):
         return
     merged = position_ids[:, 1:] < position_ids[:, :-1]
     if mask is not None:

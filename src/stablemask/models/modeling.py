@@ -20,9 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..pseudo import head_decay_rates
 from .cache import CACHE, CACHE_NAMES, one_cache
 from .configuration import StableMaskConfig
+from .kept import rates_on_device
 from .layers import StableMaskAttention, StableMaskDecoderLayer
 from .loss import chunked_causal_lm_loss
 from .masks import attention_mask, warn_of_merged_documents
@@ -184,7 +184,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
         if config.position_encoding == "rope":
             rotary = rotary_angles(positions, config.head_dim, config.rope_parameters["rope_theta"])  # type: ignore[arg-type,index]
         elif config.position_encoding == "alibi":
-            alibi_slopes = head_decay_rates(config.num_attention_heads).to(positions.device)
+            alibi_slopes = rates_on_device("slopes", config.num_attention_heads, positions)
+            alibi_slopes = alibi_slopes.to(positions.device)
             if attn_mask is not None and getattr(cache, "is_compileable", False):
                 # The last key of a static cache is not the last query's: count from the first.
                 attn_mask = alibi_mask(alibi_slopes, attn_mask, past_length)

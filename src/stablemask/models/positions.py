@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..backends import hardware
 from .configuration import StableMaskConfig
+from .mass import sink_logits_at
 from .settings import pseudo_sink_logits
 
 Rotary = tuple[Tensor, Tensor]
@@ -49,8 +51,8 @@ def alibi_mask(slopes: Tensor, attn_mask: Tensor, past_length: int | Tensor) -> 
 
 
 def check_table(positions: Tensor, table_length: int) -> None:
-    """Refuse positions past a learned table; a compiled graph cannot look, and fails at the lookup."""
-    if not torch.compiler.is_compiling():
+    """Refuse positions past a learned table; a graph cannot look, and fails at the lookup."""
+    if not (torch.compiler.is_compiling() or hardware.is_capturing(positions)):
         check_length(int(positions.max()) + 1, table_length)
 
 
@@ -93,7 +95,10 @@ def position_sink_logits(
     assert settings is not None
     masses: list[Tensor | None]
     if log_gamma is None:
-        shared = pseudo_sink_logits(settings, heads, positions)
+        of_a_layer = {name: value for name, value in settings.items() if name != "layers"}
+        shared = sink_logits_at(of_a_layer, heads, lambda: None, positions)
+        if shared is None:
+            shared = pseudo_sink_logits(settings, heads, positions)
         masses = [shared for _ in layers]
     else:
         masses = [

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pseudo import head_decay_rates, pseudo_logsumexp
+from ..pseudo import pseudo_logsumexp
+from .kept import rates_on_device
 
 _KEYS = ("gamma", "horizon", "start", "shift", "hold", "floor", "layers")
 LEARNED = "learned"
@@ -121,10 +122,8 @@ def pseudo_sink_logits(
     """
     if gamma is None:
         gamma = settings["gamma"]
-        if gamma == "slopes":
-            gamma = head_decay_rates(num_heads)
-        elif isinstance(gamma, list):
-            gamma = torch.tensor(gamma, dtype=torch.float64)
+        if isinstance(gamma, (str, list)):
+            gamma = rates_on_device(gamma, num_heads, positions)
     hold = settings.get("hold")
     falling = positions if hold is None else positions.clamp(max=hold)
     sink_logits = pseudo_logsumexp(falling, gamma, settings["horizon"])

@@ -1,0 +1,56 @@
+"""What every forward pass asks for anew, made once a device.
+
+A copy from the host would wait for a GPU, and end the capture of a CUDA graph.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..backends import hardware
+from ..backends.calls import only_autograd_watches
+from ..pseudo import head_decay_rates
+
+_MOST = 16
+_KEPT: dict[tuple[Hashable, ...], Any] = {}
+
+Made = TypeVar("Made")
+
+
+def keep(key: tuple[Hashable, ...], like: Tensor, make: Callable[[], Made]) -> Made | None:
+    """What ``make`` gives, made once for a key and the device of a tensor.
+
+    None where it may not be kept: what a tracer or the capture of a graph makes is theirs.
+    """
+    if not only_autograd_watches(like):
+        return None
+    key = (*key, like.device)
+    if key not in _KEPT:
+        if hardware.is_capturing(like):
+            return None
+        if len(_KEPT) >= _MOST:
+            del _KEPT[next(iter(_KEPT))]
+        with torch.inference_mode(False), torch.no_grad():
+            _KEPT[key] = make()
+    return _KEPT[key]
+
+
+def rates_on_device(gamma: str | list[float], num_heads: int, like: Tensor) -> Tensor:
+    """A rate of each head, (heads,), where a tensor is: those listed, or for "slopes" ALiBi's.
+
+    On the CPU where the tensor is not on CUDA: Apple's GPU has no float64.
+    """
+
+    def make() -> Tensor:
+        rates = (
+            head_decay_rates(num_heads)
+            if isinstance(gamma, str)
+            else torch.tensor(gamma, dtype=torch.float64)
+        )
+        return rates.to(like.device) if hardware.kind_of(like) == "cuda" else rates
+
+    key = ("rates", gamma if isinstance(gamma, str) else tuple(gamma), num_heads)
+    kept = keep(key, like, make)
+    return make() if kept is None else kept
