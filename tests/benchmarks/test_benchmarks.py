@@ -5,12 +5,14 @@ import math
 
 import pytest
 
-from stablemask.benchmarks import plan, rows, timing
+from stablemask.benchmarks import masks, memory, plan, rows, timing
 from stablemask.benchmarks.cases import Case
 from stablemask.benchmarks.figure import save_figure
+from stablemask.benchmarks.measure import measure
 from stablemask.benchmarks.memory import peak_memory
 from stablemask.benchmarks.rows import all_rows
-from stablemask.cli.bench import BenchOptions, run
+from stablemask.benchmarks.timing import Budget
+from stablemask.cli.bench import BenchOptions, _with_defaults, run
 from stablemask.errors import InputError, RunError
 from tests import marks
 
@@ -113,11 +115,52 @@ def test_a_figure_of_decode_alone(tmp_path):
     assert "<svg" in text
 
 
+def test_a_run_that_is_cut_off_leaves_the_sections_before(tmp_path, monkeypatch):
+    def stopped(scope, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "decode_cells", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(options(save=str(tmp_path), lengths=[32]))
+    (saved,) = tmp_path.glob("attention-*.json")
+    assert {r["row"] for r in json.loads(saved.read_text())["attention"]} == set(CHEAP)
+
+
+def test_nothing_begins_after_the_budget(capsys):
+    run(options(budget=1e-9, masks=True))
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["not_begun"] == {"attention": 2, "decode": 4, "masks": 6}
+    assert printed["attention"] == []
+
+
+def test_a_gpu_has_defaults_that_end_in_time():
+    chosen = _with_defaults(BenchOptions(), "cuda")
+    assert (chosen.presets, chosen.dtypes, chosen.budget) == (["160m", "410m"], ["bfloat16"], 500)
+    assert _with_defaults(BenchOptions(budget=60, dtypes=["float16"]), "cuda").budget == 60
+    assert _with_defaults(BenchOptions(), "cpu").budget == math.inf
+
+
+def test_the_memory_of_a_gpu_is_measured_in_this_process(monkeypatch):
+    monkeypatch.setattr(memory, "_measure", lambda row, case: 1.5)
+    monkeypatch.setattr(memory, "in_fresh_process", None)
+    assert peak_memory("sdpa", Case("cuda", "bfloat16", 1, 64, 64)) == 1.5
+
+
+@pytest.mark.parametrize("mask", masks.MASKS)
+def test_a_mask_is_the_same_dense(mask):
+    case = Case("cpu", "float32", 2, 320, 320, head_dim=16, mask=mask)
+    cell = measure(case, [r for r in rows.own_rows("cpu") if r.name in CHEAP], Budget(0, 1))
+    assert {t["row"] for t in cell.timings} >= {"sdpa", "stablemask"}
+    assert not [skipped for skipped in cell.not_timed if skipped["incorrect"]]
+    seen = masks.dense_bias(case)[0].isfinite().sum()
+    assert (seen < 320 * 321 / 2) == (mask not in ("causal", "alibi"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"lengths": [0]}, {"lengths": [1]}, {"dtypes": ["int8"]}, {"groups": [3]},
-        {"head_dims": [0]}, {"rows": ["fastest"]},
+        {"head_dims": [0]}, {"rows": ["fastest"]}, {"budget": 0.0},
     ],
 )  # fmt: skip
 def test_bad_options(changes):

@@ -170,6 +170,23 @@ def test_the_command(tmp_path, capsys):
     assert sum(line.startswith(tuple(f"| {name} |" for name in FAST)) for line in lines) == 4
 
 
+def test_a_command_that_is_cut_off_leaves_what_came_before(tmp_path, monkeypatch):
+    measured = []
+
+    def until_the_second(workload, **options):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(workload.preset)
+        return measure.Measured(rows=[{"row": "softmax"}])
+
+    monkeypatch.setattr("stablemask.benchmarks.training.measure_training", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(BenchOptions(train=True, dtypes=["bfloat16"], save=str(tmp_path)))
+    (saved,) = tmp_path.glob("training-cpu-*.json")
+    assert json.loads(saved.read_text())["training"] == [{"row": "softmax"}]
+    assert measured == ["tiny"]
+
+
 def test_a_wrong_row_ends_the_command_with_an_error(monkeypatch, capsys):
     monkeypatch.setattr(PlainLoop, "run", lambda self, steps: 1.0)
     options = BenchOptions(train=True, quick=True, presets=["tiny"], rows=["plain"], memory=False)

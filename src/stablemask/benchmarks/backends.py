@@ -11,10 +11,10 @@ import torch
 
 from .. import strict_json
 from ..backends import BACKENDS
+from ..backends.choice import KINDS
 from ..bars import progress_bar
 from .cases import HEADS, Case
 from .environment import describe
-from .masks import MASKS
 from .measure import DECODE, FORWARD, TRAINING, measure
 from .plan import TOKENS
 from .rows import own_rows
@@ -55,7 +55,7 @@ def measure_backends(
         own = [row for row in own if not row.compiled]
     tokens = TOKENS.get(device.type, TOKENS["cpu"])
     shapes = [(max(1, tokens // n), n, n) for n in lengths] + [(1, 1, m) for m in caches]
-    cells = list(product(dtypes, MASKS, shapes))
+    cells = list(product(dtypes, KINDS, shapes))
     found: dict[tuple, dict[str, Any]] = {}
     for dtype, kind, (batch, q_len, kv_len) in progress_bar(cells, unit="cell", leave=False):
         case = Case(device.type, dtype, batch, q_len, kv_len, HEAD_DIM, mask=kind)

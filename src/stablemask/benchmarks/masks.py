@@ -31,6 +31,12 @@ def _mask(case: Case) -> Arguments:
     return {"attn_mask": ~hidden.to(case.device)}
 
 
+def _padding(case: Case) -> Arguments:
+    """The last quarter of the keys, as of a batch padded on the right; no row is without a key."""
+    seen = torch.arange(case.kv_len, device=case.device) < case.kv_len - case.kv_len // 4
+    return {"attn_mask": seen.view(1, 1, 1, -1)}
+
+
 def _alibi(case: Case) -> Arguments:
     return {"alibi_slopes": head_decay_rates(case.heads).to(case.device)}
 
@@ -53,6 +59,7 @@ def _documents(case: Case) -> Arguments:
 MASKS: dict[str, Callable[[Case], Arguments]] = {
     "causal": _causal,
     "mask": _mask,
+    "padding": _padding,
     "alibi": _alibi,
     "window": _window,
     "documents": _documents,
@@ -88,7 +95,7 @@ def dense_bias(case: Case, rows: Tensor | None = None) -> Tensor:
     if "documents" in given:
         visible = visible & (given["documents"][row] == given["documents"])
     if "attn_mask" in given:
-        visible = visible & given["attn_mask"][rows]
+        visible = visible & given["attn_mask"].view(-1, case.kv_len).expand(case.q_len, -1)[rows]
     bias = torch.zeros(1, 1, 1, device=case.device)
     if "alibi_slopes" in given:
         bias = -given["alibi_slopes"].view(-1, 1, 1) * (row - column)

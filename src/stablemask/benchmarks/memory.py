@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward pass, in a fresh process that does nothing else."""
+"""Peak memory of one forward and backward pass: on the CPU in a fresh process that does nothing else."""
 
 import multiprocessing
 import os
@@ -28,8 +28,15 @@ def can_measure(device: str) -> bool:
     return device != "cpu" or _CLEAR_REFS.exists()
 
 
+def counts_live(device: str) -> bool:
+    """Whether a peak can be told in any process: CUDA's allocator counts what is live, and frees at once."""
+    return device == "cuda"
+
+
 def peak_memory(row: str, case: Case) -> float:
-    """MiB above its inputs that a row needs at its peak, in a process of its own."""
+    """MiB above its inputs that a row needs at its peak; on the CPU in a process of its own."""
+    if counts_live(case.device):
+        return _measure(row, case)
     return in_fresh_process(_measure, row, case)
 
 

@@ -5,13 +5,14 @@ rounds. With --table, time the backends against each other instead, for backend=
 with --model, a Transformers model that generates; with --train, whole training loops, ours and others'.
 """
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,8 +30,10 @@ from stablemask.options import option
 from stablemask.shell import pip_install
 
 SUMMARY = "time the attention against stock SDPA and what others offer"
+Value = TypeVar("Value")
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORY_ROWS = ("sdpa", "stablemask", "definition")
+GPU_SECONDS = 500.0  # what a GPU that is lent for ten minutes has
 
 
 @dataclass(kw_only=True)
@@ -39,14 +42,16 @@ class BenchOptions:
     lengths: list[int] | None = option(
         None, "of sequences and of caches; by default 512 to 16384, and caches of 1024 to 16384"
     )
-    dtypes: list[str] = option(["float32", "bfloat16"], "of the tensors", choices=DTYPES)
+    dtypes: list[str] | None = option(
+        None, "of the tensors; by default float32 and bfloat16, on a GPU bfloat16", choices=DTYPES
+    )
     head_dims: list[int] = option([64, 128], "the first at every length, the others at two")
     groups: list[int] = option([1, 4], "query heads a key head; the first at every length")
     rows: list[str] | None = option(None, "names of the rows to time; by default all")
     attention: bool = option(True, "time forward and backward by length")
     decode: bool = option(True, "time one token behind a cache")
     masks: bool = option(True, "time ALiBi, a window and packed documents")
-    memory: bool = option(True, "measure peak memory too, each in a process of its own")
+    memory: bool = option(True, "measure peak memory too, on the CPU each in a process of its own")
     table: bool = option(False, "instead: time every backend and store what 'auto' chooses by")
     model: str | None = option(
         None, "instead: time generating with this Transformers model, with StableMask and without"
@@ -54,14 +59,21 @@ class BenchOptions:
     train: bool = option(
         False, "instead: time training in our loop, the plain Trainer's, litgpt's and a bare one"
     )
-    presets: list[str] = option(["tiny", "71m"], "with --train, sizes of the model")
+    presets: list[str] | None = option(
+        None, "with --train, sizes of the model; by default tiny and 71m, on a GPU 160m and 410m"
+    )
+    budget: float | None = option(
+        None, "seconds after which nothing more is begun; by default 500 on a GPU, else no limit"
+    )
     save: str | None = option(None, "folder for a JSON file and a figure of the result")
 
 
 def run(options: BenchOptions) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = _with_defaults(options, device.type)
+    end = time.monotonic() + _given(options.budget)
     if options.train:
-        _train(options, device)
+        _train(options, device, end)
         return
     rows = _check(options, device)
     if options.table:
@@ -69,15 +81,13 @@ def run(options: BenchOptions) -> None:
         print(f"wrote {path}")
         return
     if options.model is not None:
-        _generation(options, device)
+        _generation(options, device, end)
         return
     scope = plan.Scope(
-        device.type, options.quick, options.dtypes, options.lengths, options.head_dims,
+        device.type, options.quick, _given(options.dtypes), options.lengths, options.head_dims,
         options.groups,
     )  # fmt: skip
-    result: dict[str, Any] = {"benchmark": "attention", **describe(device)}
-    result |= {"not_timed": [], "share_of_tolerance": 0.0, "seconds": {}}
-    print(f"{result['hardware']}; torch {torch.__version__}")
+    result = _begin("attention", device)
     print("times over the fastest stock SDPA in the same rounds, medians\n")
 
     for name, cells in (
@@ -85,18 +95,51 @@ def run(options: BenchOptions) -> None:
     ):  # fmt: skip
         if getattr(options, name):
             with _clock(result, name):
-                result[name] = _time(list(cells(scope, rows)), name, result)
+                result[name] = _time(list(cells(scope, rows)), name, result, end)
             _print(tables.timing_tables(result[name]))
+            _keep(result, options.save, device)
     if options.memory and can_measure(device.type):
         with _clock(result, "memory"):
-            result["memory"] = _memory(scope, {row.name for row in rows})
+            result["memory"] = _memory(scope, {row.name for row in rows}, result, end)
         _print(tables.memory_table(result["memory"]))
     _report_checks(
         result, "outputs and gradients of every row timed are those of its definition in float64"
     )
-    if options.save:
-        _save(result, Path(options.save), device)
+    saved = _keep(result, options.save, device)
+    if saved is not None:
+        _save_figure(result, saved)
     _end(result)
+
+
+def _with_defaults(options: BenchOptions, device: str) -> BenchOptions:
+    """What the user left open, by the device: on a GPU, what is most asked about and ends in time.
+
+    Raises:
+        InputError: the budget is not a number of seconds.
+    """
+    on_gpu = device == "cuda"
+    if options.budget is not None and not options.budget > 0:
+        raise InputError(f"budget must be above 0 seconds, got {options.budget}")
+    defaults: dict[str, Any] = {
+        "dtypes": ["bfloat16"] if on_gpu else ["float32", "bfloat16"],
+        "presets": ["160m", "410m"] if on_gpu else ["tiny", "71m"],
+        "budget": GPU_SECONDS if on_gpu else math.inf,
+    }
+    left_open = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return replace(options, **left_open)
+
+
+def _given(value: Value | None) -> Value:
+    """An option that :func:`_with_defaults` has filled in."""
+    assert value is not None
+    return value
+
+
+def _begin(benchmark: str, device: torch.device) -> dict[str, Any]:
+    result: dict[str, Any] = {"benchmark": benchmark, **describe(device)}
+    result |= {"not_timed": [], "not_begun": {}, "share_of_tolerance": 0.0, "seconds": {}}
+    print(f"{result['hardware']}; torch {torch.__version__}\n")
+    return result
 
 
 def _check(options: BenchOptions, device: torch.device) -> list[Row]:
@@ -108,9 +151,9 @@ def _check(options: BenchOptions, device: torch.device) -> list[Row]:
         raise InputError(f"lengths must be at least 2 each, got {options.lengths}")
     if any(HEADS % groups for groups in options.groups):
         raise InputError(f"groups must divide {HEADS} heads, got {options.groups}")
-    unknown = set(options.dtypes) - set(DTYPES)
-    if unknown or not options.dtypes:
-        raise InputError(f"dtypes must be of {', '.join(DTYPES)}, got {options.dtypes}")
+    dtypes = _given(options.dtypes)
+    if not dtypes or not set(dtypes) <= set(DTYPES):
+        raise InputError(f"dtypes must be of {', '.join(DTYPES)}, got {dtypes}")
     rows = all_rows(device.type)
     for row in options.rows or ():
         if row not in rows:
@@ -118,9 +161,11 @@ def _check(options: BenchOptions, device: torch.device) -> list[Row]:
     return [row for row in rows.values() if options.rows is None or row.name in options.rows]
 
 
-def _time(cells: list[plan.Planned], name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+def _time(
+    cells: list[plan.Planned], name: str, result: dict[str, Any], end: float
+) -> list[dict[str, Any]]:
     timings = []
-    for case, rows, budget in _progress(cells, name):
+    for case, rows, budget in _in_time(cells, name, result, end):
         cell = measure(case, rows, budget)
         timings += cell.timings
         result["not_timed"] += cell.not_timed
@@ -128,7 +173,9 @@ def _time(cells: list[plan.Planned], name: str, result: dict[str, Any]) -> list[
     return timings
 
 
-def _memory(scope: plan.Scope, chosen: set[str]) -> list[dict[str, Any]]:
+def _memory(
+    scope: plan.Scope, chosen: set[str], result: dict[str, Any], end: float
+) -> list[dict[str, Any]]:
     """Peak MiB by length over the floor's, and under each mask over our own causal pass."""
     runs = []
     for case in plan.memory_cases(scope):
@@ -141,7 +188,7 @@ def _memory(scope: plan.Scope, chosen: set[str]) -> list[dict[str, Any]]:
     if "stablemask" in chosen:
         runs += [("stablemask", case, "stablemask") for case in plan.mask_memory_cases(scope)]
     records, floors = [], {}
-    for row, case, floor in _progress(runs, "memory"):
+    for row, case, floor in _in_time(runs, "memory", result, end):
         mib = peak_memory(row, case)
         if row == floor and case.mask == "causal":
             floors[floor, case.dtype, case.kv_len] = mib
@@ -157,32 +204,32 @@ def _memory(scope: plan.Scope, chosen: set[str]) -> list[dict[str, Any]]:
 
 
 def _training(
-    options: BenchOptions, device: torch.device, result: dict[str, Any]
-) -> list[dict[str, Any]]:
+    options: BenchOptions, device: torch.device, result: dict[str, Any], end: float
+) -> None:
     from stablemask.benchmarks.training import BATCH_SIZES, ROWS, Workload, measure_training
 
     workloads = [
         Workload(
             preset, dtype, BATCH_SIZES[device.type][preset], device.type, device.type == "cuda"
         )
-        for preset in options.presets
-        for dtype in (options.dtypes[:1] if options.quick else options.dtypes)
+        for preset in _given(options.presets)
+        for dtype in _given(options.dtypes)[: 1 if options.quick else None]
         if dtype
         != "float16"  # which wants its loss scaled, and nobody trains in where there is bfloat16
     ]
-    records = []
-    for workload in _progress(workloads, "training"):
-        seconds = 5.0 if options.quick else 30.0
+    result["training"] = []
+    for workload in _in_time(workloads, "training", result, end):
+        seconds = 5.0 if options.quick or device.type == "cuda" else 30.0
         measured = measure_training(
             workload, names=options.rows or tuple(ROWS), seconds=seconds, memory=options.memory
         )
-        records += measured.rows
+        result["training"] += measured.rows
         result["not_timed"] += measured.not_timed
         result["share_of_tolerance"] = max(result["share_of_tolerance"], round(measured.worst, 3))
-    return records
+        _keep(result, options.save, device)
 
 
-def _train(options: BenchOptions, device: torch.device) -> None:
+def _train(options: BenchOptions, device: torch.device, end: float) -> None:
     from stablemask.benchmarks.training import ROWS
     from stablemask.models.presets import PRESETS
 
@@ -192,38 +239,40 @@ def _train(options: BenchOptions, device: torch.device) -> None:
     ):
         if values is not None and (not values or not set(values) <= set(known)):
             raise InputError(f"{name} must be of {', '.join(known)}, got {values}")
-    result: dict[str, Any] = {"benchmark": "training", **describe(device)}
-    result |= {"not_timed": [], "share_of_tolerance": 0.0, "seconds": {}}
-    print(f"{result['hardware']}; torch {torch.__version__}\n")
+    result = _begin("training", device)
     with _clock(result, "training"):
-        result["training"] = _training(options, device, result)
+        _training(options, device, result, end)
     _print(tables.training_table(result["training"]))
     _report_checks(
         result, "the loss and gradients of every row timed are those of its model in float64"
     )
-    if options.save:
-        save_json(result, Path(options.save) / f"training-{device.type}-{result['date']}.json")
+    _keep(result, options.save, device)
     _end(result)
 
 
-def _generation(options: BenchOptions, device: torch.device) -> None:
+def _generation(options: BenchOptions, device: torch.device, end: float) -> None:
     from stablemask.benchmarks.generation import measure_generation
     from stablemask.hf import load_model
 
     assert options.model is not None
-    result: dict[str, Any] = {"benchmark": "generation", **describe(device), "generation": []}
-    print(f"{result['hardware']}; torch {torch.__version__}\n")
-    for dtype in options.dtypes:
+    result = {**_begin("generation", device), "generation": []}
+    for dtype in _in_time(_given(options.dtypes), "generation", result, end):
         model = load_model(options.model, dtype=dtype, device=device)
         result["generation"] += measure_generation(model, quick=options.quick)
+        _keep(result, options.save, device)
     _print(tables.generation_table(result["generation"]))
-    if options.save:
-        save_json(result, Path(options.save) / f"generation-{device.type}-{result['date']}.json")
     print(strict_json.dumps(result))
 
 
-def _save(result: dict[str, Any], folder: Path, device: torch.device) -> None:
-    path = save_json(result, folder / f"attention-{device.type}-{result['date']}.json")
+def _keep(result: dict[str, Any], folder: str | None, device: torch.device) -> Path | None:
+    """Save what there is, after each part of a run, so that one that is cut off leaves what came before."""
+    if folder is None:
+        return None
+    name = f"{result['benchmark']}-{device.type}-{result['date']}.json"
+    return save_json(result, Path(folder) / name)
+
+
+def _save_figure(result: dict[str, Any], path: Path) -> None:
     if result.get("attention") or result.get("decode"):
         try:
             from stablemask.benchmarks.figure import save_figure
@@ -254,8 +303,16 @@ def _clock(result: dict[str, Any], name: str) -> Iterator[None]:
     result["seconds"][name] = round(time.perf_counter() - start, 1)
 
 
-def _progress(items: list[Any], name: str) -> Iterable[Any]:
-    return progress_bar(items, desc=name, unit="cell", leave=False)
+def _in_time(
+    items: Sequence[Value], name: str, result: dict[str, Any], end: float
+) -> Iterator[Value]:
+    """Those that can begin before ``end``, with a bar; how many could not stands in the result."""
+    for number, item in enumerate(progress_bar(items, desc=name, unit="cell", leave=False)):
+        if time.monotonic() > end:
+            result["not_begun"][name] = len(items) - number
+            print(f"{name}: the budget is over with {len(items) - number} of {len(items)} to go")
+            return
+        yield item
 
 
 def _print(text: str) -> None:

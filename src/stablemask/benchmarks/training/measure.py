@@ -15,7 +15,7 @@ from ...models.cost import flops_per_token
 from ...models.devices import peak_flops
 from ..correctness import IncorrectError
 from ..measure import CannotServeError
-from ..memory import can_measure, in_fresh_process, peak, reset_peak
+from ..memory import can_measure, counts_live, in_fresh_process, peak, reset_peak
 from ..timing import Budget, Samples, fastest, interleave, summarise
 from .check import Reference
 from .rows import ROWS, Row
@@ -47,17 +47,19 @@ def measure_training(
     Args:
         names: of :data:`ROWS`.
         seconds: for softmax and StableMask after seven rounds, until their ratio is known.
-        memory: measure peak memory too.
+        memory: measure peak memory too, on the CPU in a process for itself.
     """
     measured = Measured()
+    mib: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        contenders = _correct_ones(workload, names, Path(folder), measured)
+        contenders = _correct_ones(workload, names, Path(folder), measured, mib)
         timers = {name: contender.run for name, contender in contenders.items()}
         budget = Budget(seconds, min_rounds=7)
         samples = interleave(
             timers, budget, floors=["softmax"], watched=["stablemask"], block_seconds=BLOCK_SECONDS
         )
-    mib = in_fresh_process(peak_mib, workload, list(samples)) if memory and samples else {}
+    if memory and samples and not counts_live(workload.device):
+        mib = in_fresh_process(peak_mib, workload, list(samples))
     ours = samples.get("softmax")
     best = fastest(samples, [name for name in names if not ROWS[name].is_ours])
     for name, own in samples.items():
@@ -74,19 +76,30 @@ def measure_training(
 
 
 def _correct_ones(
-    workload: Workload, names: Sequence[str], folder: Path, measured: Measured
+    workload: Workload,
+    names: Sequence[str],
+    folder: Path,
+    measured: Measured,
+    mib: dict[str, float],
 ) -> dict[str, Contender]:
-    """The rows that can be built and compute what they should."""
+    """The rows that can be built and compute what they should; where it is counted, their peak memory in ``mib``."""
     references: dict[str, Reference] = {}
     contenders = {}
     for name in names:
         row = ROWS[name]
         try:
-            contender = row.build(workload, folder / name)
             if row.attention not in references:
                 references[row.attention] = Reference(workload, row.attention)
+            gc.collect()
+            counted = counts_live(workload.device)
+            before = reset_peak(workload.device) if counted else 0
+            contender = row.build(workload, folder / name)
             worst = references[row.attention].check(contender)
             _check_that_it_learns(contender, workload)
+            if counted:  # the optimizer has its moments by now
+                reset_peak(workload.device)
+                contender.run(1)
+                mib[name] = round((peak(workload.device) - before) / 2**20, 1)
         # Others fail in their own ways; one that does is a line of the report, not the end of the run.
         except Exception as error:
             measured.not_timed.append(_excuse(row, workload, error))
