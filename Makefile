@@ -6,7 +6,7 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: help setup demo test nightly lint matrix bench reproduce clean
+.PHONY: help setup demo test nightly lint matrix bench gpu reproduce clean
 
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make matrix  the tests of what depends on versions, with the oldest and the newest of every dependency"
 	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
+	@echo "make gpu     on a machine with an NVIDIA GPU: is it right, how fast is it; 500 seconds"
 	@echo "make reproduce  the paper's claims, measured again: docs/results.md, about 100 minutes"
 	@echo "make clean   remove .venv and caches"
 
@@ -71,6 +72,11 @@ $(MATRIX)/newest/.ready: pyproject.toml
 
 bench: setup
 	$(BIN)/stablemask bench --save benchmarks/results
+
+# What is there goes on: remove benchmarks/results/gpu.jsonl to begin anew.
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --resume
+	$(BIN)/python benchmarks/gpu.py page
 
 reproduce: setup
 	$(BIN)/stablemask reproduce --out docs/results/reproduce --page docs/results.md --resume

@@ -1,0 +1,192 @@
+"""Writes the GPU section of docs/benchmarks.md from what ``gpu.py`` has measured."""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu import LIMITS, RESULTS, ROOT, read
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN = "<!-- written by `python benchmarks/gpu.py page` -->"
+END = "<!-- end of what is written -->"
+MOST_REASONS = 12  # of failures on the page; the file has all
+Record = dict[str, Any]
+
+NOT_MEASURED = """**Not measured yet.** Nobody has run this on a GPU; the CUDA paths are tested on CPUs, against the contract of
+PyTorch's CUDA operators.
+
+`make gpu` measures a machine with an NVIDIA GPU in 500 seconds: first whether the kernels and everything on them are
+right, then speed, memory and training. `python benchmarks/gpu.py --resume` goes on with what did not fit in, and
+`python benchmarks/gpu.py page` writes this section from the results."""
+
+
+def section(rows: list[Record]) -> str:
+    """Markdown of a file of results; of none, how to get one."""
+    if not rows:
+        return NOT_MEASURED
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("parts", *LIMITS)}
+    masked = [*parts["masks"], *parts["flex"]]
+    blocks = [
+        _machine(parts["contract"]),
+        _checked(parts["contract"], [*parts["tests"], *parts["flex"]]),
+        _speed("Forward", parts["attention"], "forward"),
+        _speed("Forward and backward", parts["attention"], "forward+backward"),
+        _times("Decoding one token: microseconds", parts["decode"], "decode", 1e3),
+        _times("Under a mask, forward and backward: ms", masked, "forward+backward", 1),
+        _memory(parts["masks"]),
+        *(_training(parts[name]) for name in LIMITS if name.startswith("train")),
+        _pair(parts["pair-160m"]),
+        _not_done(parts),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def write(rows: list[Record], page: Path) -> None:
+    """Put the section between its marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"{page} has no section between {BEGIN!r} and {END!r}")
+    text = f"{before}{BEGIN}\n{section(rows)}\n{END}{after}"
+    partial = page.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(page)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.py page", description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, help=f"of results (default: {RESULTS})")
+    options = parser.parse_args(arguments)
+    if options.file is not None and not options.file.is_file():
+        parser.error(f"there is no file {options.file}")
+    write(read(options.file or RESULTS), PAGE)
+    print(f"wrote {PAGE}")
+
+
+def _machine(rows: list[Record]) -> str:
+    found = [row for row in rows if row["case"] == "machine"]
+    if not found:
+        return ""
+    machine = found[-1]
+    versions = machine["versions"]
+    named = [f"{name} {versions[name]}" for name in ("torch", "cuda", "cudnn") if name in versions]
+    capability = ".".join(map(str, machine["capability"]))
+    return (
+        f"{machine['hardware']} (compute capability {capability}), {', '.join(named)}, "
+        f"{machine['date']}, by `{machine['command']}`. bfloat16; ratios are to the fastest stock "
+        "SDPA in the same rounds."
+    )
+
+
+def _checked(contract: list[Record], tests: list[Record]) -> str:
+    checks = [row for row in contract if "ok" in row]
+    lines = []
+    if checks:
+        right = sum(row["ok"] for row in checks)
+        lines.append(f"{right} of {len(checks)} checks of the kernels against float64 hold.")
+    counts: Counter[str] = Counter()
+    whole = {row["case"] for row in tests if "counts" in row}
+    latest = {row["case"]: row["counts"] for row in tests if "counts" in row}
+    for case, count in latest.items():
+        if case.removesuffix(", so far") == case or case.removesuffix(", so far") not in whole:
+            counts.update(count)
+    if counts:
+        named = ("passed", "failed", "skipped")
+        lines.append(f"Tests on it: {', '.join(f'{counts[name]} {name}' for name in named)}.")
+    wrong = [(row["case"], row.get("reason", "")) for row in checks if not row["ok"]]
+    wrong += [(row["case"], row["failed"]) for row in tests if "failed" in row]
+    listed = [f"- {case}: {_cell(reason)}" for case, reason in wrong[:MOST_REASONS]]
+    if len(wrong) > MOST_REASONS:
+        listed.append(f"- and {len(wrong) - MOST_REASONS} more")
+    return "\n\n".join(filter(None, [" ".join(lines), "\n".join(listed)]))
+
+
+def _speed(title: str, rows: list[Record], kind: str) -> str:
+    def text(row: Record) -> str:
+        share = f" ({row['of_peak']:.0%})" if "of_peak" in row else ""
+        return f"{row['ratio']:.2f}, {row['tflops']:.0f}{share}"
+
+    timed = [row for row in rows if row.get("pass") == kind and row.get("ratio")]
+    return _titled(f"{title}: ratio, TFLOP/s (share of the card's peak)", _pivot(timed, text))
+
+
+def _times(title: str, rows: list[Record], kind: str, scale: float) -> str:
+    timed = [row for row in rows if row.get("pass") == kind and row.get("ratio")]
+    return _titled(
+        f"{title} (ratio)",
+        _pivot(timed, lambda row: f"{row['ms'] * scale:,.3g} ({row['ratio']:.2f})", across="row"),
+    )
+
+
+def _memory(rows: list[Record]) -> str:
+    told = [{**row, "case": row["mask"]} for row in rows if "mib" in row]
+    if not told:
+        return ""
+    title = (
+        f"Peak memory above the inputs, forward and backward of {told[0]['kv_len']:,} tokens: MiB"
+    )
+    return _titled(title, _pivot(told, lambda row: f"{row['mib']:,.0f}", across="row"))
+
+
+def _training(rows: list[Record]) -> str:
+    from stablemask.benchmarks.tables import training_table
+
+    timed = [row for row in rows if "tokens_per_second" in row]
+    return training_table(timed) if timed else ""
+
+
+def _pair(rows: list[Record]) -> str:
+    done = [row for row in rows if "perplexity" in row]
+    if not done:
+        return ""
+    first = done[0]
+    title = (
+        f"{first['preset']}, {first['steps']} steps of {first['batch']} blocks of Python's sources, "
+        "one seed: validation perplexity"
+    )
+    body = _table(
+        ["attention", "perplexity"], [[r["case"], f"{r['perplexity']:.2f}"] for r in done]
+    )
+    return _titled(title, body)
+
+
+def _not_done(parts: dict[str, list[Record]]) -> str:
+    ended = {row["case"]: row["exit"] for row in parts["parts"]}
+    missing = [
+        f"{name} ({ended.get(name, 'not begun')})" for name in LIMITS if ended.get(name) != 0
+    ]
+    refused = dict.fromkeys(
+        f"- {row['row']}: {_cell(row['reason'])}"
+        for name in LIMITS
+        for row in parts[name]
+        if "row" in row and "reason" in row
+    )
+    lines = ["Not timed:\n\n" + "\n".join(list(refused)[:MOST_REASONS])] if refused else []
+    lines += [f"Parts that did not end: {', '.join(missing)}."] if missing else []
+    return "\n\n".join(lines)
+
+
+def _titled(title: str, table: str) -> str:
+    return f"**{title}**\n\n{table}" if table else ""
+
+
+def _pivot(rows: Iterable[Record], text: Callable[[Record], str], across: str = "case") -> str:
+    """A line a case and a column a row of the benchmark, or the other way round."""
+    down = "row" if across == "case" else "case"
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(row[down], {})[row[across]] = text(row)
+    columns = list(dict.fromkeys(name for line in cells.values() for name in line))
+    lines = [[name, *(line.get(c, "") for c in columns)] for name, line in cells.items()]
+    return _table(["", *columns], lines) if lines else ""
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())
