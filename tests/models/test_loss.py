@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from stablemask.backends.calls import say_once
 from stablemask.models import loss as loss_module
 from stablemask.models.loss import chunked_causal_lm_loss
+from tests import cuda_contract
 
 from .tiny import random_ids, tiny_model
 
@@ -189,6 +191,53 @@ def test_gradients_that_nobody_wants_are_not_worked_out(frozen):
         loss.backward()
     assert (hidden_states.grad is None) == (frozen != "weight")
     assert (weight.grad is None) == (frozen != "hidden_states")
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_on_cuda_a_chunk_is_compiled_once(monkeypatch, precision):
+    """Through the compiler's first half, for the emulated device has no kernels: the same to the bit."""
+    hidden_states, weight = torch.randn(4, 16, 32), torch.randn(VOCABULARY, 32)
+    labels = random_ids(4, 16)
+    labels[0, :7] = -100
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    arguments = (hidden_states, weight, precision == "autocast", dtype)
+
+    def loss(hidden_states, weight):
+        return chunked_causal_lm_loss(hidden_states, weight, labels)
+
+    monkeypatch.setattr(loss_module, "CACHED_LOGITS", 0)  # the CPU's chunks are CUDA's
+    expected = loss_and_gradients(loss, *arguments)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    torch.compiler.reset()
+    cuda_contract.emulate(monkeypatch, (9, 0))
+    monkeypatch.setattr(loss_module.hardware, "compiler_problem", lambda: None)
+    compiled = torch.compile(loss_module._of_chunk, backend=backend, fullgraph=True)
+    monkeypatch.setattr(loss_module, "compiled_chunk", lambda: compiled)
+    for _ in range(2):
+        for ours, eager in zip(loss_and_gradients(loss, *arguments), expected, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+    assert 1 <= len(graphs) <= 2  # full chunks, and any number of rows
+
+
+def test_without_a_compiler_cuda_says_so_and_computes_the_same(monkeypatch):
+    hidden_states, weight, labels = (
+        torch.randn(2, 8, 32),
+        torch.randn(VOCABULARY, 32),
+        random_ids(2, 8),
+    )
+    expected = chunked_causal_lm_loss(hidden_states, weight, labels)
+    cuda_contract.emulate(monkeypatch, (9, 0))
+    say_once.cache_clear()
+    with pytest.warns(UserWarning, match="not compiled, and slower for it: nothing is compiled"):
+        torch.testing.assert_close(
+            chunked_causal_lm_loss(hidden_states, weight, labels), expected, rtol=0, atol=0
+        )
 
 
 def test_a_second_backward_is_refused():
