@@ -14,7 +14,8 @@ Letters: B batch, H query heads, K key heads, n query rows, m keys, D head_dim.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -620,3 +621,10 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Car
     monkeypatch.setattr(choice, "rank", choice.rank.__wrapped__)
     monkeypatch.setattr(choice, "_stock_prefers_cudnn", choice._stock_prefers_cudnn.__wrapped__)
     return CARD
+
+
+@contextmanager
+def emulated(capability: tuple[int, int]) -> Iterator[Card]:
+    """:func:`emulate` for a part of a test, or on a rank of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield emulate(patch, capability)

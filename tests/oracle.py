@@ -77,3 +77,16 @@ def assert_no_further_than_twice(actual, dense, exact, term):
         roundings = 4 * torch.finfo(actual[0].dtype).eps * max(term, truth.abs().max())
         allowed = 2 * (reference.double() - truth).abs().max() + roundings
         assert (ours.double() - truth).abs().max() <= allowed
+
+
+def assert_no_further_in_norm(actual, plain, exact):
+    """As above for the tensors of a whole model by name, each in the norm, against another run in its dtype.
+
+    A model rounds after every layer: 8 roundings of the largest tensor.
+    """
+    eps = max(torch.finfo(t.dtype).eps for t in actual.values())
+    roundings = 8 * eps * max(truth.norm() for truth in exact.values())
+    for name, truth in exact.items():
+        assert actual[name].isfinite().all(), name
+        allowed = 2 * (plain[name].double() - truth).norm() + roundings
+        assert (actual[name].double() - truth).norm() <= allowed, name

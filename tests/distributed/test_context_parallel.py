@@ -15,7 +15,8 @@ from stablemask.distributed import (
     unshard_sequence,
 )
 from stablemask.distributed.context_parallel import _Ring
-from tests import marks
+from tests import cuda_contract, marks
+from tests.conftest import CARDS
 from tests.oracle import gradients, make_inputs, sink_definition
 from tests.test_attention import LargestTensor, assert_no_further_than_twice
 
@@ -103,6 +104,28 @@ def _sinks(dtype, balanced, masks, chunk):
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_two_ranks_equal_the_definition(two_ranks, dtype, balanced, masks, chunk):
     two_ranks.run(_sinks, dtype, balanced, masks, chunk)
+
+
+def _emulated(capability, *arguments):
+    with cuda_contract.emulated(capability) as card:
+        _sinks(*arguments)
+        assert {name.split()[-1] for name, *_ in card.calls} == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize(
+    ("dtype", "card"),
+    [
+        (dtype, card)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for card in CARDS
+        if (dtype, card) != (torch.bfloat16, "sm75")  # which it has no arithmetic for
+    ],
+)
+def test_two_ranks_on_cuda_emulated(two_ranks, dtype, card, balanced, masks, chunk):
+    two_ranks.run(_emulated, CARDS[card], dtype, balanced, masks, chunk)
 
 
 @pytest.mark.parametrize("masks", MASKS)
