@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def _import(path: Path) -> ModuleType:
 def _reason(output: str) -> str:
     """The first line of a compiler's output that names an error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), "".join(lines[-1:]))
+    return next((line for line in lines if re.search(r"\berror: ", line)), "".join(lines[-1:]))
 
 
 LIBRARY: Any = load()
