@@ -1,6 +1,8 @@
 """Every reason to skip a test, in one place."""
 
 import os
+import platform
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +38,13 @@ wikitext = pytest.mark.skipif(
 
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+
+# Of the extra `dev` there, as pre-commit is; with the one and without the other it is an error.
+triton = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64")
+    or (find_spec("triton") is None and find_spec("pre_commit") is None),
+    reason="needs Triton, of the extra `dev` on Linux x86-64",
+)
 
 peers = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("flash_attention_softmax_n", "x_transformers")),

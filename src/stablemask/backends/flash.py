@@ -173,6 +173,7 @@ def cuda_row(
         else:
             row, keys = slice(0, 1), slice(0, key.shape[2])
             bias = masks.bias(row, keys, keys.stop - 1, dtype=query.dtype, device=query.device)
+        assert bias is not None
         top = as_rows_of_key_heads(bias.amax(-1, keepdim=True).expand(batch, heads, 1, 1), kv_heads)
         top = top.squeeze(-1)
     if isinstance(sink_logits, Tensor):

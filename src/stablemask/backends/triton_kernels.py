@@ -82,16 +82,15 @@ def take_share(
     num_rows = batch * heads * n
     width = triton.next_power_of_2(dim)
     rows = max(1, min(_NUMBERS_IN_BLOCK // width, triton.next_power_of_2(num_rows)))
-    is_number = not isinstance(sink, Tensor)
     none = (0, 0, 0)
     # Triton launches on the present device, not on that of the tensors.
     with torch.cuda.device_of(out):
         _take_share[(triton.cdiv(num_rows, rows),)](
-            out, result, lse, float(sink) if is_number else sink, top,
+            out, result, lse, sink if isinstance(sink, Tensor) else float(sink), top,
             *out.stride()[:3], *result.stride()[:3], *lse.stride(),
-            *(none if is_number else sink.stride()), *(none if top is None else top.stride()),
+            *(sink.stride() if isinstance(sink, Tensor) else none), *(none if top is None else top.stride()),
             num_rows, heads, n, dim,
-            SINK_IS_NUMBER=is_number, BIASED=top is not None, ROWS=rows, WIDTH=width,
+            SINK_IS_NUMBER=not isinstance(sink, Tensor), BIASED=top is not None, ROWS=rows, WIDTH=width,
         )  # fmt: skip
 
 

@@ -161,7 +161,8 @@ def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) ->
             config.stablemask, num_heads, lambda: context_of(config), positions
         )
     if sink_logits is None:
-        sink_logits = pseudo_sink_logits(model_settings(config), num_heads, positions)
+        settings = model_settings(config)
+        sink_logits = pseudo_sink_logits(settings, config.num_attention_heads, positions)
     return _local_heads(module, sink_logits, query)
 
 
