@@ -85,11 +85,17 @@ class Masks:
             other = ids != self.documents[:, None, None, keys]
             hide = other if hide is None else hide | other
         if self.alibi_slopes is not None:
-            alibi = distance * -self.alibi_slopes.to(dtype).view(1, -1, 1, 1)
+            alibi = alibi_bias(distance, self.alibi_slopes.view(-1, 1, 1), dtype)
             bias = alibi if bias is None else bias + alibi
         if bias is None:
             bias = torch.zeros((), dtype=dtype, device=device)
         return bias if hide is None else bias.masked_fill(hide, -torch.inf)
+
+
+def alibi_bias(distance: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
+    """``-slopes * distance``, rounded to ``dtype`` once: neither factor is one of half precision."""
+    precise = torch.promote_types(dtype, torch.float32)
+    return (distance * -slopes.to(precise)).to(dtype)
 
 
 NO_MASKS = Masks()

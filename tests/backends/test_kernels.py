@@ -13,6 +13,8 @@ from stablemask import (
 )
 from stablemask.backends import kernels
 from stablemask.backends.kernels import KERNELS
+from stablemask.backends.tiles import Tiling
+from stablemask.masks import Masks
 from stablemask.processor import Units
 from tests.oracle import (
     assert_no_further_than_twice,
@@ -112,3 +114,22 @@ def test_when_the_backward_of_half_precision_is_in_float32(monkeypatch):
     assert [converts(129, 64, dtype, dot_products=True) for dtype in half] == [False, True]
     for dtype in (torch.float32, torch.float64):
         assert not converts(16, 64, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_alibi_are_rounded_once(dtype):
+    slopes, length = head_decay_rates(12), 600  # of which most are not a number of half precision
+    masks = Masks(alibi_slopes=slopes)
+    tiling = Tiling(masks, length, length, 0, batch=1, dtype=dtype, device=torch.device("cpu"))
+    for tile in itertools.chain.from_iterable(map(tiling.tiles, tiling.blocks())):
+        row = torch.arange(tile.rows.start, tile.rows.stop).unsqueeze(-1)
+        key = torch.arange(tile.keys.start, tile.keys.stop)
+        shift = 0.0
+        if tile.shift is not None:  # one number a key, counted from the first row
+            row = row[:1]
+            offset = torch.arange(tile.rows.stop - tile.rows.start)
+            shift = tile.shift - offset * slopes.double().unsqueeze(-1)
+        exact = -slopes.double().view(1, -1, 1, 1) * (row - key)
+        once = torch.finfo(dtype).eps / 2 * 1.001 * exact.abs() + torch.finfo(dtype).tiny
+        assert ((tile.bias.double() - exact).abs() <= once).all()
+        assert abs(torch.as_tensor(shift)).max() <= 1e-4

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..masks import Masks
+from ..masks import Masks, alibi_bias
 
 ROWS_IN_BLOCK = 256
 # Of half precision in the backward, which on the CPU packs all keys anew in each call, and under ALiBi alone,
@@ -171,15 +171,16 @@ class Tiling:
         bias = self._mask_bias(rows, keys, with_alibi=not by_key)
         if slopes is None or not by_key:
             return Tile(rows, keys, causal, bias, None)
-        slopes = slopes.to(self.dtype)
         anchor = self.past + rows.start
         distance = torch.arange(anchor - keys.start, anchor - keys.stop, -1, device=self.device)
-        alibi = (distance * -slopes.unsqueeze(-1)).view(1, -1, 1, distance.shape[0])
+        alibi = alibi_bias(distance, slopes.unsqueeze(-1), self.dtype)
+        alibi = alibi.view(1, -1, 1, distance.shape[0])
         alibi = self._within_reach(alibi)  # the first row is the nearest
         shift = None
         if rows.stop - rows.start > 1:
             offset = torch.arange(rows.stop - rows.start, device=self.device)
-            shift = offset * slopes.unsqueeze(-1)
+            precise = torch.promote_types(self.dtype, torch.float32)  # as lse is
+            shift = offset * slopes.to(precise).unsqueeze(-1)
         bias = alibi if bias is None else bias + alibi
         return Tile(rows, keys, causal, bias, shift)
 
