@@ -116,6 +116,8 @@ def run_tests(results: "Results", sizes: Sizes, seconds: float, *, flex: bool) -
             arguments = [str(path), "-m", "gpu", "-q", "--tb=no", "-p", "no:cacheprovider"]
             pytest.main(arguments, plugins=[recorder])
             recorder.tell(file)
+            if recorder.lost:
+                raise LostError(file)
 
 
 def gpu_tests() -> list[Path]:
@@ -131,6 +133,7 @@ class Recorder:
     def __init__(self, results: "Results", file: str) -> None:
         self._results, self._file = results, file
         self._counts: Counter[str] = Counter()
+        self.lost = False
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or not report.passed:
@@ -154,6 +157,7 @@ class Recorder:
             reason = (lines or report.longreprtext.splitlines()[-1:] or [""])[0]
             self._results.write(report.nodeid, failed=reason.lstrip("E ")[:300])
             if _lost(report.longreprtext):
+                self.lost = True
                 pytest.exit("the GPU serves this process no more")
 
 

@@ -143,6 +143,17 @@ def test_packed_documents_are_each_on_their_own():
     near([gradient.transpose(0, 1)[None] for gradient in found], gradients)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_reach_into_a_kernel(name):
+    query, key, value, _ = draw(24, 24)
+    plain = run(name, query, key, value, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(name, query, key, value, True)
+    assert cast[1].dtype == torch.float32
+    for a, b in zip(plain, cast):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_the_efficient_backward_reads_out_by_its_own_strides():
     query, key, value, grad = draw(64, 64)
     out, lse = run("efficient", query, key, value, True)

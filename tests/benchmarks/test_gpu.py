@@ -159,6 +159,7 @@ def test_training_measures_its_memory_as_it_goes(card, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "in_fresh_process", None)
     path = tmp_path / "gpu.jsonl"
     rows = run("train-160m", path)
+    assert [row["reason"] for row in rows if "reason" in row] == []
     assert [row["row"] for row in rows] == ["stablemask", "softmax", "plain", "llama"]
     assert all(row["tokens_per_second"] > 0 and row["mib"] is not None for row in rows)
     assert all(row["of_softmax"] and row["of_best_other"] for row in rows)
@@ -230,6 +231,24 @@ def test_the_tests_of_a_card_are_told_one_by_one(tmp_path):
     assert "Tests on it: 1 passed, 1 failed, 1 skipped." in text
     assert "test_wrong: assert 1 == 2" in text
     assert run("tests", path, sizes) == [wrong, counts]
+
+
+def test_tests_that_lose_the_card_end_their_file(tmp_path):
+    file = tmp_path / "test_of_a_lost_card.py"
+    file.write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n"
+        "@pytest.mark.parametrize('number', range(3))\n"
+        "def test_wrong(number): raise RuntimeError('CUDA error: an illegal memory access')\n"
+    )
+    path = tmp_path / "gpu.jsonl"
+    sizes = gpu_parts.Sizes(device="cpu", tests=[file])
+    with pytest.raises(gpu_parts.LostError):
+        run("tests", path, sizes)
+    failed, counts = gpu.read(path)
+    assert "illegal memory access" in failed["failed"]
+    assert counts["counts"] == {"failed": 1}
+    run("tests", path, sizes)  # the next process has other files to go on with
 
 
 def test_the_files_with_a_test_for_a_card_are_found():

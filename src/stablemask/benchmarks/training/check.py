@@ -66,10 +66,13 @@ def _reference(
     workload: Workload, attention: str, ids: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     model: Any
-    if attention == "stablemask":
-        model = modeling.StableMaskForCausalLM(preset_config(workload.preset, attention=attention))
-    else:
-        model = LlamaForCausalLM._from_config(llama_config(workload), attn_implementation="eager")
+    with torch.device(workload.device):
+        if attention == "stablemask":
+            config = preset_config(workload.preset, attention=attention)
+            model = modeling.StableMaskForCausalLM(config)
+        else:
+            config = llama_config(workload)
+            model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
     model.load_state_dict(workload.weights())
     model.to(workload.device, dtype)
     dense = functools.partial(sink_attention, backend="reference")

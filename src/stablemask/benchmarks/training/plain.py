@@ -110,7 +110,8 @@ class PlainLoop:
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         self._clock = Clock(workload.device)
-        self._model = PlainDecoder(workload.config)
+        with torch.device(workload.device):
+            self._model = PlainDecoder(workload.config)
         self._model.load_state_dict(_join(workload.weights()))
         self._model.to(workload.device)
         self._forward = torch.compile(self._model) if workload.compile else self._model
@@ -130,7 +131,8 @@ class PlainLoop:
         for step in range(steps):
             for group in self._optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
-            loss = self.loss(batch)
+            with self._workload.autocast():
+                loss = self._forward(batch, next_tokens(batch))
             batch = self._batch()  # while a GPU is at work
             loss.backward()
             nn.utils.clip_grad_norm_(self._model.parameters(), CLIP)
@@ -146,8 +148,8 @@ class PlainLoop:
         return ids
 
     def loss(self, ids: Tensor) -> Tensor:
-        with self._workload.autocast():
-            return self._forward(ids, next_tokens(ids))
+        with self._workload.autocast():  # not compiled: other lengths than the loop's would slow it
+            return self._model(ids, next_tokens(ids))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._model.named_parameters(remove_duplicate=False))

@@ -81,7 +81,8 @@ def ours(workload: Workload, folder: Path, attention: str) -> OnTrainer:
         learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY,
         clip=CLIP, warmup=0, tensorboard=False,
     ).resolved()  # fmt: skip
-    model = StableMaskForCausalLM(preset_config(workload.preset, attention=attention))
+    with torch.device(workload.device):
+        model = StableMaskForCausalLM(preset_config(workload.preset, attention=attention))
     model.load_state_dict(workload.weights())
     model.chunked_loss = options.chunked_loss
     blocks = workload.blocks()
@@ -110,7 +111,8 @@ def llama_config(workload: Workload) -> LlamaConfig:
 
 def llama(workload: Workload, folder: Path) -> OnTrainer:
     """Transformers' Llama with stock SDPA on the Trainer as it comes."""
-    model = LlamaForCausalLM._from_config(llama_config(workload), attn_implementation="sdpa")
+    with torch.device(workload.device):
+        model = LlamaForCausalLM._from_config(llama_config(workload), attn_implementation="sdpa")
     model.load_state_dict(workload.weights())
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -66,7 +66,10 @@ class Workload:
     def weights(self) -> dict[str, Tensor]:
         """The same for every row, by the names they have in ours and in Transformers' Llama."""
         torch.manual_seed(0)
-        return StableMaskForCausalLM(self.config).state_dict()
+        with torch.device(
+            self.device
+        ):  # here and wherever a row is built: a GPU draws them in no time
+            return StableMaskForCausalLM(self.config).state_dict()
 
     def blocks(self) -> "RandomBlocks":
         return RandomBlocks(self.config.vocab_size, self.batch_size, self.context)
