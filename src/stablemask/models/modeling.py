@@ -156,7 +156,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
         past_length = 0 if cache is None else cache.get_seq_length()
         positions = self._positions(position_ids, attention_mask, past_length, given)
         if config.position_encoding == "learned":
-            check_table(positions, config.max_position_embeddings)
+            longest = past_length + given.shape[1] if position_ids is None else None
+            check_table(positions, config.max_position_embeddings, longest)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # With `position_ids` as given and no cache made yet, packed documents are recognised, and a

@@ -50,9 +50,16 @@ def alibi_mask(slopes: Tensor, attn_mask: Tensor, past_length: int | Tensor) -> 
     return bias + attn_mask
 
 
-def check_table(positions: Tensor, table_length: int) -> None:
-    """Refuse positions past a learned table; a graph cannot look, and fails at the lookup."""
-    if not (torch.compiler.is_compiling() or hardware.is_capturing(positions)):
+def check_table(positions: Tensor, table_length: int, length: int | Tensor | None = None) -> None:
+    """Refuse positions past a learned table; a graph cannot look, and fails at the lookup.
+
+    Args:
+        length: none of the positions reaches it; None where that is not known. Looking at them waits for
+            the device.
+    """
+    if torch.compiler.is_compiling() or hardware.is_capturing(positions):
+        return
+    if not (isinstance(length, int) and length <= table_length):
         check_length(int(positions.max()) + 1, table_length)
 
 

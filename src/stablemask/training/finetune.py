@@ -200,7 +200,6 @@ def _build_trainer(
     if isinstance(prepared.data, ChatCorpus):
         pad_token_id = given(prepared.data.tokenizer.pad_token_id)
         arguments["collate"] = partial(pad_conversations, pad_token_id=pad_token_id)
-        arguments["include_num_input_tokens_seen"] = "non_padding"
     callbacks: list[TrainerCallback] = [_EvaluateAtTheEnd()]
     if prepared.schedule is not None:
         callbacks.append(prepared.schedule)

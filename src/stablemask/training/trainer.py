@@ -74,6 +74,7 @@ class LanguageModelTrainer(Trainer):
         self.data_seconds = 0.0
         self.step_loss = torch.zeros((), device=self.args.device)
         self.grad_norm = torch.zeros(())
+        self._uncounted: torch.Tensor | int = 0  # real tokens of padded batches since the last log
         self._make_batches, self._collate = batches, collate
         self._sequences = sequences
         self._async_save = async_save
@@ -137,12 +138,26 @@ class LanguageModelTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         if is_sharded(self.model):
             self.model.set_requires_gradient_sync(self.accelerator.sync_gradients)
-        if self.args.include_num_input_tokens_seen == "no":  # every batch has the same size
+        if "attention_mask" in inputs:
+            self._uncounted = self._uncounted + inputs["attention_mask"].sum()
+        else:  # every batch has the same size
             tokens = inputs["input_ids"].numel() * self.args.world_size
             self.state.num_input_tokens_seen += tokens
         loss = super().training_step(model, inputs, *args)
         self.step_loss += loss
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._count_tokens()
+        super().log(logs, *args, **kwargs)
+
+    def _count_tokens(self) -> None:
+        """Add the real tokens of padded batches, on all processes; this waits for the device."""
+        tokens = torch.as_tensor(self._uncounted).cpu()
+        if control_group() is not None:
+            dist.all_reduce(tokens, group=control_group())
+        self.state.num_input_tokens_seen += int(tokens)
+        self._uncounted = 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -156,6 +171,7 @@ class LanguageModelTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._finish_saving()
+        self._count_tokens()
         name = f"checkpoint-{self.state.global_step}"
         if not all_agree(not (self._folder / name).exists()):
             return
@@ -287,18 +303,21 @@ class LanguageModelTrainer(Trainer):
         if self._sequences is not None:
             inputs = self._sequences.share(inputs)
         targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
-        count = int((targets != -100).sum())
+        count = (targets != -100).sum()
         with torch.no_grad():
             loss = model(**inputs).loss
-        if count:  # a batch of nothing but padding has no mean
-            self._eval_nats += loss.item() * count
-            self._eval_tokens += count
+        # Read at the end, together. A batch of nothing but padding has no mean.
+        mean = torch.where(count > 0, loss, 0.0).float()
+        self._eval_batches.append(torch.stack((mean, count.to(mean))))
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._eval_nats, self._eval_tokens = 0.0, 0
+        self._eval_batches: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, **kwargs)
-        sums = torch.tensor([self._eval_nats, self._eval_tokens], dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64)
+        if self._eval_batches:
+            means, counts = torch.stack(self._eval_batches).cpu().double().unbind(-1)
+            sums = torch.stack((means @ counts, counts.sum()))
         if control_group() is not None:
             dist.all_reduce(sums, group=control_group())
         nats, tokens = sums.tolist()
