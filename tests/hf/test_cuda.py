@@ -43,7 +43,7 @@ def steps(model, ids):
     return {"steps": torch.cat(logits, 1)}
 
 
-@pytest.mark.parametrize(("family", "dtype", "pad"), cases())
+@pytest.mark.parametrize(("family", "dtype", "pad"), list(cases()))
 def test_passes_steps_and_gradients(family: Family, dtype, pad):
     found = outcome(family)
     if not found.works:

@@ -123,8 +123,8 @@ def _loss_and_gradients(
 
 def _of_chunk(
     hidden: Tensor, weight: Tensor, target: Tensor, scales: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The loss of a chunk of tokens, and the gradient of its logits: ``(softmax - one-hot) scales``.
+) -> tuple[Tensor, Tensor]:
+    """The loss of a chunk of tokens, and the gradient of its logits: ``(softmax - one-hot) scales``; empty without.
 
     Args:
         hidden, weight: (rows, d), (V, d) of one dtype, that of the gradient.
@@ -137,14 +137,14 @@ def _of_chunk(
     total = logits.exp_().sum(-1, keepdim=True)
     loss = ((total.log() - target_logits) * scales).sum()
     if not with_gradient:
-        return loss, None
+        return loss, logits.new_empty(0)
     share = scales / total
     grad_target = (target_logits.exp() - total) * share
     gradient = logits.mul_(share).to(hidden.dtype)
     return loss, gradient.scatter_(-1, target, grad_target.to(hidden.dtype))
 
 
-def _fused(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _fused(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """:func:`_of_chunk` for the device of ``weight``: compiled on CUDA, where it passes ten times over floats."""
     if hardware.kind_of(weight) != "cuda" or torch.compiler.is_compiling():
         return _of_chunk
@@ -156,7 +156,7 @@ def _fused(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 @functools.cache
-def compiled_chunk() -> Callable[..., tuple[Tensor, Tensor | None]]:
+def compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
     say_once("the loss of training is compiled once, which takes seconds")
     return torch.compile(_of_chunk, fullgraph=True)
 
