@@ -14,8 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import stablemask.hf  # noqa: F401
-from stablemask import pseudo_logsumexp, sink_attention, stable_mask_attention
+from stablemask import head_decay_rates, pseudo_logsumexp, sink_attention, stable_mask_attention
 from stablemask.backends import hardware
+from stablemask.distributed import context_parallel
 from stablemask.models import StableMaskConfig, StableMaskForCausalLM, layers
 from stablemask.models.cache import CACHE
 from stablemask.models.positions import position_sink_logits
@@ -25,7 +26,8 @@ from tests.oracle import sink_definition
 aten = torch.ops.aten
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_unsafe_view"}
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2"}
-OF_THE_HOST = {"arange", "empty", "full", "linspace", "ones", "scalar_tensor", "tensor", "zeros"}
+OF_THE_HOST = {"arange", "empty", "full", "linspace", "ones", "scalar_tensor", "zeros"}
+FROM_THE_HOST = {"as_tensor", "from_numpy", "tensor"}
 READ_BY_THE_HOST = {"cpu", "item", "numpy", "tolist", "__bool__", "__int__", "__float__"}
 TWICE = {"constant_pad_nd"}  # fills, then copies
 
@@ -57,6 +59,8 @@ class OfTheDevice(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in READ_BY_THE_HOST:
             raise ContractError(f"{name}: the host waits for the device")
+        if name in FROM_THE_HOST:
+            raise ContractError(f"{name} copies from the host")
         if name in OF_THE_HOST and (kwargs or {}).get("device") is None:
             raise ContractError(f"{name} makes a tensor of the host")
         return function(*args, **(kwargs or {}))
@@ -130,6 +134,22 @@ def test_of_attention(monkeypatch, dtype, kv_heads, padded, sink):
     assert (found - exact).abs().max() <= 4 * torch.finfo(dtype).eps * value.abs().max()
 
 
+@pytest.mark.parametrize("masks", [{}, {"window": 9}, {"documents": None}, {"alibi_slopes": None}])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_a_graph_can_hold_any_mask(monkeypatch, masks, rows):
+    query, key = torch.randn(2, 4, rows, 64).half(), torch.randn(2, 2, 64, 64).half()
+    if "documents" in masks:
+        masks = {"documents": torch.arange(64) // 20}
+    if "alibi_slopes" in masks:
+        masks = {"alibi_slopes": head_decay_rates(4)}
+    gamma = torch.full((4,), 0.1)
+
+    def step():
+        return stable_mask_attention(query, key, key, gamma=gamma, **masks)
+
+    launches(step, torch.empty(1 << 30, device="meta"), monkeypatch)
+
+
 class _Cache:
     def __init__(self, key, value):
         self.kept = key, value
@@ -192,6 +212,15 @@ def test_of_a_layer_of_our_decoder(monkeypatch, attention, kv_heads, padded):
     monkeypatch.setattr(layers, "sink_attention", lambda query, *_, **__: query)
     rest = launches(step, key, monkeypatch)
     assert len(ours) - len(rest) <= stock(mask, torch.float16) + 1, ours
+
+
+@pytest.mark.parametrize("device", ["sm90"], indirect=True)
+def test_positions_of_a_shard_are_made_on_the_device(device, monkeypatch):
+    ring = context_parallel._Ring(None, rank=1, size=2, balanced=True)
+    monkeypatch.setattr(context_parallel._Ring, "of", lambda *_: ring)
+    with OfTheDevice():
+        positions = context_parallel.sequence_positions(4, device=device)
+    assert positions.tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("device", ["sm90"], indirect=True)

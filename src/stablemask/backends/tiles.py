@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Masks, alibi_bias
+from . import hardware
 
 ROWS_IN_BLOCK = 256
 # Of half precision in the backward, which on the CPU packs all keys anew in each call, and under ALiBi alone,
@@ -228,7 +229,7 @@ def _document_starts(documents: Tensor) -> Tensor:
 
 def _document_limits(documents: Tensor) -> tuple[Tensor, int] | None:
     """``Band.limits`` of ids (B, m); None where a document is not in one piece, or may not be read now."""
-    if documents.is_cuda and torch.cuda.is_current_stream_capturing():
+    if hardware.is_capturing(documents):
         return None
     ids = documents.cpu()  # once a call: how many documents there are decides what is launched
     starts = torch.ones_like(ids, dtype=torch.bool)

@@ -185,8 +185,8 @@ def sequence_positions(
     """
     ring = _Ring.of(group, balanced)
     chunk = ring.check_length(length, len(ring.chunks(0)), "the length of a shard")
-    starts = torch.tensor(ring.chunks(ring.rank), device=device) * chunk
-    return (starts[:, None] + torch.arange(chunk, device=device)).flatten()
+    starts = (i * chunk for i in ring.chunks(ring.rank))
+    return torch.cat([torch.arange(start, start + chunk, device=device) for start in starts])
 
 
 @dataclass(frozen=True)
