@@ -116,7 +116,9 @@ def _times(title: str, rows: list[Record], kind: str, scale: float) -> str:
     timed = [row for row in rows if row.get("pass") == kind and row.get("ratio")]
     return _titled(
         f"{title} (ratio)",
-        _pivot(timed, lambda row: f"{row['ms'] * scale:,.3g} ({row['ratio']:.2f})", across="row"),
+        _pivot(
+            timed, lambda row: f"{_three(row['ms'] * scale)} ({row['ratio']:.2f})", across="row"
+        ),
     )
 
 
@@ -186,6 +188,11 @@ def _pivot(rows: Iterable[Record], text: Callable[[Record], str], across: str = 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _three(value: float) -> str:
+    """With three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _cell(text: str) -> str:

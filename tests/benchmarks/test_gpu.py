@@ -180,16 +180,19 @@ def test_the_other_training_parts(monkeypatch, tmp_path):
     assert asked == [("410m", False, 16), ("160m", True, 64), ("410m", True, 16)]
 
 
+def small_pair(folder):
+    text = folder / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"{number} and so on, said the fox to the hen. " * 20)
+    return {"preset": "160m", "batch_size": 2, "data": str(text), "eval_tokens": 64}
+
+
 @pytest.mark.usefixtures("small_presets", "card")
 def test_the_pair_trains_without_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # an import of it fails
     monkeypatch.setenv("STABLEMASK_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text"
-    text.mkdir()
-    for number in range(40):
-        (text / f"{number}.txt").write_text(f"{number} and so on, said the fox to the hen. " * 20)
-    given = {"preset": "160m", "batch_size": 2, "data": str(text), "eval_tokens": 64}
-    sizes = gpu_parts.Sizes(device="cpu", pair=given, pair_steps=4)
+    sizes = gpu_parts.replace(TOY, pair=small_pair(tmp_path), pair_steps=4)
     path = tmp_path / "gpu.jsonl"
     rows = run("pair-160m", path, sizes)
     assert [row["case"] for row in rows] == ["stablemask", "softmax"]
@@ -339,6 +342,43 @@ def test_what_cannot_run_is_said_in_a_line(monkeypatch, capsys, tmp_path, argume
         gpu.main()
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def in_a_process(part, path):
+    """A part through the emulation, as ``gpu.py`` starts it; pytest has no hand in this process."""
+    with cuda_contract.emulated((9, 0)), pytest.MonkeyPatch.context() as patch:
+        for module in (timing, measure):
+            patch.setattr(module, "BLOCK_SECONDS", 0.0)
+        patch.setattr(timing, "PRECISION", math.inf)
+        for module in (memory, measure):
+            patch.setattr(module, "counts_live", lambda device: True)
+        for name in ("tiny", "160m", "410m"):
+            patch.setitem(PRESETS, name, SIZES)
+        pair = {"preset": "160m", "batch_size": 2, "eval_tokens": 64}
+        pair["data"] = str(Path(path).parent / "text")
+        tests = [ROOT / "tests/backends/test_choice.py", ROOT / "tests/backends/test_flex.py"]
+        run(part, Path(path), gpu_parts.replace(TOY, pair=pair, pair_steps=4, tests=tests))
+
+
+@marks.nightly
+@marks.proc
+def test_from_end_to_end(tmp_path):
+    small_pair(tmp_path)
+    path = tmp_path / "gpu.jsonl"
+    call = "import sys; from tests.benchmarks.test_gpu import in_a_process as p; p(*sys.argv[1:])"
+    parts = [part for part in gpu.LIMITS if "compiled" not in part]
+    gpu.run_parts(parts, path, 1200, lambda part, s: [sys.executable, "-c", call, part, str(path)])
+    rows = gpu.read(path)
+    assert {row["case"]: row["exit"] for row in rows if row["part"] == "parts"} == dict.fromkeys(
+        parts, 0
+    )
+    assert {row["part"] for row in rows} == {"parts", *parts}
+    refused = {(row["row"], row["incorrect"]) for row in rows if "reason" in row}
+    assert refused == {("stablemask flex", False)}  # which has no compiler, emulated
+    text = gpu_page.section(rows)
+    for words in ("**Forward:", "**Decoding", "**Under a mask", "**Peak memory", "**training 410m"):
+        assert words in text
+    assert len(list(tmp_path.iterdir())) == 2  # the text and the results
 
 
 def test_every_part_has_a_limit_of_six_minutes_at_most():

@@ -68,11 +68,11 @@ def _reference(
     model: Any
     with torch.device(workload.device):
         if attention == "stablemask":
-            config = preset_config(workload.preset, attention=attention)
-            model = modeling.StableMaskForCausalLM(config)
+            ours = preset_config(workload.preset, attention=attention)
+            model = modeling.StableMaskForCausalLM(ours)
         else:
-            config = llama_config(workload)
-            model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+            theirs = llama_config(workload)
+            model = LlamaForCausalLM._from_config(theirs, attn_implementation="eager")
     model.load_state_dict(workload.weights())
     model.to(workload.device, dtype)
     dense = functools.partial(sink_attention, backend="reference")
