@@ -446,3 +446,9 @@ class TestOnCUDA:
             roundings = 4 * torch.finfo(dtype).eps * exact.abs().max()
             allowed = 2 * (dense.double() - exact).abs().max() + roundings
             assert (ours.double() - exact).abs().max() <= allowed
+
+
+def test_what_fits_the_package_is_not_copied():
+    cache = torch.randn(1, 2, 9, 64)
+    assert flash_attn._to_package(cache, 64).data_ptr() == cache.data_ptr()
+    assert flash_attn._to_package(cache, 72).shape == (1, 9, 2, 72)

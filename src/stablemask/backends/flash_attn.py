@@ -78,7 +78,8 @@ def attend(call: Call) -> Tensor:
 
 
 def _to_package(tensor: Tensor, width: int) -> Tensor:
-    tensor = torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+    if tensor.shape[-1] != width:  # padding by nothing makes a copy, of a whole cache too
+        tensor = torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
     tensor = tensor.transpose(1, 2)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 

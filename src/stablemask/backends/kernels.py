@@ -254,7 +254,8 @@ def _aligned_bias(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor | N
         return None
     length = key.shape[2]
     bias = bias.expand(*bias.shape[:-1], length)
-    if not (_is_aligned(bias) and bias.stride(-1) == 1):
+    apart = all(stride % _BIAS_COLUMNS == 0 for stride in bias.stride()[:-1])
+    if not (apart and bias.stride(-1) == 1 and _is_aligned(bias)):
         padding = -length % _BIAS_COLUMNS
         bias = torch.nn.functional.pad(bias, (0, padding))[..., :length]
     return bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
