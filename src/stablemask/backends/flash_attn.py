@@ -30,7 +30,7 @@ from .calls import (
     sink_gradient,
     with_positive_scale,
 )
-from .operators import lse_dtype, row_sums
+from .operators import absorb, lse_dtype, row_sums
 
 MODULES = {
     "fa2": "flash_attn.flash_attn_interface",
@@ -220,6 +220,11 @@ def flash_attn_forward(
 
 
 def _with_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    joined = absorb(
+        out.transpose(1, 2), lse, sink_logits.to(lse.dtype)
+    )  # in one launch, of Triton's
+    if joined is not None:
+        return out.contiguous(), joined
     joined = torch.logaddexp(lse, sink_logits.to(lse.dtype))
     out = out.mul_(torch.exp(lse - joined).transpose(1, 2).unsqueeze(-1))
     return out.contiguous(), joined
