@@ -164,7 +164,7 @@ def test_the_command(tmp_path, capsys):
     by_name = {record["row"]: record for record in printed["training"]}
     assert list(by_name) == FAST
     assert by_name["softmax"]["of_softmax"] == 1
-    assert max(by_name[name]["of_best_other"] for name in ("llama", "plain")) == 1
+    assert 1 in (by_name[name]["of_best_other"] for name in ("llama", "plain"))
     assert all(record["tokens_per_second"] > 0 for record in printed["training"])
     assert "| row | tokens/s | of our softmax | of the best other |" in lines
     assert sum(line.startswith(tuple(f"| {name} |" for name in FAST)) for line in lines) == 4
