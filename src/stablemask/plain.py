@@ -154,9 +154,8 @@ def _on_cuda(
     ):
         return None
     masks = NO_MASKS if attn_mask is None else Masks(attn_mask)
-    sink = (
-        sink_logits if isinstance(sink_logits, Tensor) else query
-    )  # which backends do not ask about
+    # What backends do not ask about may be anything.
+    sink = sink_logits if isinstance(sink_logits, Tensor) else query
     if choose(Call(query, key, value, sink, masks, 0.0, scale), "auto") is not BACKENDS["flash"]:
         return None
     return cuda_row(query, key, value, sink_logits, attn_mask, scale)

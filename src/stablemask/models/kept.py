@@ -27,14 +27,17 @@ def keep(key: tuple[Hashable, ...], like: Tensor, make: Callable[[], Made]) -> M
     if not only_autograd_watches(like):
         return None
     key = (*key, like.device)
-    if key not in _KEPT:
+    try:
+        return _KEPT[key]
+    except KeyError:
         if hardware.is_capturing(like):
             return None
-        if len(_KEPT) >= _MOST:
-            del _KEPT[next(iter(_KEPT))]
-        with torch.inference_mode(False), torch.no_grad():
-            _KEPT[key] = make()
-    return _KEPT[key]
+    with torch.inference_mode(False), torch.no_grad():
+        made = make()
+    for oldest in list(_KEPT)[: 1 - _MOST]:  # other threads keep and drop as well
+        _KEPT.pop(oldest, None)
+    _KEPT[key] = made
+    return made
 
 
 def rates_on_device(gamma: str | list[float], num_heads: int, like: Tensor) -> Tensor:

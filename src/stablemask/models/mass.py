@@ -48,20 +48,14 @@ def _table_of(
     try:
         # By value, for settings may change between any two calls.
         settings = tuple(
-            [
-                (name, tuple(value) if isinstance(value, list) else value)
-                for name, value in given.items()
-            ]
+            [(name, tuple(v) if isinstance(v, list) else v) for name, v in given.items()]
         )
         # The context stands for what is not given, and takes as long to read as all the rest.
         length = None if "gamma" in given and "hold" in given else context()
         key = ("table", settings, num_heads, length)
         return keep(key, positions, lambda: _table(settings, num_heads, length, positions.device))
-    except (
-        AttributeError,
-        TypeError,
-    ):  # no dict, or no hash: `complete_settings` says what is wrong
-        return None
+    except (AttributeError, TypeError):
+        return None  # no dict, or no hash: `complete_settings` says what is wrong
 
 
 def _table(
