@@ -18,9 +18,8 @@ import os, sys, time
 from pathlib import Path
 from stablemask.writing import only_writer
 with only_writer(Path(sys.argv[1])):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 

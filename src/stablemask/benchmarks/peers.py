@@ -4,6 +4,7 @@ The packages are those of the extra ``bench``; without one its rows are not time
 """
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -95,6 +96,10 @@ def _build_flex_zero_key(case: Case, inputs: Inputs) -> Run:
 def _build_softmax_n(case: Case, inputs: Inputs, path: str) -> Run:
     if case.mask != "causal":
         raise NotImplementedError("timed with the causal mask only")
+    if not torch.cuda.is_available():
+        # It does without its Triton kernel, which asks for a GPU as it is imported.
+        kernel: Any = None
+        sys.modules.setdefault("flash_attention_softmax_n.core.flash_attn_triton", kernel)
     import flash_attention_softmax_n
 
     attend = getattr(flash_attention_softmax_n, f"{path}_attention_n")
