@@ -7,6 +7,7 @@ import torch
 
 from stablemask.cli import export
 from stablemask.cli.main import main
+from tests import marks
 
 
 def test_an_onnx_file_in_half_precision_is_checked(model_folder, tmp_path, capsys):
@@ -47,6 +48,7 @@ def test_a_file_that_is_not_the_model_fails_the_run(model_folder, tmp_path, monk
     [
         (["--out", "model.bin"], "--out must end in .onnx or .pt2, got 'model.bin'"),
         (["--out", "absent/model.onnx"], "no folder at 'absent'"),
+        pytest.param(["--out", "/proc/m.onnx"], "cannot write to '/proc/m.onnx'", marks=marks.proc),
         (["--out", "m.onnx", "--dtype", "bfloat16"], "few operators in bfloat16"),
         (["--out", "m.pt2", "--length", "4"], "--batch-size and --length fix the shape together"),
         (

@@ -31,6 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..errors import InputError
 from ..models.cache import CACHE
 from ..shell import pip_install
+from ..writing import writing
 from .model import evaluating
 
 Graph = Callable[..., tuple[Tensor, ...]]
@@ -203,7 +204,9 @@ class _Decoder(nn.Module):
 def _replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A name to write under, in a folder beside ``path``; what is there afterwards takes its place."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with writing(path):
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    with beside as folder:
         yield Path(folder, path.name)
         # The file of that name last: a graph never stands without its weights.
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
