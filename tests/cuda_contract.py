@@ -14,6 +14,7 @@ Letters: B batch, H query heads, K key heads, n query rows, m keys, D head_dim.
 
 import itertools
 import math
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -499,6 +500,7 @@ def cudnn_backward(
     cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None,
 ):  # fmt: skip
     called("cudnn backward", query, key)
+    check(dropout_p == 0, "emulated without dropout")
     bias = _check_cudnn(query, key, value, attn_bias)
     heads, n = query.shape[1:3]
     m, kv_heads = key.shape[2], key.shape[1]
@@ -511,6 +513,7 @@ def cudnn_backward(
     key_of = (
         query.dtype, *((tuple(t.shape), t.stride()) for t in (query, key, value)),
         None if bias is None else (tuple(bias.shape), bias.stride()), is_causal,
+        struct.pack("d", dropout_p),  # keys are compared by their bytes
     )  # fmt: skip
     strides = (out.stride(), grad_out.stride(), logsumexp.stride())
     if CARD.cudnn_key_has_out:

@@ -20,6 +20,7 @@ from tests import marks
 from tests.cuda_contract import CARD
 from tests.oracle import gradients, sink_definition
 
+aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -141,6 +142,30 @@ def test_however_tensors_lie_in_memory(device, backend, layout, mask):
         for ours, expected in zip((out, *found), truth, strict=True):
             allowed = 8 * torch.finfo(torch.float16).eps * max(1, expected.abs().max())
             assert (ours.detach().cpu().double() - expected).abs().max() <= allowed
+
+
+def test_a_stock_call_before_ours_leaves_it_no_wrong_graph(device):
+    """Its gradient lies otherwise than the query, and PyTorch up to 2.13 finds its graph for ours."""
+    if not serves("cudnn", torch.float16, device):
+        pytest.skip("cuDNN needs compute capability 8.0")
+    made = [torch.randn(2, 24, 4, 16).to(device, torch.float16) for _ in range(3)]
+    query, key, value = (tensor.transpose(1, 2) for tensor in made)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, True, False, scale=0.25
+    )
+    grad = torch.randn(2, 4, 24, 16).to(device, torch.float16)
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    aten._scaled_dot_product_cudnn_attention_backward(
+        grad, query, key, value, out.contiguous(), lse, state, state, None, None, None, 24, 24, 0.0, True,
+        scale=0.25,
+    )  # fmt: skip
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in (query, key, value))
+    ours = gradients(sink_attention(*leaves, 0.5, backend="cudnn"), leaves, grad)
+    exact_leaves = tuple(t.detach().cpu().double().requires_grad_() for t in leaves)
+    exact = sink_definition(*exact_leaves, torch.full((1, 1), 0.5, dtype=torch.float64))
+    for found, expected in zip(ours, gradients(exact, exact_leaves, grad.cpu()), strict=True):
+        allowed = 8 * torch.finfo(torch.float16).eps * max(1, expected.abs().max())
+        assert (found.cpu().double() - expected).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

@@ -220,11 +220,13 @@ def _cudnn_backward(grad, query, key, value, out, lse, bias, causal, scale):
     query, key, value = _aligned(query, key, value)
     seed, offset = _no_random_state(query)
     # Up to PyTorch 2.13 a graph is found again whatever the strides of these two, and reads them by those of
-    # the first call. So they lie as the query does, which is how stock attention makes them.
+    # the first call. So they lie as the query does in every call of ours; and the dropout, which is compared
+    # by its bytes, keeps graphs apart that other calls have made for gradients in any layout.
     grad, out = (_as_it_lies(tensor, query) for tensor in (grad, out))
+    no_dropout = -0.0
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad, query, key, value, out, lse.unsqueeze(-1), seed, offset, bias, None, None,
-        query.shape[2], key.shape[2], 0.0, causal, scale=scale,
+        query.shape[2], key.shape[2], no_dropout, causal, scale=scale,
     )  # fmt: skip
 
 
@@ -233,7 +235,9 @@ def _as_it_lies(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.stride() == laid.stride() else laid.copy_(tensor)
 
 
-# The memory-efficient kernel has no grouped heads, pads lse to a multiple of 32 rows, wants the rows of a
+# The memory-efficient kernel has no grouped heads: it steps from head to head by one stride, and no stride repeats
+# each of several key heads, so with more than one they are copied, as Transformers does for stock attention. A
+# single one has a stride of zero and no copy. It also pads lse to a multiple of 32 rows, wants the rows of a
 # bias aligned to 16 bytes, and reads ``out`` in the backward as (batch, rows, heads, dim) whatever its strides.
 _LSE_ROWS = 32
 _BIAS_COLUMNS = 16
