@@ -16,7 +16,8 @@ def dense_attention(positions: Tensor, settings: dict | None):
 
     Args:
         positions: the place of each row in its own text, (batch or 1, q).
-        settings: as ``config.stablemask`` holds them, or None for no pseudo columns.
+        settings: as ``config.stablemask`` holds them, the shifts of a layer as a tensor too; or None for
+            no pseudo columns.
     """
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -31,7 +32,11 @@ def dense_attention(positions: Tensor, settings: dict | None):
             scores = scores.masked_fill(attention_mask < -1e30, -torch.inf)
         columns = [scores]
         if settings is not None:
-            columns.append(_pseudo_columns(positions, query.shape[1], **settings))
+            shift = settings.get("shift", 0.0)
+            if isinstance(shift, list):
+                shift = shift[module.layer_idx]
+            of_layer = settings | {"shift": shift}
+            columns.append(_pseudo_columns(positions, query.shape[1], **of_layer))
         if kwargs.get("s_aux") is not None:
             columns.append(kwargs["s_aux"].double()[:, None, None])
         rows = scores.shape[:-1]
@@ -49,7 +54,9 @@ def _pseudo_columns(positions, heads, gamma, horizon=None, start=0, shift=0.0, h
     ``hold`` those of that place."""
     if gamma == "slopes":
         gamma = head_decay_rates(heads)
-    rate = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1, 1, 1)
+    rate, shift = (
+        torch.as_tensor(t, dtype=torch.float64).reshape(-1, 1, 1) for t in (gamma, shift)
+    )
     if horizon is None:
         horizon = int(positions.max()) + 2 + int(FAR / rate.min())
     column = torch.arange(horizon)

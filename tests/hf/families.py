@@ -35,7 +35,12 @@ SIZES = {
 }
 PSEUDO = (
     {"gamma": [0.3, 0.1, 0.05, 0.2]},
-    {"gamma": 0.05, "horizon": 30, "start": 1, "shift": 0.5},
+    {
+        "gamma": 0.05,
+        "horizon": 30,
+        "start": 1,
+        "shift": [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]],
+    },
 )
 
 
@@ -287,7 +292,8 @@ PREFACE = """\
 Written by `python -m tests.hf.families`, and checked by `tests/hf/test_families.py`. *Works* means: a
 random model of two layers in float64 gives the logits and the gradient of every parameter that its own eager
 attention gives with the pseudo columns of [method.md](method.md) written out in it: with one gamma a head, an
-infinite horizon and a text padded on the left, and with one gamma, a finite horizon, a `start` and a `shift`. *Refused* means a ValueError with the reason given, when the model is made
+infinite horizon and a text padded on the left, and with one gamma, a finite horizon, a `start` and a `shift` of each
+layer and head. *Refused* means a ValueError with the reason given, when the model is made
 or, for soft-capping, when it is run; nothing else runs in its stead. *From* is the first Transformers of those we support in
 which it works; older ones refuse it. A family that is not named here works if
 its layers call Transformers' attention interface and are told `position_ids`.

@@ -230,7 +230,7 @@ def _record_ours(module: StableMaskAttention, args: tuple[Tensor], inputs: dict[
     slopes = inputs["alibi_slopes"]
     if slopes is not None:
         scores = scores - slopes[:, None, None] * distance
-    sinks = inputs["sink_logits"] if module.sinks is None else module.sinks[:, None]
+    sinks = module.sink(inputs["sink_logits"])
     _CAPTURE.get().add(module, *_shares(scores.masked_fill(distance < 0, -torch.inf), sinks))
 
 

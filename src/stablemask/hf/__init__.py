@@ -15,6 +15,7 @@ from . import adapters, guard
 from .apply import apply_stablemask
 from .attention import dispatch_sdpa, stablemask_attention_forward
 from .loading import load_model
+from .shift import keep_shifts, read_shifts, train_shifts
 
 AutoConfig.register(StableMaskConfig.model_type, StableMaskConfig, exist_ok=True)
 AutoModel.register(StableMaskConfig, StableMaskModel, exist_ok=True)
@@ -25,4 +26,4 @@ AttentionInterface.register("sdpa", dispatch_sdpa)
 guard.install()
 adapters.install()
 
-__all__ = ["apply_stablemask", "load_model"]
+__all__ = ["apply_stablemask", "keep_shifts", "load_model", "read_shifts", "train_shifts"]

@@ -18,7 +18,7 @@ def apply_stablemask(
     gamma: float | list[float] | str | None = None,
     horizon: int | None = None,
     start: int = 0,
-    shift: float = 0.0,
+    shift: float | list[list[float]] = 0.0,
     hold: int | str | None = None,
 ) -> Model:
     """Give a model StableMask, at once; its weights stay as they are.
@@ -40,8 +40,8 @@ def apply_stablemask(
     """
     config: Any = model.config.get_text_config(decoder=True)
     check_family(type(model))
-    check_layers(model, config)
     given = given_settings(gamma=gamma, horizon=horizon, start=start, shift=shift, hold=hold)
+    check_layers(model, config, given)
     settings = model_settings(config, given)
     if isinstance(model, StableMaskPreTrainedModel):
         if config.attention == "learned-sink":

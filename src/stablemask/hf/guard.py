@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.configuration import StableMaskConfig
+from ..models.layers import StableMaskAttention
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
 from .settings import model_settings
 
@@ -32,9 +34,9 @@ def _checked(post_init: Any) -> Any:
     def check(self: PreTrainedModel) -> None:
         post_init(self)
         if getattr(self.config, "stablemask", None) is not None:
-            check_layers(self, self.config)
+            check_layers(self, self.config, self.config.stablemask)
         elif self.config._attn_implementation == ATTN_IMPLEMENTATION and self.can_generate():
-            check_layers(self, self.config.get_text_config(decoder=True))
+            check_layers(self, self.config.get_text_config(decoder=True), {})
         write_settings(self)
 
     check._guards_stablemask = True  # type: ignore[attr-defined]
@@ -104,15 +106,43 @@ def check_family(model_class: type[PreTrainedModel]) -> None:
         )
 
 
-def check_layers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Raise ValueError for a built model none of whose layers would read ``config.stablemask``."""
-    if isinstance(model, StableMaskPreTrainedModel):
-        return
-    if not any(_attends_causally(layer, config) for layer in model.modules()):
+def check_layers(
+    model: PreTrainedModel, config: PreTrainedConfig, settings: dict[str, Any]
+) -> None:
+    """Raise ValueError for a built model that would not run what ``config.stablemask`` asks for.
+
+    None of its layers reads it, or those do not tell which of the listed shifts is theirs.
+    """
+    if not attention_layers(model, config):
         raise ValueError(
             f"StableMask cannot run in {type(model).__name__}: it has no causal attention that reads "
             "this configuration (encoders need is_decoder=True)"
         )
+    if isinstance(settings.get("shift"), (list, tuple)):
+        numbered_layers(model, config)
+
+
+def attention_layers(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
+    """The modules whose attention reads ``config.stablemask``, in order."""
+    if isinstance(config, StableMaskConfig):
+        return [layer for layer in model.modules() if isinstance(layer, StableMaskAttention)]
+    return [layer for layer in model.modules() if _attends_causally(layer, config)]
+
+
+def numbered_layers(model: nn.Module, config: PreTrainedConfig) -> dict[int, nn.Module]:
+    """The same by the number of their decoder layer.
+
+    Raises:
+        ValueError: a module does not tell its number, so no list can say what is its own.
+    """
+    layers = attention_layers(model, config)
+    numbered: dict[Any, nn.Module] = {getattr(layer, "layer_idx", None): layer for layer in layers}
+    if len(numbered) != len(layers) or not numbered.keys() <= set(range(config.num_hidden_layers)):
+        raise ValueError(
+            f"a shift of each layer cannot run in {type(model).__name__}: its attention modules do not tell "
+            "which layer they are in (layer_idx); give one number for all"
+        )
+    return numbered
 
 
 def write_settings(model: PreTrainedModel) -> None:
@@ -128,7 +158,7 @@ def write_settings(model: PreTrainedModel) -> None:
         or isinstance(model, StableMaskPreTrainedModel)
     ):
         return
-    layers = [layer for layer in model.modules() if _attends_causally(layer, config)]
+    layers = attention_layers(model, config)
     if layers and not any(hasattr(layer, "sinks") for layer in layers):
         config.stablemask = model_settings(config)
 

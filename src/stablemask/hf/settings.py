@@ -28,8 +28,14 @@ def model_settings(config: PreTrainedConfig, given: dict[str, Any] | None = None
         raise ValueError(
             f"StableMask needs one num_attention_heads, which {type(config).__name__} does not name"
         )
-    own_layers = config.num_hidden_layers if isinstance(config, StableMaskConfig) else None
-    return complete_settings(given, num_heads, context_of(config), own_layers)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    return complete_settings(
+        given,
+        num_heads,
+        context_of(config),
+        num_layers if isinstance(num_layers, int) else None,
+        own_decoder=isinstance(config, StableMaskConfig),
+    )
 
 
 @contextmanager

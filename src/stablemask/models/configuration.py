@@ -199,6 +199,7 @@ class StableMaskConfig(PreTrainedConfig):
             self.num_attention_heads,
             self.max_position_embeddings,
             self.num_hidden_layers,
+            own_decoder=True,
         )
 
     def _check_rope(self, asked_for_rope: bool) -> None:

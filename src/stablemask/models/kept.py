@@ -40,6 +40,23 @@ def keep(key: tuple[Hashable, ...], like: Tensor, make: Callable[[], Made]) -> M
     return made
 
 
+def shifts_on_device(shifts: tuple[Any, ...], like: Tensor, check: Callable[[], object]) -> Tensor:
+    """Numbers that are added to log M, float32 ``(..., heads, 1)``, where a tensor is.
+
+    Args:
+        shifts: one per head, or a tuple of them for each layer.
+        check: called once, before they are first used; raises where they do not fit the model.
+    """
+
+    def make() -> Tensor:
+        if not torch.compiler.is_compiling():
+            check()
+        return torch.tensor(shifts, dtype=torch.float32, device=like.device).unsqueeze(-1)
+
+    kept = keep(("shifts", shifts), like, make)
+    return make() if kept is None else kept
+
+
 def rates_on_device(gamma: str | list[float], num_heads: int, like: Tensor) -> Tensor:
     """A rate of each head, (heads,), where a tensor is: those listed, or for "slopes" ALiBi's.
 

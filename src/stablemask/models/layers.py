@@ -17,6 +17,7 @@ from .cache import CACHE
 from .configuration import StableMaskConfig
 from .norm import RMSNorm
 from .positions import Rotary, rotate
+from .settings import SHIFT_PARAMETER
 
 if TYPE_CHECKING:
     from ..distributed.tensor_parallel import Shards
@@ -42,6 +43,7 @@ class StableMaskAttention(nn.Module):
     """
 
     sinks: nn.Parameter | None
+    stablemask_shift: nn.Parameter | None
 
     def __init__(self, config: StableMaskConfig, layer_idx: int):
         super().__init__()
@@ -61,6 +63,16 @@ class StableMaskAttention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
         else:
             self.register_parameter("sinks", None)
+        self.register_parameter(SHIFT_PARAMETER, None)  # of `stablemask.hf.train_shifts`
+
+    def sink(self, sink_logits: Tensor | None) -> Tensor:
+        """The sink logits of this layer, given those that follow from positions."""
+        if self.sinks is not None:
+            return self.sinks[:, None]
+        assert sink_logits is not None
+        if self.stablemask_shift is not None:
+            return sink_logits + self.stablemask_shift[:, None]
+        return sink_logits
 
     def project(
         self, hidden_states: Tensor, rotary: Rotary | None = None
@@ -108,9 +120,7 @@ class StableMaskAttention(nn.Module):
         query, key, value = self.project(hidden_states, rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if self.sinks is not None:
-            sink_logits = self.sinks[:, None]
-        assert sink_logits is not None
+        sink_logits = self.sink(sink_logits)
         if query.shape[1] != self.num_heads:
             shards = self._head_shards(query, key)
             sink_logits = shards.local("sink_logits", sink_logits)

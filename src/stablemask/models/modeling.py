@@ -199,7 +199,9 @@ class StableMaskModel(StableMaskPreTrainedModel):
             scale = config.hidden_size**0.5
             hidden_states = hidden_states * scale + encoding.to(hidden_states.dtype)
 
-        sink_logits = position_sink_logits(config, positions, self.log_gamma)
+        first: Any = self.layers[0]
+        trained_shift = first.self_attn.stablemask_shift is not None
+        sink_logits = position_sink_logits(config, positions, self.log_gamma, trained_shift)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,

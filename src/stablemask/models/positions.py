@@ -1,12 +1,15 @@
 """The ways a model is told where a token stands, each a few lines."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends import hardware
 from .configuration import StableMaskConfig
+from .kept import shifts_on_device
 from .mass import sink_logits_at
-from .settings import pseudo_sink_logits
+from .settings import complete_settings, pseudo_sink_logits, without_shift
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -78,15 +81,19 @@ def _inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor
 
 
 def position_sink_logits(
-    config: StableMaskConfig, positions: Tensor, log_gamma: Tensor | None = None
+    config: StableMaskConfig,
+    positions: Tensor,
+    log_gamma: Tensor | None = None,
+    trained_shift: bool = False,
 ) -> list[Tensor | None]:
     """Sink logits of each layer that follow from positions, broadcastable to (batch, heads, length).
 
-    None for ``learned-sink``, where each layer holds its own.
+    None for ``learned-sink``, where each layer holds its own. A shift that layers train is theirs to add.
 
     Args:
         positions: int, (batch or 1, length).
         log_gamma: logarithm of the learned decay rates, (layers, heads), where there are any.
+        trained_shift: whether the layers hold their shifts.
     """
     layers = range(config.num_hidden_layers)
 
@@ -100,17 +107,26 @@ def position_sink_logits(
         return [same for _ in layers]
     settings, heads = config.stablemask, config.num_attention_heads
     assert settings is not None
-    masses: list[Tensor | None]
+    listed = isinstance(settings.get("shift"), (list, tuple)) and not trained_shift
+    of_all = without_shift(settings) if listed or trained_shift else settings
+    masses: list[Any]
     if log_gamma is None:
-        of_a_layer = {name: value for name, value in settings.items() if name != "layers"}
+        of_a_layer = {name: value for name, value in of_all.items() if name != "layers"}
         shared = sink_logits_at(of_a_layer, heads, lambda: None, positions)
         if shared is None:
-            shared = pseudo_sink_logits(settings, heads, positions)
+            shared = pseudo_sink_logits(of_all, heads, positions)
         masses = [shared for _ in layers]
     else:
-        masses = [
-            pseudo_sink_logits(settings, heads, positions, rates) for rates in log_gamma.exp()
-        ]
+        masses = [pseudo_sink_logits(of_all, heads, positions, rates) for rates in log_gamma.exp()]
+    if listed:
+        shifts = shifts_on_device(
+            tuple(map(tuple, settings["shift"])),
+            positions,
+            lambda: complete_settings(settings, heads, None, len(layers), own_decoder=True),
+        )
+        # One addition, not one a layer.
+        each = masses[0] if log_gamma is None else torch.stack(masses)
+        masses = list(each + shifts[:, None])
     if "layers" not in settings:
         return masses
     none = constant(-torch.inf)

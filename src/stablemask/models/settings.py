@@ -1,6 +1,7 @@
 """``config.stablemask``: what a model's pseudo mass is, and the sink logits that follow from it."""
 
 import math
+import reprlib
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .kept import rates_on_device
 _KEYS = ("gamma", "horizon", "start", "shift", "hold", "floor", "layers")
 LEARNED = "learned"
 NEVER = "never"
+# A trained shift, (heads,), of an attention module that has one.
+SHIFT_PARAMETER = "stablemask_shift"
 
 
 def complete_settings(
@@ -19,6 +22,8 @@ def complete_settings(
     num_heads: int,
     context: int | None,
     num_layers: int | None = None,
+    *,
+    own_decoder: bool = False,
 ) -> dict[str, Any]:
     """Check the settings of a model and fill in their defaults.
 
@@ -32,8 +37,8 @@ def complete_settings(
               Rows from ``horizon - 1`` on are plain softmax;
             - ``start``: the first position that has a pseudo mass; default 0. With 1 the first row,
               which sees only itself, is left alone;
-            - ``shift``: added to the log of the mass; default 0. Far below 0 the model is plain softmax,
-              so a rising shift brings the mass in gradually;
+            - ``shift``: added to the log of the mass: a number, or a list for each layer of one number
+              per query head; default 0. Far below 0 a head is plain softmax;
             - ``hold``: the last position at which the mass falls, later ones keep it; default with an
               infinite horizon ``context - 1``, so that rows past the training context have the outlet
               they were trained with. None: it falls for ever. With 0 every row has the mass of row 0;
@@ -42,7 +47,8 @@ def complete_settings(
             - ``layers``: numbers of the layers that have a mass, in our own decoder; default all.
         num_heads: query heads of the model.
         context: its training context, or None where it names none.
-        num_layers: layers of our own decoder; None for another model.
+        num_layers: its decoder layers, or None where it names none.
+        own_decoder: whether it is ours, which alone can have ``"learned"`` and ``layers``.
 
     Returns:
         All of ``gamma`` and ``horizon``, ``hold`` where it says anything, and the others where they
@@ -66,18 +72,16 @@ def complete_settings(
             )
         gamma = 1 / context
     if gamma == LEARNED:
-        _require_own_decoder("gamma", gamma, num_layers)
+        _require_own_decoder("gamma", gamma, own_decoder)
     elif gamma != "slopes":
         gamma = list(gamma) if isinstance(gamma, (list, tuple)) else gamma
-        _check_gamma(gamma, horizon, num_heads, num_layers)
+        _check_gamma(gamma, horizon, num_heads, own_decoder)
     settings = {"gamma": gamma, "horizon": horizon}
 
     start = given.get("start", 0)
     if not isinstance(start, int) or isinstance(start, bool) or start < 0:
         raise ValueError(f"stablemask['start'] must be an integer of at least 0, got {start!r}")
-    shift = given.get("shift", 0.0)
-    if not is_number(shift):
-        raise ValueError(f"stablemask['shift'] must be a finite number, got {shift!r}")
+    shift = _complete_shift(given.get("shift", 0.0), num_heads, num_layers)
     # A finite horizon ends the mass by itself.
     by_default = {} if context is None or horizon is not None else {"hold": context - 1}
     hold = given.get("hold", by_default.get("hold"))
@@ -92,7 +96,7 @@ def complete_settings(
         raise ValueError(f"stablemask['floor'] must be a number of at least 0, got {floor!r}")
     layers = given.get("layers")
     if layers is not None:
-        _require_own_decoder("layers", layers, num_layers)
+        _require_own_decoder("layers", layers, own_decoder)
         settings["layers"] = _check_layers(layers, num_layers)
     if floor:
         settings["floor"] = floor
@@ -115,7 +119,7 @@ def pseudo_sink_logits(
     """Log of the pseudo mass of each row, float32, broadcastable to (batch, heads, q_len).
 
     Args:
-        settings: from :func:`complete_settings`.
+        settings: from :func:`complete_settings`, with one shift for all layers or none.
         num_heads: query heads.
         positions: absolute position of each row, int, (q_len,) or (batch, q_len).
         gamma: the learned one, (heads,), where the settings say so.
@@ -138,6 +142,11 @@ def pseudo_sink_logits(
     return sink_logits
 
 
+def without_shift(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings but for the shift, which a layer adds itself."""
+    return {name: value for name, value in settings.items() if name != "shift"}
+
+
 def is_number(value: Any) -> bool:
     # Not math.isfinite: a compiler takes a changed shift as a symbol.
     return (
@@ -153,9 +162,36 @@ def require_positive_int(name: str, value: Any, alternative: str = "") -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def _require_own_decoder(name: str, value: Any, num_layers: int | None) -> None:
-    if num_layers is None:
+def _require_own_decoder(name: str, value: Any, own_decoder: bool) -> None:
+    if not own_decoder:
         raise ValueError(f"stablemask[{name!r}] {value!r} needs our own decoder")
+
+
+def _complete_shift(shift: Any, num_heads: int, num_layers: int | None) -> Any:
+    """A number or lists of them; 0 for lists of zeros."""
+    if is_number(shift):
+        return shift
+    got = reprlib.repr(shift)
+    if num_layers is not None and isinstance(shift, (list, tuple)):
+        wrong = [layer for layer, row in enumerate(shift) if not _is_row(row, num_heads)]
+        if not wrong and len(shift) == num_layers:
+            return [list(row) for row in shift] if any(map(any, shift)) else 0.0
+        got = (
+            f"{reprlib.repr(shift[wrong[0]])} for layer {wrong[0]}"
+            if wrong
+            else f"{len(shift)} lists"
+        )
+    lists = (
+        ""
+        if num_layers is None
+        else f", or a list of one list for each layer ({num_layers}), each of one finite number for each "
+        f"query head ({num_heads})"
+    )
+    raise ValueError(f"stablemask['shift'] must be a finite number{lists}, got {got}")
+
+
+def _is_row(row: Any, num_heads: int) -> bool:
+    return isinstance(row, (list, tuple)) and len(row) == num_heads and all(map(is_number, row))
 
 
 def _check_layers(layers: Any, num_layers: int | None) -> list[int]:
@@ -168,12 +204,12 @@ def _check_layers(layers: Any, num_layers: int | None) -> list[int]:
     return sorted(set(layers))
 
 
-def _check_gamma(gamma: Any, horizon: int | None, num_heads: int, num_layers: int | None) -> None:
+def _check_gamma(gamma: Any, horizon: int | None, num_heads: int, own_decoder: bool) -> None:
     rates = gamma if isinstance(gamma, list) else [gamma]
     if not all(is_number(rate) for rate in rates) or (
         isinstance(gamma, list) and len(gamma) != num_heads
     ):
-        learned = "" if num_layers is None else f"{LEARNED!r}, "  # in our own decoder
+        learned = f"{LEARNED!r}, " if own_decoder else ""
         raise ValueError(
             f"stablemask['gamma'] must be a number, 'slopes', {learned}or a list of one number per head "
             f"({num_heads}), got {gamma!r}"

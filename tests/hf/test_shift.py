@@ -1,0 +1,92 @@
+"""A shift of each layer and head: given as lists or trained, it is what the definition says, everywhere."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from stablemask.hf import keep_shifts, read_shifts, train_shifts
+from stablemask.models.settings import SHIFT_PARAMETER
+
+from ..models.tiny import tiny_model
+from .dense import densely
+from .families import MIXED, SIZES, Family
+
+LLAMA = Family("Llama", "LlamaForCausalLM")
+GEMMA = Family("Gemma 3", "Gemma3ForCausalLM", MIXED | {"head_dim": 8})
+SHIFTS = [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]
+MASS = {"gamma": 0.05, "horizon": None, "hold": 9}
+EPS = torch.finfo(torch.float32).eps
+LENGTH = 14  # past the hold, and past the window of Gemma's first layer
+
+
+def random_ids(*shape):
+    return torch.randint(3, 61, shape)
+
+
+def build(family, **shift):
+    settings = copy.deepcopy(MASS | shift)
+    if family is None:
+        return tiny_model(torch.float64, max_position_embeddings=64, stablemask=settings)
+    return family.model_class(family.config(stablemask=settings)).double().eval()
+
+
+def definition(family, model):
+    """A stock model with the same weights, whose eager attention can be made the definition."""
+    if family is None:  # our decoder has the layers of a Llama
+        config = LlamaConfig(**SIZES, rms_norm_eps=1e-6, attn_implementation="eager")
+        exact = LlamaForCausalLM(config)
+    else:
+        exact = family.model_class._from_config(family.config(), attn_implementation="eager")
+    weights = {k: v for k, v in model.state_dict().items() if SHIFT_PARAMETER not in k}
+    exact.double().eval().load_state_dict(weights)
+    return exact
+
+
+FAMILIES = pytest.mark.parametrize("family", [LLAMA, GEMMA, None], ids=["Llama", "Gemma 3", "ours"])
+
+
+@FAMILIES
+def test_a_trained_shift_has_the_gradient_of_the_definition_and_is_kept_to_the_bit(
+    family, tmp_path
+):
+    model, ids = build(family, shift=0.25), random_ids(2, LENGTH)
+    with torch.no_grad():
+        before = model(ids).logits
+        parameters = train_shifts(model)
+        assert torch.equal(model(ids).logits, before)
+    assert [p.tolist() for p in parameters] == [[0.25] * 4] * 2
+    named = {n: p for n, p in model.named_parameters() if n.endswith("." + SHIFT_PARAMETER)}
+    assert list(named.values()) == parameters
+    assert {p.dtype for p in parameters} == {torch.float32}
+    with torch.no_grad():
+        for parameter, row in zip(parameters, SHIFTS):
+            parameter.copy_(torch.tensor(row) + 0.1)  # no number that float32 holds by chance
+
+    weights = torch.randn(2, LENGTH, 61, dtype=torch.float64)
+    logits = model(ids, use_cache=False).logits
+    (logits * weights).sum().backward()
+    shifts = [p.detach().double().requires_grad_() for p in parameters]
+    exact = definition(family, model)
+    with densely(exact, torch.arange(LENGTH)[None], MASS | {"shift": shifts}):
+        truth = exact(ids, use_cache=False).logits
+    (truth * weights).sum().backward()
+    assert (logits - truth).abs().max() < 64 * EPS * truth.abs().max()
+    largest = max(shift.grad.abs().max() for shift in shifts)
+    for parameter, shift in zip(parameters, shifts):
+        assert (parameter.grad - shift.grad).abs().max() < 64 * EPS * largest
+        assert shift.grad.abs().min() > 0
+
+    kept = read_shifts(model)
+    assert model.config.stablemask["shift"] == 0.25
+    keep_shifts(model)
+    assert model.config.stablemask == MASS | {"shift": kept}
+    assert torch.equal(model(ids, use_cache=False).logits, logits)
+    assert not any(SHIFT_PARAMETER in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).double()
+    assert read_shifts(again) == kept == [p.tolist() for p in parameters]
+    with densely(exact, torch.arange(LENGTH)[None], MASS | {"shift": kept}):
+        truth = exact(ids, use_cache=False).logits
+    assert (again(ids).logits - truth).abs().max() < 64 * EPS * truth.abs().max()
