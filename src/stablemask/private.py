@@ -120,6 +120,9 @@ PRIVATE: dict[str, str | None] = {
     "transformers.Trainer._save_optimizer_and_scheduler": "output_dir",
     "transformers.Trainer.get_batch_samples": None,
     "transformers.Trainer.save_model": "output_dir, _internal_call",
+    # By which a GradScaler has a fused optimizer leave a step out.
+    "torch.optim.Adam._step_supports_amp_scaling": None,
+    "torch.optim.AdamW.found_inf": None,
     "accelerate.accelerator._is_accelerate_prepared": None,
     "datasets.Dataset._fingerprint": None,
 }

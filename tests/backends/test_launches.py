@@ -20,7 +20,7 @@ from stablemask.distributed import context_parallel
 from stablemask.models import StableMaskConfig, StableMaskForCausalLM, layers
 from stablemask.models.cache import CACHE
 from stablemask.models.positions import position_sink_logits
-from tests.cuda_contract import ContractError
+from tests.cuda_contract import READ_BY_THE_HOST, ContractError
 from tests.oracle import sink_definition
 
 aten = torch.ops.aten
@@ -28,7 +28,6 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fre
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2"}
 OF_THE_HOST = {"arange", "empty", "full", "linspace", "ones", "scalar_tensor", "zeros"}
 FROM_THE_HOST = {"as_tensor", "from_numpy", "tensor"}
-READ_BY_THE_HOST = {"cpu", "item", "numpy", "tolist", "__bool__", "__int__", "__float__"}
 TWICE = {"constant_pad_nd"}  # fills, then copies
 
 

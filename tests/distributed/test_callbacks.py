@@ -88,6 +88,7 @@ def test_ranks_stop_together_whichever_gets_the_signal(two_ranks, tmp_path):
 
 def _one_bad_rank_is_enough(spikes):
     model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     current = {}
     guard = SkipBadSteps(
         lambda: torch.tensor(current["loss"]), lambda: torch.tensor(1.0), limit=9, spikes=spikes
@@ -101,8 +102,11 @@ def _one_bad_rank_is_enough(spikes):
         # Seen alone, rank 0 has no bad loss, and rank 1 nothing but them.
         current["loss"] = (bad or loss) if mine else loss
         model.weight.grad = torch.ones(1, 1)
-        guard.on_pre_optimizer_step(None, state, TrainerControl(), model=model)
-        accepted.append(model.weight.grad is not None)
+        before = model.weight.detach().clone()
+        guard.on_pre_optimizer_step(None, state, TrainerControl(), optimizer=optimizer)
+        optimizer.step()
+        guard.on_optimizer_step(None, state, TrainerControl(), optimizer=optimizer)
+        accepted.append(not torch.equal(before, model.weight))
     assert accepted == [step != 40 and not (spikes and step == 45) for step in range(50)]
     logs = {"loss": math.nan}
     guard.on_log(None, state, TrainerControl(), logs=logs)
@@ -148,7 +152,7 @@ def test_a_sharded_model_is_probed_by_all_and_any_other_by_the_main_process(two_
 
 def _skip_on_shards():
     _, model = _sharded()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
     norm = None
     guard = SkipBadSteps(lambda: loss.detach(), lambda: norm, limit=3)
     state = TrainerState(stateful_callbacks=[guard])
@@ -159,9 +163,10 @@ def _skip_on_shards():
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
         state.global_step = step
-        guard.on_pre_optimizer_step(None, state, TrainerControl(), model=model)
+        guard.on_pre_optimizer_step(None, state, TrainerControl(), optimizer=optimizer)
         before = [p.to_local().clone() for p in model.parameters()]
         optimizer.step()
+        guard.on_optimizer_step(None, state, TrainerControl(), optimizer=optimizer)
         optimizer.zero_grad()
         changed = any(not torch.equal(b, p.to_local()) for b, p in zip(before, model.parameters()))
         assert changed == (step != 1), step

@@ -3,14 +3,16 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from stablemask.errors import RunError
 from stablemask.training.callbacks import Record, SkipBadSteps
 
+from ..cuda_contract import Reads
 from ..models.tiny import tiny_model
 from .loop import Blocks, make_loop
 
@@ -96,6 +98,36 @@ def test_gradients_alone_may_not_be_finite(tmp_path):
     assert_same_weights(model.state_dict(), plain_training(4, left_out=(2,))[0])
 
 
+@pytest.mark.parametrize("spikes", [0.0, 6.0])
+def test_no_step_waits_for_its_own_numbers(spikes, tmp_path):
+    """What the host reads before an optimizer step is of the step before, which a GPU has long done."""
+
+    class Before(TrainerCallback):
+        reads: ClassVar[list[int]] = []
+
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 0:
+                reads.count = 0  # the seed of a loader
+
+        def on_pre_optimizer_step(self, *_, **__):
+            self.reads.append(reads.count)
+
+    loop, guard = guarded(
+        make_model(), tmp_path, Before(), spikes=spikes, steps=40, logging_steps=100,
+        include_num_input_tokens_seen="no",
+    )  # fmt: skip
+    with Reads() as reads:
+        loop.train()
+    assert Before.reads == list(range(40))
+    assert len(guard.losses) == 40
+
+
+def test_an_optimizer_that_cannot_leave_a_step_out_is_refused(tmp_path):
+    loop, _ = guarded(make_model(), tmp_path, optim="adamw_torch")
+    with pytest.raises(ValueError, match="got AdamW without fused=True"):
+        loop.train()
+
+
 def test_too_many_in_a_row_end_the_run_with_what_to_try(tmp_path):
     model = make_model()
     loop, guard = guarded(model, tmp_path, limit=3, weight_decay=0.1)
@@ -109,17 +141,21 @@ def test_too_many_in_a_row_end_the_run_with_what_to_try(tmp_path):
 def drive(losses, *, spikes, limit=5):
     """Which of the losses a guard accepts, of a model that has one weight."""
     model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     current = {}
     guard = SkipBadSteps(
         lambda: torch.tensor(current["loss"]), lambda: torch.tensor(1.0), limit=limit, spikes=spikes
     )
-    state = TrainerState(stateful_callbacks=[guard])
+    state, control = TrainerState(stateful_callbacks=[guard]), TrainerControl()
     accepted = []
     for step, loss in enumerate(losses):
         state.global_step, current["loss"] = step, loss
         model.weight.grad = torch.ones(1, 1)
-        guard.on_pre_optimizer_step(None, state, TrainerControl(), model=model)
-        accepted.append(model.weight.grad is not None)
+        before = model.weight.detach().clone()
+        guard.on_pre_optimizer_step(None, state, control, optimizer=optimizer)
+        optimizer.step()
+        guard.on_optimizer_step(None, state, control, optimizer=optimizer)
+        accepted.append(not torch.equal(before, model.weight))
     return accepted, guard
 
 

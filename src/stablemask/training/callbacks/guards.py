@@ -4,6 +4,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,22 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ...backends import hardware
 from ...errors import RunError
 
 WINDOW = 128  # accepted steps that a loss is compared with
 LEAST = 32  # of them, before any comparison
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of a step: its loss, norm and whether it was left out, all in ``numbers``, which waits for them."""
+
+    step: int
+    numbers: Callable[[], list[float]]
+    mean: float
+    deviation: float
+    tells: bool
 
 
 class SkipBadSteps(TrainerCallback, ExportableState):
@@ -26,6 +39,9 @@ class SkipBadSteps(TrainerCallback, ExportableState):
     as a step: its data is used up, and the learning rate moves on. Each is a line on stderr and a row of
     the record; their number goes into each log as ``skipped``. All processes decide alike, for the loss is
     averaged over them. What earlier losses were, and what was skipped, is saved with checkpoints.
+
+    The device decides, and the optimizer, a fused one of PyTorch's, leaves the step out there. The host
+    learns of it before the next step, a log or a checkpoint, so that it runs ahead of a GPU meanwhile.
 
     Args:
         step_loss: this process's loss of the step, as it went into the gradients.
@@ -37,6 +53,7 @@ class SkipBadSteps(TrainerCallback, ExportableState):
 
     Raises:
         RunError: ``limit`` steps in a row were skipped.
+        ValueError: the optimizer cannot leave a step out.
     """
 
     def __init__(
@@ -56,8 +73,10 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.skipped = self.in_a_row = 0
         self._logged: list[float] = []  # accepted losses since the last log
+        self._outcome: _Outcome | None = None  # of the last step, if not counted yet
 
     def state(self) -> dict[str, Any]:
+        self._settle()
         attributes = {
             "losses": list(self.losses),
             "skipped": self.skipped,
@@ -66,8 +85,18 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
+        if not getattr(_bare(optimizer), "_step_supports_amp_scaling", False):
+            raise ValueError(
+                "SkipBadSteps needs an optimizer that can leave a step out by itself, as PyTorch's fused "
+                f"ones do, got {type(_bare(optimizer)).__name__} without fused=True"
+            )
         # The Trainer would restore another instance, and make it of the JSON in `args`. Without an
         # entry, as in an old checkpoint, it could not save.
         saved: Any = state.stateful_callbacks
@@ -80,46 +109,74 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: torch.nn.Module | None = None,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
-        assert model is not None
+        self._settle()
+        mean, deviation = self._usual_loss()
         loss = _mean_over_processes(self._step_loss())
         norm = torch.as_tensor(self._grad_norm()).to(loss)
-        values = torch.stack((loss, norm)).tolist()  # waits for the device, once a step
-        fault = self._fault(*values)
-        if fault is None:
-            self.in_a_row = 0
-            self.losses.append(values[0])
-            self._logged.append(values[0])
+        good = loss.isfinite() & norm.isfinite() & (loss <= mean + self._spikes * deviation)
+        bad = (~good).to(loss)
+        # What a GradScaler tells it: the step is left out on the device, and the host does not wait to know.
+        _bare(optimizer).found_inf = bad
+        numbers = hardware.read_later(torch.stack((loss, norm, bad)))
+        step, tells = state.global_step + 1, state.is_world_process_zero
+        self._outcome = _Outcome(step, numbers, mean, deviation, tells)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        del _bare(optimizer).found_inf
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if control.should_save or control.should_training_stop:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count the last step, of which the device has decided."""
+        outcome, self._outcome = self._outcome, None
+        if outcome is None:
             return
-        for parameter in model.parameters():
-            parameter.grad = None  # and an optimizer passes over it
+        loss, norm, bad = outcome.numbers()
+        if not bad:
+            self.in_a_row = 0
+            self.losses.append(loss)
+            self._logged.append(loss)
+            return
+        if math.isfinite(loss) and math.isfinite(norm):
+            usual = f"{outcome.mean:.3f} ± {outcome.deviation:.3f}"
+            fault = f"the loss ({loss:.3f}) is far above the last ones ({usual})"
+        else:
+            fault = f"the loss ({loss:.3f}) or its gradients (norm {norm:.3g}) are not finite"
         self.skipped += 1
         self.in_a_row += 1
-        step = state.global_step + 1
         if self._record is not None:
-            numbers = {"skipped_loss": values[0], "skipped_grad_norm": values[1]}
-            self._record({"step": step, "skipped_because": fault, **numbers})
+            row = {"skipped_because": fault, "skipped_loss": loss, "skipped_grad_norm": norm}
+            self._record({"step": outcome.step, **row})
         if self.in_a_row >= self._limit:
             many = f"{self._limit} steps in a row were skipped: " if self._limit > 1 else ""
             raise RunError(
-                f"{many}{fault} at step {step}; the last checkpoint is kept. Try a lower "
+                f"{many}{fault} at step {outcome.step}; the last checkpoint is kept. Try a lower "
                 "--learning-rate or a longer --warmup"
             )
-        if state.is_world_process_zero:
-            tqdm.write(f"step {step} is skipped: {fault}", file=sys.stderr)
+        if outcome.tells:
+            tqdm.write(f"step {outcome.step} is skipped: {fault}", file=sys.stderr)
 
-    def _fault(self, loss: float, norm: float) -> str | None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"the loss ({loss:.3f}) or its gradients (norm {norm:.3g}) are not finite"
+    def _usual_loss(self) -> tuple[float, float]:
+        """Mean and standard deviation of the last accepted losses; infinite where nothing is a spike."""
         if not self._spikes or len(self.losses) < LEAST:
-            return None
+            return math.inf, 0.0
         mean = math.fsum(self.losses) / len(self.losses)
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self.losses) / len(self.losses))
-        if loss <= mean + self._spikes * deviation:
-            return None
-        return f"the loss ({loss:.3f}) is far above the last ones ({mean:.3f} ± {deviation:.3f})"
+        return mean, deviation
 
     def on_log(
         self,
@@ -132,11 +189,17 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         assert logs is not None
         if "loss" not in logs:
             return
+        self._settle()
         logs["skipped"] = self.skipped
         if self.skipped:  # the Trainer's own sum of losses may not be finite, for good
             count = len(self._logged)
             logs["loss"] = math.fsum(self._logged) / count if count else math.nan
         self._logged.clear()
+
+
+def _bare(optimizer: Any) -> Any:
+    """The optimizer within Accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:
