@@ -113,6 +113,16 @@ def test_stablemask_maps_are_the_definition(family, start, shift):
     assert (maps.pseudo[:, :, 0] == 0).all() == (start == 1)
 
 
+def test_a_row_that_sees_nothing_beside_a_sink_of_nothing_gives_nothing():
+    model, layers = tiny_transformer("Llama"), []
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1]])  # rows of padding on the left
+    with torch.no_grad(), capture_attention(model, layers.append):
+        model(random_ids(1, 6), attention_mask=mask, use_cache=False)
+    for layer in layers:
+        given = layer.real[0].sum(-1) + layer.pseudo[0]
+        torch.testing.assert_close(given, mask.expand(4, -1).float())
+
+
 def test_windows_are_seen():
     maps = attention_maps(tiny_transformer("Gemma3"), random_ids(LENGTH))
     beyond = torch.ones(LENGTH, LENGTH).tril(-5).bool()

@@ -1,6 +1,7 @@
 """What a trained model does.
 
-`perplexity.py` by length, `attention_maps.py` the attention of any decoder, `sinks.py` what is read off it.
+`perplexity.py` by length, `attention_maps.py` the attention of any decoder, `sinks.py` what is read off it,
+`summary.py` all that tells of a sink in one pass.
 """
 
 from .attention_maps import (
@@ -19,6 +20,7 @@ from .sinks import (
     layer_statistics,
     real_share,
 )
+from .summary import SinkSummary, sink_summary
 
 __all__ = [
     "AttentionMaps",
@@ -26,6 +28,7 @@ __all__ = [
     "LayerAttention",
     "LayerStatistics",
     "PerplexityResult",
+    "SinkSummary",
     "attention_maps",
     "capture_attention",
     "first_token_attention",
@@ -36,4 +39,5 @@ __all__ = [
     "perplexity_text",
     "real_share",
     "reduce_attention",
+    "sink_summary",
 ]

@@ -5,12 +5,12 @@ Activations in Large Language Models", 2024, arXiv 2402.17762), which spend the 
 quantiser. Shapes: L layers, n tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InputError
@@ -52,16 +52,38 @@ def hidden_state_outliers(model: PreTrainedModel, input_ids: Tensor) -> HiddenSt
         )
     check_length(model, input_ids.shape[1], f"a sequence of {input_ids.shape[1]} tokens")
     check_token_ids(model, int(input_ids.max()))
-    layers = decoder_layers(model)
-    statistics = [_Statistics() for _ in layers]
-    with _outputs_to(layers, statistics), evaluating(model):
+    with capture_outliers(model) as outliers, evaluating(model):
         for sequence in input_ids.to(model.device):
             model(input_ids=sequence[None], use_cache=False)
-    return HiddenStateOutliers(
-        largest=torch.stack([layer.largest for layer in statistics]),
-        largest_later=torch.stack([layer.largest_later for layer in statistics]),
-        kurtosis=torch.stack([layer.kurtosis() for layer in statistics]),
-    )
+    return outliers()
+
+
+@contextmanager
+def capture_outliers(model: PreTrainedModel) -> Iterator[Callable[[], HiddenStateOutliers]]:
+    """A function that gives the outliers of all that runs inside the ``with`` block, a sequence a pass.
+
+    Raises:
+        InputError: the model's layers are not found.
+    """
+    layers = decoder_layers(model)
+    statistics = [_Statistics() for _ in layers]
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, args, output, add=statistic.add: add(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+        for layer, statistic in zip(layers, statistics, strict=True)
+    ]
+    try:
+        yield lambda: HiddenStateOutliers(
+            largest=torch.stack([layer.largest for layer in statistics]),
+            largest_later=torch.stack([layer.largest_later for layer in statistics]),
+            kurtosis=torch.stack([layer.kurtosis() for layer in statistics]),
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Statistics:
@@ -79,26 +101,11 @@ class _Statistics:
         self.largest = torch.maximum(self.largest, values.abs().max())
         self.largest_later = torch.maximum(self.largest_later, values[1:].abs().max())
         self.count += values.numel()
-        self.sums += torch.stack([(values**power).sum() for power in (1, 2, 3, 4)])
+        squares = values * values
+        powers = (values, squares, squares * values, squares * squares)
+        self.sums += torch.stack([power.sum() for power in powers])
 
     def kurtosis(self) -> Tensor:
         mean, square, cube, fourth = self.sums / self.count
         variance = square - mean**2
         return (fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4) / variance**2
-
-
-@contextmanager
-def _outputs_to(layers: nn.ModuleList, statistics: list[_Statistics]) -> Iterator[None]:
-    hooks = [
-        layer.register_forward_hook(
-            lambda module, args, output, add=statistic.add: add(
-                output[0] if isinstance(output, tuple) else output
-            )
-        )
-        for layer, statistic in zip(layers, statistics, strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

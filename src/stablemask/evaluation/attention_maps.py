@@ -242,9 +242,11 @@ def _scores(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
 
 
 def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What each row gives to every key, (B, H, q, k), and to its sink, (B, H, q)."""
+    """What each row gives to every key, (B, H, q, k), and to its sink, (B, H, q); 0 where it sees none."""
     if sinks is None:
         sinks = scores.new_full((1,), -torch.inf)
     sink = sinks.to(scores.dtype).expand(scores.shape[:-1])[..., None]
-    shares = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)
+    logits = torch.cat((scores, sink), dim=-1)
+    sees_none = (logits == -torch.inf).all(dim=-1, keepdim=True)
+    shares = torch.softmax(logits, dim=-1).masked_fill(sees_none, 0.0)
     return shares[..., :-1], shares[..., -1]
