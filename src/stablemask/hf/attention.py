@@ -6,6 +6,7 @@ at every forward pass, and written where the name is chosen (`guard.py`); None t
 """
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..attention import sink_attention
 from ..backends import hardware
 from ..models.kept import shifts_on_device
-from ..models.masks import warn_of_merged_documents
+from ..models.masks import Finding, can_be_read, merged_documents, report
 from ..models.mass import sink_logits_at
 from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import SHIFT_PARAMETER, pseudo_sink_logits, without_shift
@@ -70,7 +71,7 @@ def stablemask_attention_forward(
     q_len, kv_len = query.shape[2], key.shape[2]
     # Not at every decode step, which would wait for the device; and the masks of continuous batching
     # are its own, and part of CUDA graphs.
-    if not (q_len == 1 or paged or torch.compiler.is_compiling() or hardware.is_capturing(query)):
+    if q_len > 1 and not paged and can_be_read(query):
         _check_mask(module, attention_mask, _token_positions(q_len, **kwargs), window)
     if attention_mask is not None:
         window_left = None
@@ -229,6 +230,10 @@ def _rows_of_the_mask(
     return (attention_mask[:, 0].sum(-1) - 1).clamp(min=0)
 
 
+# Masks that a layer of the pass has looked at: models hand all their layers the same one or two.
+_checked: tuple[weakref.ref[Tensor], ...] = ()
+
+
 def _check_mask(
     module: nn.Module,
     mask: Tensor | None,
@@ -236,40 +241,57 @@ def _check_mask(
     sliding_window: int | None,
 ) -> None:
     """What can be said of a mask by reading it, None or (B, 1, q, kv)."""
-    if mask is not None:
-        q_len, kv_len = mask.shape[-2:]
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if bool(seen.triu(kv_len - q_len + 1).any()):
-            raise ValueError(
-                f"StableMask cannot run in {type(module).__name__} here: the mask lets a token see later "
-                "ones (as in a picture or a prefix), and StableMask is causal"
-            )
-    # The rest in one layer, for it takes longer than that.
-    if position_ids is None or getattr(module, "layer_idx", None) not in (None, 0):
-        return
-    warn_of_merged_documents(position_ids, mask)
-    if mask is not None and mask.dtype == torch.bool:
-        _warn_of_padding_counted(mask[:, 0], position_ids, sliding_window)
+    global _checked
+    findings: list[Finding | None] = []
+    first = getattr(module, "layer_idx", None) in (None, 0)
+    if first:
+        _checked = ()
+    if mask is not None and not any(other() is mask for other in _checked):
+        alive = (other for other in _checked if other() is not None)
+        _checked = (*alive, weakref.ref(mask))
+        findings.append(_later_tokens_seen(module, mask))
+    if first and position_ids is not None:
+        findings.append(merged_documents(position_ids, mask))
+        if mask is not None and mask.dtype == torch.bool:
+            findings.append(_padding_counted(mask[:, 0], position_ids, sliding_window))
+    report(module, *findings)
 
 
-def _warn_of_padding_counted(
+def _later_tokens_seen(module: nn.Module, mask: Tensor) -> Finding:
+    q_len, kv_len = mask.shape[-2:]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    name = type(module).__name__
+
+    def refuse() -> None:
+        raise ValueError(
+            f"StableMask cannot run in {name} here: the mask lets a token see later ones (as in a picture "
+            "or a prefix), and StableMask is causal"
+        )
+
+    return seen.triu(kv_len - q_len + 1).any(), refuse
+
+
+def _padding_counted(
     mask: Tensor, position_ids: Tensor, sliding_window: int | None
-) -> None:
+) -> Finding | None:
     """Left padding without position_ids: Transformers then counts the padding as positions."""
     visible = mask.sum(-1)
     starts_late = ~mask[..., 0] & (visible > 0)
     if sliding_window is not None:
         if mask.shape[-2] != mask.shape[-1]:
-            return
+            return None
         # Further on the window hides the first key, and rows of padding on the right see too few.
         starts_late &= mask.diagonal(dim1=-2, dim2=-1) & (visible < sliding_window)
-    if bool((starts_late & (visible - 1 != position_ids)).any()):
-        warnings.warn(
-            "the position_ids count padding: a left-padded batch needs position_ids = "
-            "(attention_mask.cumsum(-1) - 1).clamp(min=0), as `generate` makes them, for StableMask's "
-            "mass follows the absolute position of a token in its own text",
-            stacklevel=2,
-        )
+    return (starts_late & (visible - 1 != position_ids)).any(), _warn_of_padding_counted
+
+
+def _warn_of_padding_counted() -> None:
+    warnings.warn(
+        "the position_ids count padding: a left-padded batch needs position_ids = "
+        "(attention_mask.cumsum(-1) - 1).clamp(min=0), as `generate` makes them, for StableMask's "
+        "mass follows the absolute position of a token in its own text",
+        stacklevel=2,
+    )
 
 
 def _local_heads(module: nn.Module, sink_logits: Tensor, query: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .configuration import StableMaskConfig
 from .kept import rates_on_device
 from .layers import StableMaskAttention, StableMaskDecoderLayer
 from .loss import chunked_causal_lm_loss
-from .masks import attention_mask, warn_of_merged_documents
+from .masks import attention_mask, can_be_read, merged_documents, report
 from .norm import RMSNorm
 from .positions import (
     alibi_mask,
@@ -171,8 +171,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 **{CACHE: cache},
                 position_ids=position_ids,
             )
-            if position_ids is not None and position_ids.shape[1] > 1:
-                warn_of_merged_documents(position_ids, attn_mask)
+            if position_ids is not None and position_ids.shape[1] > 1 and can_be_read(position_ids):
+                report(self, merged_documents(position_ids, attn_mask))
         elif position_ids is None or attention_mask is not None or cache is not None:
             raise ValueError(
                 "sequences shared by several processes need position_ids, and take no attention_mask and "
