@@ -1,6 +1,7 @@
 """Losses from a cache against a plain pass, and StreamingLLM against its recipe written out."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,16 +10,18 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from stablemask.errors import InputError
 from stablemask.evaluation.streaming import (
+    compare_streaming,
     mean_and_error,
     position_bins,
     sink_cache,
     streaming_losses,
 )
-from stablemask.inference.streaming import window_cache
+from stablemask.inference.streaming import mass_held, window_cache
 from stablemask.models.positions import position_sink_logits
 from stablemask.pseudo import head_decay_rates
 
 from ..models.tiny import random_ids, tiny_model
+from .families import tiny_transformer
 
 WINDOW, SINKS = 9, 3
 CLOSE = {"rtol": 0, "atol": 1e-4}  # logits near 10, losses in float32
@@ -131,6 +134,52 @@ def test_refusals():
         streaming_losses(llama(), random_ids(1, 9), sink_cache(llama(), 8), chunk_size=2)
     with pytest.raises(InputError, match="outside the model's vocabulary of 61"):
         streaming_losses(llama(), torch.tensor([[1, 61]]), DynamicCache(), chunk_size=1)
+
+
+def test_the_prefix_is_read_and_not_scored():
+    model, ids = llama(), random_ids(2, 20)
+    read = torch.cat((torch.full((2, 1), 7), ids), dim=1)
+    losses = streaming_losses(model, ids, DynamicCache(config=model.config), chunk_size=7, prefix=7)
+    torch.testing.assert_close(losses, losses_of_a_pass(model, read)[:, 1:], **CLOSE)
+    cache = DynamicCache(config=model.config)
+    begins = streaming_losses(model, read, cache, chunk_size=7, prefix=7)
+    torch.testing.assert_close(begins, losses_of_a_pass(model, read), **CLOSE)
+
+
+@pytest.mark.parametrize("make", [llama, tiny_model])
+def test_streaming_compared_is_each_cache_by_itself(make):
+    model, ids = make(), random_ids(2, 31)
+    found = compare_streaming(
+        model, ids, window=WINDOW, num_sinks=SINKS, scored_from=12, prefix=7, progress=False
+    )
+    read = torch.cat((torch.full((2, 1), 7), ids), dim=1)
+    caches = {
+        "full": DynamicCache(config=model.config),
+        "window": window_cache(model, WINDOW),
+        "sinks": sink_cache(model, WINDOW, num_sinks=SINKS),
+    }
+    for name, cache in caches.items():
+        with mass_held(model, WINDOW) if name == "window" else nullcontext():
+            losses = streaming_losses(model, read, cache, chunk_size=1)
+        assert getattr(found, name) == pytest.approx(losses[:, 12:].mean().item(), rel=1e-4)
+    assert len({found.full, found.window, found.sinks}) == 3
+    with pytest.raises(InputError, match="scored_from must be from 1 to 30, got 31"):
+        compare_streaming(model, ids, window=WINDOW, scored_from=31)
+
+
+def test_layers_with_frequencies_of_their_own():
+    """Gemma 3 turns the keys of its sliding layers by others than those of its full ones."""
+    parameters = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e1},
+    }
+    model = tiny_transformer("Gemma3", sliding_window=32, rope_parameters=parameters)
+    ids = random_ids(2, 30)
+    plain = streaming_losses(model, ids, window_cache(model, WINDOW), chunk_size=8)
+    placed = streaming_losses(model, ids, sink_cache(model, WINDOW, num_sinks=0), chunk_size=1)
+    torch.testing.assert_close(placed, plain, **CLOSE)
+    with pytest.raises(InputError, match="RoPE of the default type, of whole heads"):
+        sink_cache(tiny_transformer("GPTNeoX"), WINDOW)
 
 
 def test_bins_cover_every_position_once():

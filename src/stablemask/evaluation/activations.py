@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import InputError
-from ..inference.model import check_length, check_token_ids, decoder_layers, evaluating
+from ..inference.model import decoder_layers, evaluating
+from .perplexity import check_sequences
 
 
 class HiddenStateOutliers(NamedTuple):
@@ -46,12 +46,7 @@ def hidden_state_outliers(model: PreTrainedModel, input_ids: Tensor) -> HiddenSt
     Raises:
         InputError: the shape is another, the ids do not fit the model, or its layers are not found.
     """
-    if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
-        raise InputError(
-            f"input_ids must be (batch, n) with n of at least 2, got {tuple(input_ids.shape)}"
-        )
-    check_length(model, input_ids.shape[1], f"a sequence of {input_ids.shape[1]} tokens")
-    check_token_ids(model, int(input_ids.max()))
+    check_sequences(model, input_ids)
     with capture_outliers(model) as outliers, evaluating(model):
         for sequence in input_ids.to(model.device):
             model(input_ids=sequence[None], use_cache=False)

@@ -138,6 +138,55 @@ def perplexity(
     )
 
 
+def token_losses(model: PreTrainedModel, ids: Tensor, prefix: int | None = None) -> Tensor:
+    """Negative log-likelihood of each token but the first of its sequence, in nats.
+
+    Args:
+        ids: sequences without padding, (batch, n) with n of at least 2.
+        prefix: token id to read in front of the sequences; the tokens that are scored are the same.
+
+    Returns:
+        float32 (batch, n - 1), on the CPU.
+
+    Raises:
+        InputError: the shape is another, or the ids do not fit the model.
+    """
+    check_sequences(model, ids, prefix)
+    length = ids.shape[1]
+    batch_size = max(1, LOGITS_PER_BATCH // (length * len(model.get_input_embeddings().weight)))  # type: ignore[arg-type]
+    losses = []
+    with evaluating(model):
+        for batch in ids.split(batch_size):
+            read = with_prefix(batch, prefix).to(model.device)
+            logits = model(input_ids=read, use_cache=False).logits[:, -length:-1]
+            losses.append(
+                F.cross_entropy(
+                    logits.float().flatten(0, 1), read[:, -length + 1 :].flatten(), reduction="none"
+                )
+                .view(len(batch), -1)
+                .cpu()
+            )
+    return torch.cat(losses)
+
+
+def with_prefix(ids: Tensor, prefix: int | None) -> Tensor:
+    """(batch, n + 1) with the prefix in front, or ``ids`` where there is none or all begin with it."""
+    if prefix is None or bool((ids[:, 0] == prefix).all()):
+        return ids
+    return F.pad(ids, (1, 0), value=prefix)
+
+
+def check_sequences(model: PreTrainedModel, ids: Tensor, prefix: int | None = None) -> None:
+    """Raise InputError for ids that are not (batch, n), n of at least 2, or do not fit the model."""
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise InputError(f"ids must be (batch, n) with n of at least 2, got {tuple(ids.shape)}")
+    if prefix is not None and prefix < 0:
+        raise InputError(f"the prefix must be a token id, got {prefix}")
+    length = ids.shape[1] + (prefix is not None)
+    check_length(model, length, f"a sequence of {length} tokens")
+    check_token_ids(model, max(int(ids.max()), prefix or 0))
+
+
 def _as_ids(tokens: Sequence[int] | np.ndarray | Tensor, max_tokens: int | None) -> Tensor:
     if not isinstance(tokens, Tensor):
         # Cut first: the array may be a memory map of a large file.

@@ -5,7 +5,9 @@ those of the first tokens, which models trained with softmax use as attention si
 positions within the cache.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,19 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..bars import progress_bar
 from ..errors import InputError
 from ..inference.model import check_token_ids, evaluating
-from ..inference.streaming import cached_logits
+from ..inference.streaming import cached_logits, mass_held, window_cache
 from ..models.positions import Rotary, rotary_angles, rotate
+from .perplexity import LOGITS_PER_BATCH, check_sequences, with_prefix
 
 
 def streaming_losses(
-    model: PreTrainedModel, tokens: Tensor, cache: Cache, *, chunk_size: int, progress: bool = True
+    model: PreTrainedModel,
+    tokens: Tensor,
+    cache: Cache,
+    *,
+    chunk_size: int,
+    prefix: int | None = None,
+    progress: bool = True,
 ) -> Tensor:
     """Read texts from their first token to their last with the given cache.
 
@@ -29,10 +38,13 @@ def streaming_losses(
         tokens: (batch, length), without padding.
         cache: an empty one: ``DynamicCache`` for all keys, ``window_cache``, or ``sink_cache``.
         chunk_size: tokens of a forward pass; 1 for ``sink_cache``.
+        prefix: token id to read in front of the texts, unless they begin with it.
 
     Returns:
         Nats of each token but the first, float32 (batch, length - 1), on the CPU.
     """
+    length = tokens.shape[1]
+    tokens = with_prefix(tokens, prefix)
     check_token_ids(model, int(tokens.max()))
     losses = []
     with (
@@ -48,7 +60,64 @@ def streaming_losses(
             )
             losses.append(nats.cpu())
             bar.update(chunk.shape[1])
-    return torch.cat(losses, dim=1)
+    return torch.cat(losses, dim=1)[:, -(length - 1) :]
+
+
+@dataclass(frozen=True)
+class StreamingLosses:
+    """Mean nats of the later tokens of texts, by what a token sees of those before it.
+
+    Attributes:
+        full: all of them.
+        window: the latest of a window, and nothing else.
+        sinks: the first few and the latest, a window in all: StreamingLLM.
+    """
+
+    full: float
+    window: float
+    sinks: float
+
+
+def compare_streaming(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    window: int,
+    scored_from: int,
+    num_sinks: int = 4,
+    prefix: int | None = None,
+    progress: bool = True,
+) -> StreamingLosses:
+    """Read texts with all their keys, with a window of the latest, and by StreamingLLM.
+
+    StableMask's mass is held at that of the window's last position, as in ``generate``.
+
+    Args:
+        tokens: (batch, length), without padding.
+        window: keys that a token sees, its own included.
+        scored_from: the first position that is scored, 1 to ``length - 1``; the prefix has none.
+        num_sinks: tokens that StreamingLLM keeps, of which the prefix is the first.
+        prefix: as in :func:`streaming_losses`.
+
+    Raises:
+        InputError: ``scored_from`` is out of its range, or see :func:`window_cache`, :func:`sink_cache`.
+    """
+    check_sequences(model, tokens, prefix)
+    if not 1 <= scored_from < tokens.shape[1]:
+        raise InputError(f"scored_from must be from 1 to {tokens.shape[1] - 1}, got {scored_from}")
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    chunk = min(window, max(1, LOGITS_PER_BATCH // (len(tokens) * vocabulary)))
+
+    def nats(cache: Cache, chunk_size: int) -> float:
+        losses = streaming_losses(
+            model, tokens, cache, chunk_size=chunk_size, prefix=prefix, progress=progress
+        )
+        return losses[:, scored_from - 1 :].double().mean().item()
+
+    full = nats(DynamicCache(config=model.config), chunk)
+    with mass_held(model, window):
+        of_window = nats(window_cache(model, window), chunk)
+    return StreamingLosses(full, of_window, nats(sink_cache(model, window, num_sinks=num_sinks), 1))
 
 
 def position_bins(length: int, per_octave: int = 2, first: int = 1) -> list[tuple[int, int]]:
@@ -82,20 +151,29 @@ def sink_cache(model: PreTrainedModel, window: int, *, num_sinks: int = 4) -> Dy
     encoding = getattr(config, "position_encoding", "rope")
     if encoding not in ("rope", "alibi", "nope"):
         raise InputError(f"{encoding} positions cannot be counted anew within a cache")
-    back = None
-    if encoding == "rope":
-        parameters = config.rope_parameters
-        if parameters is None or parameters["rope_type"] != "default":
-            raise InputError("positions within a cache need RoPE of the default type")
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        one_back = torch.tensor([[-1]], device=model.device)
-        back = rotary_angles(one_back, head_dim, parameters["rope_theta"])
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    back = dict.fromkeys(kinds) if encoding != "rope" else _one_back(model, config, kinds)
     cache = DynamicCache()
-    cache.layers = [
-        AttentionSinkLayer(window, num_sinks, back) for _ in range(config.num_hidden_layers)
-    ]
+    cache.layers = [AttentionSinkLayer(window, num_sinks, back[kind]) for kind in kinds]
     return cache
+
+
+def _one_back(model: PreTrainedModel, config: Any, kinds: list[str | None]) -> dict[Any, Rotary]:
+    """What turns a key one place back, by kind of layer, which may have frequencies of its own."""
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    one_back = torch.tensor([[-1]], device=model.device)
+    back = {}
+    for kind in kinds:
+        parameters = config.rope_parameters or {}
+        parameters = parameters.get(kind, parameters)
+        whole = parameters.get("partial_rotary_factor", 1.0) == 1.0
+        if parameters.get("rope_type") != "default" or not whole:
+            raise InputError(
+                "positions within a cache need RoPE of the default type, of whole heads"
+            )
+        back[kind] = rotary_angles(one_back, head_dim, parameters["rope_theta"])
+    return back
 
 
 class AttentionSinkLayer(DynamicLayer):

@@ -10,16 +10,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bars import progress_bar
 from ..errors import InputError
-from ..inference.model import check_length, check_token_ids, evaluating
+from ..inference.model import evaluating
 from .activations import capture_outliers
 from .attention_maps import LayerAttention, capture_attention
-from .perplexity import perplexity_of
+from .perplexity import check_sequences, perplexity_of, token_losses
 from .sinks import LayerStatistics
 
 
@@ -100,10 +99,7 @@ def sink_summary(
         progress_bar(total=len(ids), unit="text", leave=False, show=progress) as bar,
     ):
         for sequence in ids:
-            read = with_prefix(sequence[None], prefix).to(model.device)
-            logits = model(input_ids=read, use_cache=False).logits[0, -len(sequence) : -1]
-            losses = F.cross_entropy(logits.float(), sequence[1:].to(logits.device))
-            nats.append(losses.item())
+            nats.append(token_losses(model, sequence[None], prefix).mean().item())
             bar.update()
     if not all(map(math.isfinite, nats)):
         raise InputError(
@@ -115,21 +111,3 @@ def sink_summary(
     return SinkSummary(
         nats, first_token, top_token, pseudo, found.largest.tolist(), found.kurtosis.tolist()
     )
-
-
-def with_prefix(ids: Tensor, prefix: int | None) -> Tensor:
-    """(batch, n + 1) with the prefix in front, or ``ids`` where there is none or all begin with it."""
-    if prefix is None or bool((ids[:, 0] == prefix).all()):
-        return ids
-    return F.pad(ids, (1, 0), value=prefix)
-
-
-def check_sequences(model: PreTrainedModel, ids: Tensor, prefix: int | None) -> None:
-    """Raise InputError for ids that are not (batch, n), n of at least 2, or do not fit the model."""
-    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise InputError(f"ids must be (batch, n) with n of at least 2, got {tuple(ids.shape)}")
-    length = ids.shape[1] + (prefix is not None)
-    check_length(model, length, f"a sequence of {length} tokens")
-    check_token_ids(model, max(int(ids.max()), prefix or 0))
-    if prefix is not None and prefix < 0:
-        raise InputError(f"the prefix must be a token id, got {prefix}")
