@@ -1,0 +1,255 @@
+"""Text that a model writes itself, of the kinds that it writes: what to distil on where no data is given.
+
+=========  ===========================================================================================
+``prose``  what follows one random token of the vocabulary
+``code``   what follows one of the beginnings of source files and snippets in ``CODE``
+``chats``  what a user and an assistant say in turn, in the form of the chat template: the template opens
+           a turn, and the model writes it until it writes the token that ends it
+=========  ===========================================================================================
+
+Each text is sampled with the prefix in front, unless it begins with it, as those of many chat templates do.
+"""
+
+import copy
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..bars import progress_bar
+from ..data.cache import hash_of
+from ..data.chat_form import ChatForm, chat_form
+from ..errors import InputError
+from ..inference.author import Author
+from ..inference.model import check_length, check_token_ids, evaluating
+from ..processor import UNITS
+from ..reading import read_json
+from ..writing import writing
+from .machine import default_dtype
+
+SHARES = {"prose": 0.45, "code": 0.30, "chats": 0.25}
+SHARES_WITHOUT_CHATS = {"prose": 0.65, "code": 0.35}
+
+SETTINGS_FILE = "texts.json"
+
+
+@dataclass(frozen=True)
+class SelfWritten:
+    """Texts without the prefix that they were written after; by kind, in the order of ``SHARES``.
+
+    Attributes:
+        tokens: ``(texts, length)``, int32.
+        kinds: of each text, such as ``"prose"``.
+        begins_with_prefix: ``(texts,)``, bool: the text's own first token is the prefix.
+    """
+
+    tokens: np.ndarray
+    kinds: list[str]
+    begins_with_prefix: np.ndarray
+
+
+def write_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike,
+    *,
+    prefix: int | None,
+    texts: int,
+    length: int,
+    seed: int,
+    kinds: dict[str, float] | None = None,
+    batch_size: int = 128,
+    temperature: float = 0.9,
+    progress: bool = True,
+) -> SelfWritten:
+    """Have the model write texts into ``folder``, or go on with those that are there, or read them.
+
+    The same arguments give the same texts on the same machine, interrupted or not; a kill loses the batch
+    that is being written. They are written in bfloat16 where the hardware multiplies it, by a copy of the
+    model where that is in another dtype. Without a prefix, texts are written as the model would by itself.
+
+    Args:
+        prefix: token id that stands in front of each text as it is written.
+        texts: how many.
+        length: tokens of each, without the prefix.
+        kinds: shares by kind, of any sum; default: ``SHARES``, or where there is no chat template to
+            write by, ``SHARES_WITHOUT_CHATS``.
+
+    Raises:
+        InputError: an argument is out of its range, the template does not allow the chats that ``kinds``
+            asks for, the folder holds texts of other settings, or cannot be written to.
+    """
+    folder = Path(folder)
+    _check(model, prefix, texts, length, seed, batch_size, temperature)
+    kinds, form, without = _kinds(kinds, tokenizer, length)
+    counts = _counts(kinds, texts)
+    settings = {
+        "model": _model_key(model), "prefix": prefix, "kinds": counts, "length": length, "seed": seed,
+        "batch_size": batch_size, "temperature": temperature,
+    }  # fmt: skip
+    _keep_settings(folder, settings)
+
+    batches = [
+        (kind, min(batch_size, count - start))
+        for kind, count in counts.items()
+        for start in range(0, count, batch_size)
+    ]
+    paths = [folder / f"{number:05}-{kind}.npy" for number, (kind, _) in enumerate(batches)]
+    there = {
+        number: _load(path, (rows, length))
+        for number, (path, (_, rows)) in enumerate(zip(paths, batches, strict=True))
+    }
+    written = {number: tokens for number, tokens in there.items() if tokens is not None}
+    missing = [number for number in there if number not in written]
+    if missing and without:
+        print(f"stablemask: the model writes itself no chats: {without}", file=sys.stderr)
+    if missing:
+        tokens_left = sum(batches[number][1] for number in missing) * length
+        writer = _writing_copy(model)
+        with (
+            writing(folder),
+            evaluating(writer),
+            progress_bar(
+                total=texts * length, initial=texts * length - tokens_left, show=progress,
+                desc="writing texts", unit=" tokens", unit_scale=True,
+            ) as bar,
+        ):  # fmt: skip
+            author = Author(writer, tokenizer, prefix, length, temperature, form, bar.update)
+            for number in missing:
+                # By its number, so that a batch is what it would be in a run that was not interrupted.
+                rng = np.random.default_rng((seed, number))
+                written[number] = author.write(*batches[number], rng)
+                _save(paths[number], written[number])
+    tokens = np.concatenate([written[number] for number in there])
+    return SelfWritten(
+        tokens,
+        [kind for kind, count in counts.items() for _ in range(count)],
+        tokens[:, 0] == (-1 if prefix is None else prefix),
+    )
+
+
+def _writing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with the same parameters, cast where the hardware is faster with another dtype.
+
+    Its parameters are not frozen even where the model's are: PyTorch multiplies a batch's last hidden states
+    by a frozen head one row at a time, each by a copy of the head.
+    """
+    name = default_dtype() if model.device.type != "cpu" or not any(UNITS) else "bfloat16"
+    parameters = {
+        id(parameter): nn.Parameter(parameter.detach().to(getattr(torch, name)))
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, parameters)
+
+
+def _check(
+    model: PreTrainedModel,
+    prefix: int | None,
+    texts: int,
+    length: int,
+    seed: int,
+    batch_size: int,
+    temperature: float,
+) -> None:
+    least = {
+        "texts": (texts, 1),
+        "length": (length, 2),
+        "seed": (seed, 0),
+        "batch_size": (batch_size, 1),
+    }
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise InputError(f"{name} must be at least {lowest}, got {value}")
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature must be a positive number, got {temperature}")
+    if prefix is not None:
+        if prefix < 0:
+            raise InputError(f"the prefix must be a token id, got {prefix}")
+        check_token_ids(model, prefix)
+    with_prefix = length + (prefix is not None)
+    check_length(model, with_prefix, f"a text of {length} tokens")
+
+
+def _kinds(
+    kinds: dict[str, float] | None, tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[dict[str, float], ChatForm | None, str | None]:
+    """Shares, the form of chats where there are any, and why there are none by a template that is there."""
+    if kinds is not None:
+        if not kinds.keys() <= SHARES.keys():
+            raise InputError(f"kinds must be of {', '.join(SHARES)}, got {', '.join(kinds)}")
+        if not all(0 <= share < math.inf for share in kinds.values()) or not any(kinds.values()):
+            raise InputError(f"the shares of kinds must be 0 or more, and one above 0, got {kinds}")
+        if not kinds.get("chats"):
+            return kinds, None, None
+    try:
+        form = chat_form(tokenizer)
+        if len(form.opening) >= length:
+            raise InputError(
+                f"the chat template takes {len(form.opening)} of a text's {length} tokens before the first word"
+            )
+    except InputError as error:
+        if kinds is not None:
+            raise InputError(f"no chats can be written: {error}") from error
+        return SHARES_WITHOUT_CHATS, None, str(error) if tokenizer.chat_template else None
+    return kinds or SHARES, form, None
+
+
+def _counts(shares: dict[str, float], texts: int) -> dict[str, int]:
+    """Texts of each kind, in the order of ``SHARES``: rounded down, and what is left to the largest rests."""
+    exact = {kind: texts * shares.get(kind, 0) / sum(shares.values()) for kind in SHARES}
+    counts = {kind: int(number) for kind, number in exact.items()}
+    by_rest = sorted(exact, key=lambda kind: counts[kind] - exact[kind])
+    for kind in by_rest[: texts - sum(counts.values())]:
+        counts[kind] += 1
+    return counts
+
+
+def _model_key(model: PreTrainedModel) -> str:
+    """Told apart by sums of the bits of each parameter, which no order of adding changes."""
+    return hash_of(
+        f"{name} {tuple(parameter.shape)} {parameter.dtype} "
+        f"{parameter.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)}"
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / SETTINGS_FILE
+    if path.exists():
+        kept = read_json(path)
+        kept = kept if isinstance(kept, dict) else {}
+        for name, value in settings.items():
+            if kept.get(name) != value:
+                raise InputError(
+                    f"{str(folder)!r} holds texts of another {name} ({kept.get(name)}, now {value}); "
+                    "remove it, or name another --out"
+                )
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(partial, path)
+
+
+def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError):  # not there, or cut short with the machine's power
+        return None
+    return tokens if tokens.shape == shape and tokens.dtype == np.int32 else None
+
+
+def _save(path: Path, tokens: np.ndarray) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, tokens)
+    os.replace(partial, path)
