@@ -76,6 +76,16 @@ def _anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_lessons_say_where_they_are_in_the_code():
+    text = (ROOT / "docs/lessons.md").read_text()
+    assert len(text.splitlines()) <= 80
+    for lesson in re.findall(r"^- .*", text, flags=re.M):
+        paths = re.findall(r"`([\w/]+\.(?:py|h|cpp))`", lesson)
+        assert paths, lesson
+        for path in paths:
+            assert (ROOT / "src/stablemask" / path).exists(), lesson
+
+
 def test_the_readme_is_a_front_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120

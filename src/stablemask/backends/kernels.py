@@ -94,7 +94,7 @@ def _cpu_backward_in_float32(grad, query, key, value, out, lse, bias, causal, sc
 
 
 def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
-    """Whether converting everything and back is faster, by 1.1 to 16 times here; docs/log.md has the figures."""
+    """Whether converting everything and back is faster, by 1.1 to 16 times here; docs/lessons.md."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False
     return key.shape[2] * key.shape[3] <= longest_in_float32(query.dtype)

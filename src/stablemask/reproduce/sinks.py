@@ -45,7 +45,7 @@ def jobs(scale: str, seeds: int) -> list[Job]:
         ]
     else:
         # The smallest model in which softmax was seen to grow a sink, and a rate at which it does so
-        # in few steps, whatever the seed (docs/log.md).
+        # in few steps, whatever the seed (docs/log/2026-11.md).
         sizes = {"vocab_size": 512, "max_position_embeddings": 256}
         options = {"preset": "nano", "steps": 2000, "batch_size": 4, "learning_rate": 1e-2, **sizes}
         plans = [

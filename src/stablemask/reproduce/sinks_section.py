@@ -36,7 +36,7 @@ Rows of softmax sum to 1, so a head with nothing to say must still look somewher
 token, which every row sees, becomes its sink. *Packed blocks* begin where the text was cut, as in
 all of our training: their first token is arbitrary. With the *end token first* it is the same in
 every block, which is where sinks are known to grow soonest. The learning rate is high, for at a lower
-one a sink takes longer to grow than two cores have time ([log.md](log.md)).
+one a sink takes longer to grow than two cores have time ([log](log/2026-11.md)).
 
 *First token* is the mean attention that it gets from the rows after it, on validation text.
 Attention that goes to a pseudo mass or a sink logit goes to no token at all (*mask ratio*). So that
