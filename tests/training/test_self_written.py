@@ -1,5 +1,6 @@
 """Text that a model writes itself: kinds, turns, the prefix, and going on after a kill."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -55,12 +56,29 @@ def test_kinds_and_lengths(written, model, tokenizer):
     assert len(np.unique(prose[:, 0])) > 4
     assert not np.isin(np.concatenate([prose, code]), tokenizer.all_special_ids).any()
     assert texts.tokens.max() < model.config.vocab_size
-    beginnings = [tokenizer.encode(text, add_special_tokens=False) for text in CODE]
-    for row in code.tolist():
-        assert any(row[: len(ids)] == ids for ids in beginnings)
+    for row in code:
+        assert tokenizer.decode(row).startswith(tuple(text[:20].rstrip() for text in CODE))
     # Of the model's own settings none counts: neither its penalty of repeated tokens nor its top_k.
     assert all(len(set(row)) < LENGTH for row in texts.tokens.tolist())
     assert len({tuple(row) for row in code[:, 6:].tolist()}) == len(code)
+
+
+def test_prose_begins_as_the_model_begins_a_text(model, tokenizer, tmp_path):
+    """After a prefix that opens no chats: three of four texts begin with a token that the model chose."""
+    certain, prefix = 40, 7
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        hidden = changed.model(torch.tensor([[prefix]])).last_hidden_state[0, -1]
+        changed.lm_head.weight[certain] = 20 * hidden
+    settings = SETTINGS | {"texts": 16, "kinds": {"prose": 1}, "length": 2}
+    texts = write_texts(changed, tokenizer, tmp_path / "a", **settings | {"prefix": prefix})
+    assert (texts.tokens[:, 0] == certain).reshape(4, 4).tolist() == [[False, True, True, True]] * 4
+    opening = chat_form(tokenizer).opening[0]
+    with torch.no_grad():
+        hidden = changed.model(torch.tensor([[opening]])).last_hidden_state[0, -1]
+        changed.lm_head.weight[certain] = 20 * hidden
+    texts = write_texts(changed, tokenizer, tmp_path / "b", **settings | {"prefix": opening})
+    assert (texts.tokens[:, 0] == certain).sum() < 3
 
 
 def test_it_is_written_in_a_random_state_of_its_own(written, model, tokenizer, tmp_path):
@@ -195,7 +213,7 @@ def test_without_a_template_there_are_no_chats(model, tokenizer, tmp_path, capsy
     [
         ({"texts": 0}, "texts must be at least 1, got 0"),
         ({"length": 1}, "length must be at least 2, got 1"),
-        ({"length": 4, "kinds": {"chats": 1}}, "of a text's 4 tokens before the first word"),
+        ({"length": 4, "kinds": {"chats": 1}}, "of 4 tokens before the first word"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"temperature": 0.0}, "temperature must be a positive number, got 0"),

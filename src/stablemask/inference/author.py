@@ -18,12 +18,46 @@ from transformers import (
 
 from ..data.chat_form import ChatForm
 
+# Of one word, most beginnings go on as prose.
 CODE = (
-    "import", "from", "def", "class", "#!/", "#include", "package", "function", "const", "public",
-    "using", "```python\n", "<?php", "<!DOCTYPE", "SELECT", "package main", "fn", "let", '"""',
-    "# -*- coding", "if __name__", "struct", "static", "namespace", "module", "@", "try:", "with open(",
-    "for", "return", "/*", "//", "{\n", "<div", "%%", "library(",
-)  # fmt: skip
+    '#!/usr/bin/env python\n"""',
+    "import os\nimport sys\n\n",
+    "def main():\n    ",
+    "class Node:\n    def __init__(self",
+    "import numpy as np\n\ndef ",
+    "from dataclasses import dataclass\n\n@dataclass\nclass ",
+    "import json\nimport logging\n\nlogger =",
+    "# Copyright (c)",
+    "def test_",
+    "#include <stdio.h>\n\nint main(",
+    "#include <vector>\n#include <string>\n\nclass ",
+    "package main\n\nimport (",
+    "public class Main {\n    public static void",
+    "function ",
+    "const express = require(",
+    "<!DOCTYPE html>\n<html>\n<head>",
+    "SELECT id, name FROM ",
+    "CREATE TABLE ",
+    "use std::collections::HashMap;\n\nfn ",
+    "import React from 'react';\n\n",
+    "    def __init__(self, ",
+    "    if not isinstance(",
+    "        raise ValueError(",
+    "#!/bin/bash\n\n",
+    "if __name__ == '__main__':\n    ",
+    "import unittest\n\nclass Test",
+    "from typing import List, Optional\n\n",
+    "try:\n    ",
+    "```python\ndef ",
+    '{\n  "name": ',
+    "import re\n\n",
+    "from collections import defaultdict\n\n",
+    "import argparse\n\nparser = ",
+    "async def ",
+)
+
+# Of the first words of prose, where the model chooses them; flatter than the rest, for variety.
+FIRST_TEMPERATURE = 1.2
 
 
 class Author:
@@ -52,8 +86,13 @@ class Author:
             device=model.device, dtype=torch.long,
         )  # fmt: skip
         self.words = sorted(known - special - set(added) - {prefix})
-        code = (tokenizer.encode(text, add_special_tokens=False)[: length - 1] for text in CODE)
-        self.code = [ids for ids in code if ids and ids[0] != prefix]
+        # A space at the end belongs to the token of the next word.
+        code = (tokenizer.encode(text.rstrip(" "), add_special_tokens=False) for text in CODE)
+        self.code = [ids[: length - 1] for ids in code if ids[0] != prefix]
+        # What opens chats is followed by the name of a role; what begins every text, by text.
+        begins_texts = tokenizer.encode("")[:1] == [prefix]
+        opens_chats = form is not None and form.opening[0] == prefix and not begins_texts
+        self.first = None if prefix is None or opens_chats else self._first_words(prefix)
 
     def write(self, kind: str, rows: int, rng: np.random.Generator) -> np.ndarray:
         """Texts of one kind, ``(rows, length)``, int32."""
@@ -63,7 +102,11 @@ class Author:
         elif kind == "code":
             beginnings = [self.code[number] for number in rng.integers(len(self.code), size=rows)]
         else:
-            beginnings = [[word] for word in rng.choice(self.words, size=rows).tolist()]
+            words = rng.choice(self.words, size=rows)
+            if self.first is not None:
+                chosen = rng.choice(len(self.first), size=rows, p=self.first)
+                words = np.where(np.arange(rows) % 4 > 0, chosen, words)
+            beginnings = [[word] for word in words.tolist()]
         front = [] if self.prefix in (None, beginnings[0][0]) else [self.prefix]
         shared = min(map(len, beginnings))
         prompts = torch.tensor(
@@ -86,6 +129,15 @@ class Author:
         )
         self.tick(rows * shared)
         return output[:, len(front) :].to("cpu", torch.int32).numpy()
+
+    def _first_words(self, prefix: int) -> np.ndarray:
+        """The model's own probabilities of a text's first token, ``(vocabulary,)``, float64."""
+        logits = (
+            self.model(torch.tensor([[prefix]], device=self.model.device)).logits[0, -1].double()
+        )
+        logits[self.forbidden] = -math.inf
+        logits[prefix] = -math.inf
+        return (logits / FIRST_TEMPERATURE).softmax(-1).cpu().numpy()
 
 
 class Sampler(LogitsProcessor):

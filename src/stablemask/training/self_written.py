@@ -1,7 +1,8 @@
 """Text that a model writes itself, of the kinds that it writes: what to distil on where no data is given.
 
 =========  ===========================================================================================
-``prose``  what follows one random token of the vocabulary
+``prose``  what follows a first token: one of four is a random one of the vocabulary, the others are as the
+           model begins a text after the prefix; all are random where the prefix opens chats, or is none
 ``code``   what follows one of the beginnings of source files and snippets in ``CODE``
 ``chats``  what a user and an assistant say in turn, in the form of the chat template: the template opens
            a turn, and the model writes it until it writes the token that ends it
@@ -181,25 +182,27 @@ def _check(
 def _kinds(
     kinds: dict[str, float] | None, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> tuple[dict[str, float], ChatForm | None, str | None]:
-    """Shares, the form of chats where there are any, and why there are none by a template that is there."""
-    if kinds is not None:
-        if not kinds.keys() <= SHARES.keys():
-            raise InputError(f"kinds must be of {', '.join(SHARES)}, got {', '.join(kinds)}")
-        if not all(0 <= share < math.inf for share in kinds.values()) or not any(kinds.values()):
-            raise InputError(f"the shares of kinds must be 0 or more, and one above 0, got {kinds}")
-        if not kinds.get("chats"):
-            return kinds, None, None
+    """Shares, the form of chats, and why there are none by default though there is a template."""
+    form = without = None
     try:
         form = chat_form(tokenizer)
         if len(form.opening) >= length:
-            raise InputError(
-                f"the chat template takes {len(form.opening)} of a text's {length} tokens before the first word"
+            without = (
+                f"the template takes {len(form.opening)} of {length} tokens before the first word"
             )
     except InputError as error:
-        if kinds is not None:
-            raise InputError(f"no chats can be written: {error}") from error
-        return SHARES_WITHOUT_CHATS, None, str(error) if tokenizer.chat_template else None
-    return kinds or SHARES, form, None
+        without = str(error)
+    if kinds is None:
+        if without is None:
+            return SHARES, form, None
+        return SHARES_WITHOUT_CHATS, form, without if tokenizer.chat_template else None
+    if not kinds.keys() <= SHARES.keys():
+        raise InputError(f"kinds must be of {', '.join(SHARES)}, got {', '.join(kinds)}")
+    if not all(0 <= share < math.inf for share in kinds.values()) or not any(kinds.values()):
+        raise InputError(f"the shares of kinds must be 0 or more, and one above 0, got {kinds}")
+    if kinds.get("chats") and without is not None:
+        raise InputError(f"no chats can be written: {without}")
+    return kinds, form, None
 
 
 def _counts(shares: dict[str, float], texts: int) -> dict[str, int]:
