@@ -269,6 +269,27 @@ def test_auto_follows_stock_attention(device, rows, keys, masks):
     assert choose(call, "auto") is choose(call, expected)
 
 
+def test_what_cudnn_cannot_do_is_said(device, monkeypatch):
+    if device.type == "cuda" or CARD.capability < (8, 0):
+        pytest.skip("of the emulation, from compute capability 8.0 on")
+
+    def attend(dim, *, training=False):
+        query = torch.randn(1, 2, 8, dim, dtype=torch.float16, requires_grad=training)
+        return sink_attention(query, query, query, 0.0, backend="cudnn")
+
+    for version in (91000, 90900):
+        monkeypatch.setattr(hardware, "cudnn_version", lambda version=version: version)
+        if version == 91000 and CARD.capability == (9, 0):
+            assert attend(136).isfinite().all()
+            continue
+        with pytest.raises(ValueError, match="head_dim is above 128"):
+            attend(136)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert attend(128).isfinite().all()
+    with pytest.raises(ValueError, match="backward is not deterministic"):
+        attend(128, training=True)
+
+
 class TestOnACardAlone:
     pytestmark = marks.gpu
 

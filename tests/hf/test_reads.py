@@ -56,9 +56,8 @@ def test_training_reads_no_more_than_stock_attention(name, padding, positions, u
         model = family.model_class(family.config(stablemask={"gamma": 0.1}))
         allowed = reads(stock, inputs)
     if "sliding_window" in family.settings and padding is not None:
-        allowed += (
-            1  # whether anything is hidden; stock attention makes an n x n mask, hidden or not
-        )
+        # Whether anything is hidden: stock attention makes a mask of n x n without asking.
+        allowed += 1
     with emulated(SM90), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reads(model, inputs) <= allowed
