@@ -6,13 +6,14 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: help setup demo test nightly lint matrix bench gpu reproduce clean
+.PHONY: help setup demo test nightly lint dist matrix bench gpu reproduce clean
 
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
 	@echo "make test    set up, run the tests"
 	@echo "make nightly all tests, with 500 examples of each property"
 	@echo "make lint    ruff and mypy"
+	@echo "make dist    the sdist and the wheel, built and checked: dist/"
 	@echo "make matrix  the tests of what depends on versions, with the oldest and the newest of every dependency"
 	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
 	@echo "make gpu     on a machine with an NVIDIA GPU: is it right, how fast is it; 500 seconds"
@@ -36,6 +37,19 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In an environment of its own, for what users install must not lean on .venv.
+DIST := .dist
+dist: $(DIST)/.ready
+	rm -rf dist
+	$(DIST)/bin/python -m build --outdir dist
+	$(DIST)/bin/python -m twine check --strict dist/*
+	$(DIST)/bin/python .ci/check_dist.py dist
+
+$(DIST)/.ready: Makefile
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet build "twine>=6.1"
+	touch $@
 
 # An environment for each end of the range: the floors of pyproject.toml, exactly (Python 3.10 to 3.12 have
 # wheels of them), and the newest of all that pip takes. `make oldest` and `make newest` do one end.
@@ -82,7 +96,7 @@ reproduce: setup
 	$(BIN)/stablemask reproduce --out docs/results/reproduce --page docs/results.md --resume
 
 clean:
-	rm -rf $(VENV) $(MATRIX) .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(MATRIX) $(DIST) dist .mypy_cache .pytest_cache .ruff_cache .coverage
 
 setup: $(VENV)/.ready
 
