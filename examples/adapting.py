@@ -1,233 +1,263 @@
-"""What adapting a pretrained model to StableMask does to its attention sink and its outliers.
+"""What adapting a pretrained model to StableMask does: to its texts, its attention sink, its outliers.
 
-    python examples/smollm2.py --out runs/smollm2
-    python examples/adapting.py split valid.txt --out runs/text
-    stablemask finetune --model runs/smollm2 --data runs/text/train.txt --adapt --out runs/adapted ...
-    python examples/adapting.py measure runs/smollm2 --text runs/text > before.json
-    python examples/adapting.py measure runs/adapted --text runs/text > adapted.json
-    python examples/adapting.py draw before=before.json adapted=adapted.json
+    stablemask finetune --model MODEL --adapt --out runs/adapted
+    python examples/adapting.py measure MODEL --text wiki=wiki.txt code=code.txt > before.json
+    python examples/adapting.py measure MODEL --text wiki=wiki.txt code=code.txt --prefix 1 > teacher.json
+    python examples/adapting.py measure runs/adapted --text wiki=wiki.txt code=code.txt > adapted.json
+    python examples/adapting.py table before=before.json teacher=teacher.json adapted=adapted.json
+    python examples/adapting.py draw before=before.json teacher=teacher.json adapted=adapted.json
 
-`measure` prints one JSON object: perplexity on text not trained on, attention on the first token and
-the pseudo share by layer, the largest activation and the kurtosis of the hidden states by layer, and
-perplexity with int8 weights and activations (needs torchao). About 10 minutes for a model of 135M
-parameters on 2 CPU cores. docs/results/adapting.md has what came of it.
+`measure` prints one JSON object; several of one label, FILE,FILE,FILE, are seeds of one training. With
+`--prefix` the token stands in front of each text, where it serves a softmax model as its sink, and the
+same tokens are scored. Costs in nats are measured on the first text. `measure` needs the extra `quant`,
+`draw` the extra `report`. docs/results/adapting.md has what came of it.
 """
 
 import argparse
 import copy
 import json
-import re
-from itertools import cycle, pairwise
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import stablemask
 from stablemask import strict_json
 from stablemask.data import load_tokenizer
-from stablemask.evaluation import layer_statistics, perplexity
-from stablemask.evaluation.activations import hidden_state_outliers
+from stablemask.errors import InputError
+from stablemask.evaluation.int4_cache import GROUP, int4_cache
+from stablemask.evaluation.perplexity import token_losses, with_prefix
 from stablemask.evaluation.quantization import quantize_int8
-from stablemask.hf import apply_stablemask, load_model
+from stablemask.evaluation.streaming import compare_streaming, streaming_losses
+from stablemask.evaluation.summary import sink_summary
+from stablemask.hf import load_model
+from stablemask.reproduce.statistics import Estimate, estimate
 
-TRAIN_END, TEST_START = 0.7, 0.85  # shares of the text; what lies between is not used
-TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)  # of a Wikipedia article, in WikiText
+LENGTH, STREAM_LENGTH = 256, 1024  # tokens of a text, and of one that is read from a window
+WINDOW, SCORED_FROM = 128, 256
+KEPT = (0, 1, 4)  # first tokens of the cache that stay in full precision
 
-
-def split_articles(text: str) -> tuple[str, str]:
-    """Whole articles of a WikiText file: those that end in its first 70 %, begin in its last 15 %."""
-    starts = [0, *(match.start() for match in TITLE.finditer(text)), len(text)]
-    spans = list(pairwise(starts))
-    train = "".join(text[a:b] for a, b in spans if b <= TRAIN_END * len(text))
-    test = "".join(text[a:b] for a, b in spans if a >= TEST_START * len(text))
-    return train, test
+Measured = dict[str, Any]
 
 
 def measure(
     model: PreTrainedModel,
-    test: Tensor,
-    calibration: Tensor,
+    texts: dict[str, Tensor],
+    prefix: int | None = None,
     *,
-    length: int = 256,
-    long_length: int = 1024,
-    sequences: int = 32,
-) -> dict[str, Any]:
-    """Everything in question about one model. Lists are by layer.
-
-    ``first_token`` is the mean attention on the first token, ``top_token`` that on whichever token
-    of a sequence's first half gets most in a head, for a sink may move; each over the rows after it.
+    sequences: int = 16,
+    streams: int = 8,
+    say: Callable[[str], None] = lambda what: None,
+) -> Measured:
+    """Everything in question about one model, but for how its costs compare with another's.
 
     Args:
-        test, calibration: ids, (num_tokens,); the static int8 scales come from the latter.
-        length: tokens in a sequence, read from position 0 each.
-        long_length: a second length that perplexity is measured at.
-        sequences: how many the attention, the hidden states and the int8 perplexities are measured
-            on; plain perplexity is that of the whole test text.
+        texts: ids, (texts, n), by name; all costs in nats are those of the first.
+        prefix: read in front of each text, and not scored.
+        sequences: texts that the quantised model and cache read; the scales of static int8 activations
+            come from as many others.
+        streams: texts of 1,024 tokens that are read from a window.
     """
-    blocks = test[: sequences * length].view(-1, length)
-    layers = zip(
-        *(layer_statistics(model, block) for block in tqdm(blocks, "attention", disable=None)),
-        strict=True,
-    )
-    first_token, top_token, pseudo = [], [], []
-    for layer in layers:
-        first_token.append(torch.stack([s.first_token for s in layer]).mean().item())
-        # In the second half the mean over the rows after a token is one over few.
-        received = torch.stack([s.received[:, : length // 2] for s in layer])
-        top_token.append(received.amax(-1).mean().item())
-        pseudo.append(torch.stack([s.pseudo for s in layer]).mean().item())
-    outliers = hidden_state_outliers(model, blocks)
-    whole = {
-        str(n): perplexity(model, test, length=n, stride=stride).perplexity
-        for n, stride in ((length, length), (long_length, long_length // 2))
-    }
-    return {
-        "stablemask": getattr(model.config, "stablemask", None),
-        "perplexity": whole,
-        "first_token": first_token,
-        "top_token": top_token,
-        "pseudo": pseudo,
-        **{name: values.tolist() for name, values in outliers._asdict().items()},
-        "int8": int8_perplexity(model, blocks, calibration[: blocks.numel()].view(-1, length)),
-        "tokens": {"perplexity": len(test), "elsewhere": blocks.numel()},
-    }
+    first = next(iter(texts.values()))
+    scored, calibration = first[:sequences], first[sequences : 2 * sequences]
+    streamed = first.flatten()[: streams * STREAM_LENGTH].view(streams, STREAM_LENGTH)
+    measured: Measured = {"prefix": prefix, "texts": {}}
+    for name, ids in texts.items():
+        say(f"{name}: {ids.numel():,} tokens")
+        summary = sink_summary(model, ids, prefix)
+        by_layer = {key: value for key, value in vars(summary).items() if key != "nats"}
+        measured["texts"][name] = {
+            "tokens": ids.numel(), "perplexity": summary.perplexity, **by_layer
+        }  # fmt: skip
+    nats = token_losses(model, scored, prefix).mean().item()
 
-
-def int8_perplexity(
-    model: PreTrainedModel, blocks: Tensor, calibration: Tensor
-) -> dict[str, float]:
-    """Perplexity of the blocks in full precision and with int8 weights and activations."""
-    length = blocks.shape[1]
-
-    def score(scored: PreTrainedModel) -> float:
-        return perplexity(scored, blocks.flatten(), length=length, stride=length).perplexity
-
-    return {
-        "none": score(model),
-        "dynamic": score(quantize_int8(copy.deepcopy(model), "dynamic")),
-        "static": score(quantize_int8(copy.deepcopy(model), "static", calibration)),
-    }
-
-
-def draw(results: dict[str, dict[str, Any]], out: Path) -> list[Path]:
-    """The figures of docs/results/adapting.md: by layer, attention and outliers; int8 as bars."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    from stablemask.report import drawing
-
-    colors = (drawing.COLORS["softmax"], drawing.GRAY, *list(drawing.COLORS.values())[1:])
-    styles = [
-        {"color": color, "ls": line}
-        for color, line, _ in zip(colors, cycle(drawing.LINES), results)
-    ]
-    with matplotlib.rc_context(drawing.STYLE):
-        attention = Figure((9.6, 3.6), layout="constrained")
-        panels = attention.subplots(1, 3, sharey=True)
-        names = ("first_token", "top_token", "pseudo")
-        for (label, result), style in zip(results.items(), styles):
-            for axes, name in zip(panels, names):
-                axes.plot(range(len(result[name])), result[name], label=label, **style)
-        titles = ("On the first token", "On the token that gets most", "On the pseudo mass")
-        for axes, title in zip(panels, titles):
-            axes.set_title(title)
-        panels[0].set_ylabel("mean share of a row's attention")
-        panels[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panels[0].set_ylim(bottom=0)
-
-        outliers = Figure((9.6, 3.6), layout="constrained")
-        right_panels = outliers.subplots(1, 2)
-        for (label, result), style in zip(results.items(), styles):
-            for axes, name in zip(right_panels, ("largest", "kurtosis")):
-                axes.plot(range(len(result[name])), result[name], label=label, **style)
-        right_panels[0].set(title="Largest activation", ylabel="largest magnitude (no unit)")
-        right_panels[1].set(
-            title="Heaviness of the tail", ylabel="kurtosis (3: normal distribution)"
+    measured["int8"] = {}
+    for activations in ("dynamic", "static"):
+        say(f"int8, {activations} activations")
+        quantized = quantize_int8(
+            copy.deepcopy(model), activations, with_prefix(calibration, prefix)
         )
-        for axes in right_panels:
-            axes.set_yscale("log")
-        for axes in (*panels, *right_panels):
-            axes.set_xlabel("layer (number)")
-        panels[2].legend()
-        right_panels[0].legend()
+        losses = token_losses(quantized, scored, prefix)
+        measured["int8"][activations] = losses.mean().item() - nats
+        del quantized
 
-        int8 = Figure((9.6, 3.4), layout="constrained")
-        axes = int8.subplots()
-        kinds = {
-            "none": "float32",
-            "dynamic": "int8, dynamic scales",
-            "static": "int8, static scales",
-        }
-        width = 0.8 / len(kinds)
-        for k, (name, label) in enumerate(kinds.items()):
-            positions = [i + (k - 1) * width for i in range(len(results))]
-            bars = axes.bar(
-                positions, [result["int8"][name] for result in results.values()], 0.92 * width,
-                color=colors[k], label=label, hatch=("", "//", "..")[k], edgecolor="white", linewidth=0,
-            )  # fmt: skip
-            axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
-        axes.set_xticks(range(len(results)), list(results))
-        axes.set(ylabel="perplexity", title="Int8 weights and activations")
-        axes.legend()
+    measured["int4_cache"] = {}
+    for keep in KEPT:
+        say(f"int4 cache, {keep} tokens in full precision")
+        cache = int4_cache(model, keep=keep)
+        losses = streaming_losses(model, scored, cache, chunk_size=GROUP, prefix=prefix)
+        measured["int4_cache"][str(keep)] = losses.mean().item() - nats
 
-        paths = []
-        for name, figure in (("attention", attention), ("outliers", outliers), ("int8", int8)):
-            paths.append(out / f"adapting-{name}.png")
-            figure.savefig(paths[-1], dpi=150)
-    return paths
+    say(f"streaming: {streams} texts of {STREAM_LENGTH:,} tokens")
+    losses = compare_streaming(
+        model, streamed, window=WINDOW, scored_from=SCORED_FROM, prefix=prefix
+    )
+    measured["streaming"] = {
+        "full": losses.full,
+        "window": losses.window - losses.full,
+        "StreamingLLM": losses.sinks - losses.full,
+    }
+    return measured
+
+
+Rule = tuple[str, Callable[[Measured, Measured], float], int, float | None]
+
+
+def rows(results: dict[str, list[Measured]], teacher: str) -> Iterator[Rule]:
+    """Of the table: a name, a number of one measurement given the teacher's, its digits, its limit."""
+    reference = results[teacher][0]
+    for text in reference["texts"]:
+        yield f"perplexity, {text}", lambda one, _, t=text: one["texts"][t]["perplexity"], 2, None
+    for text in reference["texts"]:
+        yield f"over the teacher's, {text} (%)", lambda one, of, t=text: _over(one, of, t), 1, 1.0
+    for text in reference["texts"]:
+        yield (
+            f"first token, most in a layer, {text} (%)",
+            lambda one, _, t=text: 100 * max(one["texts"][t]["first_token"]), 1, 1.5,
+        )  # fmt: skip
+    yield "largest activation", lambda one, _: _worst(one, "largest"), 0, 500.0
+    yield "largest kurtosis of a layer", lambda one, _: _worst(one, "kurtosis"), 0, 1500.0
+    least = reference["streaming"]["StreamingLLM"]
+    yield "streaming, nothing kept (nats)", lambda one, _: one["streaming"]["window"], 3, least
+    yield "StreamingLLM, 4 kept (nats)", lambda one, _: one["streaming"]["StreamingLLM"], 3, None
+    yield "int8, static (nats)", lambda one, _: one["int8"]["static"], 3, 0.1
+    yield "int8, dynamic (nats)", lambda one, _: one["int8"]["dynamic"], 3, None
+    as_it_is = min(min(of[0]["int4_cache"].values()) for of in results.values() if len(of) == 1)
+    yield "int4 cache (nats)", lambda one, _: one["int4_cache"]["0"], 3, as_it_is
+    for keep in KEPT[1:]:
+        yield (
+            f"int4 cache, {keep} in full precision (nats)",
+            lambda one, _, k=str(keep): one["int4_cache"][k], 3, None,
+        )  # fmt: skip
+
+
+def _over(one: Measured, teacher: Measured, text: str) -> float:
+    """How much a perplexity is above the teacher's, in percent."""
+    ratio = one["texts"][text]["perplexity"] / teacher["texts"][text]["perplexity"]
+    return 100 * (ratio - 1)
+
+
+def _worst(one: Measured, name: str) -> float:
+    """The most in any layer on any text."""
+    return max(max(text[name]) for text in one["texts"].values())
+
+
+def table(results: dict[str, list[Measured]], teacher: str) -> str:
+    """Markdown: a mean over seeds, and its 95 % interval by Student's t where there are several."""
+    lines = [["", *results, "to reach"], ["---"] * (len(results) + 2)]
+    for name, value, digits, limit in rows(results, teacher):
+        cells = []
+        for measured in results.values():
+            found = estimate([value(one, results[teacher][0]) for one in measured])
+            cells.append(_cell(found, digits))
+        lines.append([name, *cells, "" if limit is None else f"at most {limit:,.{digits}f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(found: Estimate, digits: int) -> str:
+    mean = f"{found.mean:,.{digits}f}"
+    return mean if math.isnan(found.half_width) else f"{mean} ± {found.half_width:,.{digits}f}"
+
+
+def read_text(path: Path, tokenizer: Any, tokens: int) -> Tensor:
+    """(texts, n): those of a ``.npy`` file of ids, or of plain text cut into pieces of 256 tokens."""
+    if path.suffix == ".npy":
+        ids = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
+        return ids[: max(1, tokens // ids.shape[1])]
+    found = tokenizer(path.read_text("utf-8"), add_special_tokens=False).input_ids[:tokens]
+    return torch.tensor(found[: len(found) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    split = commands.add_parser("split", help="cut a WikiText file into texts to train and test on")
-    split.add_argument("file", type=Path)
-    split.add_argument("--out", type=Path, required=True, help="folder for train.txt and test.txt")
     measured = commands.add_parser("measure", help="print the JSON of one model")
     measured.add_argument("model")
-    measured.add_argument("--text", type=Path, required=True, help="the folder `split` wrote")
-    measured.add_argument("--gamma", type=float, help="give the model StableMask first, at once")
-    measured.add_argument("--start", type=int, default=0, help="first position with a mass")
-    measured.add_argument("--shift", type=float, default=0.0, help="added to the log of the mass")
-    measured.add_argument("--tokens", type=int, help="read so many tokens of the test text at most")
-    measured.add_argument("--sequences", type=int, default=32, help="of 256 tokens, for all else")
+    measured.add_argument(
+        "--text", nargs="+", required=True, metavar="NAME=FILE", help="plain text, or .npy of ids"
+    )
+    measured.add_argument(
+        "--chats", type=Path, help="a .npy of chats as the template writes them, (chats, n)"
+    )
+    measured.add_argument("--prefix", type=int, metavar="TOKEN_ID", help="in front of each text")
+    measured.add_argument("--tokens", type=int, default=8192, help="of each text (default: 8192)")
+    measured.add_argument(
+        "--sequences", type=int, default=16, help="of 256 tokens, for int8 and int4 (default: 16)"
+    )
+    measured.add_argument(
+        "--streams", type=int, default=8, help="of 1,024 tokens, for streaming (default: 8)"
+    )
+    shown = commands.add_parser("table", help="print a Markdown table of several models")
     drawn = commands.add_parser("draw", help="draw the figures of several models")
-    drawn.add_argument("results", nargs="+", metavar="LABEL=FILE")
+    for command in (shown, drawn):
+        command.add_argument("results", nargs="+", metavar="LABEL=FILE[,FILE...]")
+        command.add_argument("--teacher", default="teacher", help="label of what to compare with")
     drawn.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
 
-    if options.command == "split":
-        options.out.mkdir(parents=True, exist_ok=True)
-        for name, part in zip(("train", "test"), split_articles(options.file.read_text("utf-8"))):
-            (options.out / f"{name}.txt").write_text(part, encoding="utf-8")
-            print(f"{options.out / name}.txt: {len(part):,} characters")
-        return
-    if options.command == "draw":
+    if options.command != "measure":
         pairs = (text.partition("=") for text in options.results)
-        results = {label: json.loads(Path(path).read_text("utf-8")) for label, _, path in pairs}
-        for path in draw(results, options.out):
-            print(path)
+        results = {
+            label: [json.loads(Path(path).read_text("utf-8")) for path in paths.split(",")]
+            for label, _, paths in pairs
+        }
+        if options.teacher not in results:
+            parser.error(f"no {options.teacher}=FILE among {', '.join(results)}; see --teacher")
+        if options.command == "table":
+            print(table(results, options.teacher))
+        else:
+            from adapting_figures import draw
+
+            for path in draw(results, options.teacher, options.out):
+                print(path)
         return
 
-    model = load_model(options.model, dtype=torch.float32)
-    tokenizer = load_tokenizer(options.model)
-    if options.gamma is not None:
-        apply_stablemask(model, gamma=options.gamma, start=options.start, shift=options.shift)
-    train_tokens, test_tokens = (
-        torch.tensor(tokenizer((options.text / f"{name}.txt").read_text("utf-8")).input_ids)
-        for name in ("train", "test")
-    )
-    result = measure(
-        model, test_tokens[: options.tokens], train_tokens, sequences=options.sequences
-    )
+    if find_spec("torchao") is None:
+        parser.error("int8 needs torchao: pip install -e '.[quant]'")
+    start = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - start:5.0f} s  {what}", file=sys.stderr, flush=True)
+
+    try:
+        model, tokenizer = (
+            load_model(options.model, dtype=torch.float32),
+            load_tokenizer(options.model),
+        )
+        named = dict(text.split("=", 1) for text in options.text)
+        if options.chats is not None:
+            named["chats"] = options.chats
+        texts = {
+            name: read_text(Path(file), tokenizer, options.tokens) for name, file in named.items()
+        }
+        result = measure(
+            model, texts, options.prefix,
+            sequences=options.sequences, streams=options.streams, say=say,
+        )  # fmt: skip
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+    say("done")
     versions = {m.__name__: m.__version__ for m in (stablemask, torch, transformers)}
-    print(strict_json.dumps({"model": options.model, **result, "versions": versions}))
+    print(
+        strict_json.dumps(
+            {
+                "model": options.model,
+                "stablemask": getattr(model.config, "stablemask", None),
+                **result,
+                "seconds": round(time.perf_counter() - start),
+                "versions": versions,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

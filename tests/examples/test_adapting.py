@@ -1,45 +1,99 @@
-import pytest
+"""What `examples/adapting.py` measures, against its parts; its table and its figures."""
 
-from stablemask.evaluation import attention_maps, first_token_attention, perplexity
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stablemask.evaluation import perplexity, sink_summary
+from stablemask.evaluation.streaming import compare_streaming
 from stablemask.hf import apply_stablemask
 
 from .. import marks
 from ..evaluation.test_activations import tiny_llama
 from ..models.tiny import random_ids
 
-ARTICLE = " = Title {} = \n \n Words . \n \n = = Part = = \n \n {} \n \n"
 
-
-def test_split_gives_whole_articles_that_do_not_meet():
-    from adapting import split_articles
-
-    articles = [ARTICLE.format(number, "more words " * (20 + number)) for number in range(40)]
-    train, test = split_articles("".join(articles))
-    count = train.count(" = Title")
-    assert train == "".join(articles[:count])
-    assert test == "".join(articles[-test.count(" = Title") :])
-    total = sum(map(len, articles))
-    assert 0.65 < len(train) / total <= 0.7
-    assert 0.1 < len(test) / total <= 0.15
+def measured(over: float = 0.0, layers: int = 3) -> dict:
+    """As `measure` prints it, its numbers made up."""
+    text = {
+        "tokens": 512, "perplexity": 20.0 * (1 + over), "first_token": [0.01, 0.02 + over, 0.03],
+        "top_token": [0.1] * layers, "pseudo": [0.2] * layers,
+        "largest": [10.0, 100.0, 50.0 + over], "kurtosis": [3.0, 9.0, 8.0],
+    }  # fmt: skip
+    return {
+        "prefix": None,
+        "texts": {"wiki": text, "code": {**text, "perplexity": 5.0}},
+        "int8": {"dynamic": 0.01, "static": 0.5},
+        "int4_cache": {"0": 0.02, "1": 0.015, "4": 0.014},
+        "streaming": {"full": 3.0, "window": 1.2, "StreamingLLM": 0.43},
+    }
 
 
 @marks.torchao
-def test_measure_and_draw(tmp_path):
-    from adapting import draw, measure
+def test_measure(monkeypatch):
+    import adapting
+
+    monkeypatch.setattr(adapting, "STREAM_LENGTH", 64)
+    monkeypatch.setattr(adapting, "WINDOW", 8)
+    monkeypatch.setattr(adapting, "SCORED_FROM", 16)
+    model, ids = apply_stablemask(tiny_llama(), gamma=0.1), random_ids(4, 64)
+    found = adapting.measure(model, {"a": ids, "b": ids[:1]}, 7, sequences=2, streams=2)
+    expected = sink_summary(model, ids, 7, progress=False)
+    assert found["texts"]["a"]["perplexity"] == expected.perplexity
+    assert found["texts"]["a"]["first_token"] == expected.first_token
+    assert found["texts"]["b"]["tokens"] == 64
+    streamed = compare_streaming(model, ids[:2], window=8, scored_from=16, prefix=7, progress=False)
+    assert found["streaming"]["window"] == streamed.window - streamed.full
+    assert found["streaming"]["StreamingLLM"] == streamed.sinks - streamed.full
+    costs = [*found["int8"].values(), *found["int4_cache"].values()]
+    assert all(0 < abs(cost) < 0.05 for cost in costs)
+    json.dumps(found, allow_nan=False)
+
+
+def test_texts_are_scored_as_perplexity_scores_them(tmp_path):
+    from adapting import read_text
+
+    rows = random_ids(3, 40).numpy().astype(np.int32)
+    np.save(tmp_path / "chats.npy", rows)
+    ids = read_text(tmp_path / "chats.npy", None, 90)
+    assert torch.equal(ids, torch.from_numpy(rows[:2]).long())
+    model = tiny_llama()
+    whole = perplexity(model, ids.flatten(), length=40, stride=40)
+    assert sink_summary(model, ids, progress=False).perplexity == pytest.approx(whole.perplexity)
+
+
+def test_the_table_compares_with_the_teacher_over_seeds():
+    from adapting import table
+
+    results = {"teacher": [measured()], "adapted": [measured(s) for s in (0.01, 0.02, 0.03)]}
+    lines = {
+        line.split(" | ")[0].strip("| "): line for line in table(results, "teacher").split("\n")
+    }
+    # Student's t with two degrees of freedom: 4.303 standard errors.
+    half_width = 4.303 * 1.0 / math.sqrt(3)
+    assert (
+        f"| 0.0 | 2.0 ± {half_width:.1f} | at most 1.0 |" in lines["over the teacher's, wiki (%)"]
+    )
+    assert lines["over the teacher's, code (%)"].endswith("| 0.0 | 0.0 ± 0.0 | at most 1.0 |")
+    first = lines["first token, most in a layer, wiki (%)"]
+    assert first.startswith("| first token, most in a layer, wiki (%) | 3.0 | 4.0 ± ")
+    assert lines["streaming, nothing kept (nats)"].endswith("| at most 0.430 |")
+    assert lines["int4 cache (nats)"].endswith("| at most 0.014 |")
+    assert "nan" not in "".join(lines.values())
+
+
+def test_draw(tmp_path):
+    from adapting_figures import draw
     from PIL import Image
 
-    results = {}
-    for label in ("before", "at once"):
-        model, test = tiny_llama(), random_ids(64)
-        if label == "at once":
-            apply_stablemask(model, gamma=0.1)
-        results[label] = measure(
-            model, test, random_ids(64), length=16, long_length=32, sequences=1
-        )
-        expected = first_token_attention(attention_maps(model, test[:16]))
-        assert results[label]["first_token"] == pytest.approx(expected.tolist(), rel=1e-5)
-        whole = perplexity(model, test, length=16, stride=16)
-        assert results[label]["perplexity"]["16"] == pytest.approx(whole.perplexity)
-    assert max(results["before"]["pseudo"]) < 1e-6 < min(results["at once"]["pseudo"])
-    for path in draw(results, tmp_path):
-        assert Image.open(path).size[0] == 1440
+    results = {
+        "before": [measured(0.1)],
+        "teacher": [measured()],
+        "adapted": [measured(0.01), measured(0.02)],
+    }
+    names = [path.name for path in draw(results, "teacher", tmp_path)]
+    assert names == ["adapting-layers.png", "adapting-costs.png"]
+    assert all(Image.open(tmp_path / name).size[0] == 880 for name in names)
