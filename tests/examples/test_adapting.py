@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from stablemask.errors import InputError
 from stablemask.evaluation import perplexity, sink_summary
 from stablemask.evaluation.streaming import compare_streaming
 from stablemask.hf import apply_stablemask
@@ -24,10 +25,11 @@ def measured(over: float = 0.0, layers: int = 3) -> dict:
         "largest": [10.0, 100.0, 50.0 + over], "kurtosis": [3.0, 9.0, 8.0],
     }  # fmt: skip
     return {
+        "stablemask": {"gamma": 0.1} if over else None,
         "prefix": None,
         "texts": {"wiki": text, "code": {**text, "perplexity": 5.0}},
         "int8": {"dynamic": 0.01, "static": 0.5},
-        "int4_cache": {"0": 0.02, "1": 0.015, "4": 0.014},
+        "int4_cache": {"0": 0.02 - over, "4": 0.014 - over},
         "streaming": {"full": 3.0, "window": 1.2, "StreamingLLM": 0.43},
     }
 
@@ -48,9 +50,12 @@ def test_measure(monkeypatch):
     streamed = compare_streaming(model, ids[:2], window=8, scored_from=16, prefix=7, progress=False)
     assert found["streaming"]["window"] == streamed.window - streamed.full
     assert found["streaming"]["StreamingLLM"] == streamed.sinks - streamed.full
+    assert found["stablemask"]["gamma"] == 0.1
     costs = [*found["int8"].values(), *found["int4_cache"].values()]
     assert all(0 < abs(cost) < 0.05 for cost in costs)
     json.dumps(found, allow_nan=False)
+    with pytest.raises(InputError, match="the first text has 32 tokens; give at least 64"):
+        adapting.measure(model, {"a": ids[:1, :32]})
 
 
 def test_texts_are_scored_as_perplexity_scores_them(tmp_path):
