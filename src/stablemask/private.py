@@ -74,6 +74,7 @@ PRIVATE: dict[str, str | None] = {
     "torch.distributed.checkpoint.DefaultLoadPlanner.load_bytes": "read_item, value",
     "torch.serialization._get_layout": None,
     # Models.
+    "torch.nn.Module._parameters": None,
     "transformers.PreTrainedModel._can_compile_fullgraph": None,
     "transformers.PreTrainedModel._can_record_outputs": None,
     "transformers.PreTrainedModel._can_set_attn_implementation": "",

@@ -84,6 +84,7 @@ def launches(step, cache, monkeypatch):
 
 
 KV_LEN = 211
+SHIFTS = [[layer - head / 4 for head in range(8)] for layer in range(2)]
 
 
 def inputs(kv_heads, dtype=torch.float16):
@@ -157,7 +158,10 @@ class _Cache:
         return self.kept
 
 
-@pytest.mark.parametrize("settings", [{"gamma": 0.01}, {"gamma": "slopes"}, {"gamma": [0.1] * 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"gamma": 0.01}, {"gamma": "slopes"}, {"gamma": [0.1] * 8}, {"gamma": 0.01, "shift": SHIFTS}],
+)
 @pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("padded", [False, True])
 def test_of_a_transformers_layer(monkeypatch, kv_heads, padded, settings):
@@ -165,7 +169,7 @@ def test_of_a_transformers_layer(monkeypatch, kv_heads, padded, settings):
     mask = mask if padded else None
     config = LlamaConfig(
         hidden_size=512, num_attention_heads=8, num_key_value_heads=kv_heads, head_dim=64,
-        max_position_embeddings=256, attn_implementation="stablemask",
+        max_position_embeddings=256, num_hidden_layers=2, attn_implementation="stablemask",
     )  # fmt: skip
     config.stablemask = {**settings, "hold": 255}
     layer = LlamaAttention(config, 0).half().eval()
@@ -224,7 +228,15 @@ def test_positions_of_a_shard_are_made_on_the_device(device, monkeypatch):
 
 @pytest.mark.parametrize("device", ["sm90"], indirect=True)
 @pytest.mark.parametrize("position_encoding", ["rope", "alibi", "learned", "sinusoidal"])
-@pytest.mark.parametrize("settings", [{}, {"gamma": "slopes", "hold": None}, {"gamma": [0.1, 0.2]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gamma": "slopes", "hold": None},
+        {"gamma": [0.1, 0.2]},
+        {"shift": [[0.5, -1.0], [0.25, 2.0]]},
+    ],
+)
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_graph_can_hold_a_pass_of_our_decoder(monkeypatch, position_encoding, settings, length):
     config = StableMaskConfig(

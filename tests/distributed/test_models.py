@@ -1,5 +1,6 @@
 """Our model on two ranks against one process: tensor parallel, and fully sharded."""
 
+import copy
 import os
 
 import pytest
@@ -14,6 +15,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from stablemask.distributed import sequence_positions, shard_sequence, unshard_sequence
+from stablemask.hf import keep_shifts, read_shifts, train_shifts
 from stablemask.models import StableMaskForCausalLM
 from tests.models.tiny import random_ids, tiny_model
 
@@ -23,6 +26,7 @@ DESIGNS = [
     {"attention": "learned-sink"},
     {"attention": "learned-sink", "position_encoding": "alibi"},
     {"attention": "stablemask", "position_encoding": "alibi"},
+    {"stablemask": {"gamma": 0.1, "shift": [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]}},
 ]
 
 
@@ -63,6 +67,10 @@ def _parallelized(design):
     model = _sharded(model, init_device_mesh("cpu", (2,)))
     assert model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0] == 16
     _same_logits_and_gradients(model, whole)
+    if "shift" in design.get("stablemask", {}):
+        for shift in [*train_shifts(model), *train_shifts(whole)]:
+            shift.data += 0.5
+        _same_logits_and_gradients(model, whole)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -140,6 +148,53 @@ def _fully_sharded(design):
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     trained = [{n: _whole(p) for n, p in both.named_parameters()} for both in (model, whole)]
     torch.testing.assert_close(*trained, rtol=0, atol=tolerance)
+
+
+def _sharded_with_its_shifts():
+    """Their rows too are of all ranks; a whole list of them is read from any."""
+    model = tiny_model(**DESIGNS[-1])
+    torch.manual_seed(0)
+    whole = tiny_model(**DESIGNS[-1])
+    for both in (model, whole):
+        train_shifts(both)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    batch = random_ids(4, 9)
+    local = batch.chunk(2)[dist.get_rank()]
+    losses = model(local, labels=local).loss, whole(batch, labels=batch).loss
+    for both, loss in zip((model, whole), losses):
+        loss.backward()
+        torch.optim.SGD(both.parameters(), lr=0.5).step()
+    found, expected = (torch.tensor(read_shifts(both)) for both in (model, whole))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (expected - torch.tensor(DESIGNS[-1]["stablemask"]["shift"])).abs().max() > 1e-3
+    keep_shifts(model)
+    assert model.config.stablemask["shift"] == found.tolist()
+
+
+def test_trained_shifts_of_fsdp_are_those_of_one_process(two_ranks):
+    two_ranks.run(_sharded_with_its_shifts)
+
+
+def _one_sequence_on_two_ranks():
+    whole = tiny_model(torch.float64, **DESIGNS[-1])
+    model = copy.deepcopy(whole)
+    model.model.sequence_group = dist.group.WORLD
+    ids = random_ids(2, 12)
+    positions = sequence_positions(6)[None]
+    for _ in range(2):
+        part = model(shard_sequence(ids, 1), position_ids=positions).logits
+        expected = whole(ids).logits
+        found = unshard_sequence(part, 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        for shift in [*train_shifts(model), *train_shifts(whole)]:
+            shift.data += 0.5
+
+
+def test_a_sequence_on_two_ranks_has_the_shifts_of_one_process(two_ranks):
+    two_ranks.run(_one_sequence_on_two_ranks)
 
 
 @pytest.mark.parametrize("design", DESIGNS[::2])

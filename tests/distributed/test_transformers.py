@@ -8,16 +8,18 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import stablemask.hf  # noqa: F401
+from stablemask.hf import train_shifts
 from tests.hf.families import MIXED, Family
 
 LLAMA = Family("Llama", "LlamaForCausalLM")
 # Transformers' plan for gpt-oss leaves its attention whole; this one shards the sinks too.
 GRANITE = Family("Granite with sinks", "GraniteSWAForCausalLM", MIXED)
 EPS = torch.finfo(torch.float32).eps
+SHIFTS = [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]
 CASES = {
     "Llama, slopes": (LLAMA, {"gamma": "slopes"}),
     "Llama, one gamma": (LLAMA, {"gamma": 0.1}),
+    "Llama, shifts": (LLAMA, {"gamma": 0.1, "shift": SHIFTS}),
     "Granite, its sinks": (GRANITE, None),
     "Granite, both": (GRANITE, {"gamma": [0.3, 0.1, 0.05, 0.2]}),
 }
@@ -55,6 +57,13 @@ def _parallel(folder):
         torch.testing.assert_close(_whole(ours), theirs, rtol=1e-4, atol=1e-6)
     settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     assert model.generate(ids, **settings).equal(whole.generate(ids, **settings))
+    if whole.config.stablemask == CASES["Llama, shifts"][1]:
+        trained = [train_shifts(both) for both in (model, whole)]
+        for both in (model, whole):
+            both(ids, labels=ids).loss.backward()
+        for ours, theirs in zip(*trained):
+            assert theirs.grad.abs().min() > 0
+            torch.testing.assert_close(_whole(ours.grad), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -77,7 +77,10 @@ def define(module, query, key, value, attention_mask, scaling=None, **kwargs):
     scores[..., :n] = query.double() @ key.mT * scaling
     causal = columns <= torch.arange(n)[:, None]
     rate = torch.tensor(settings["gamma"], dtype=torch.float64)[:, None, None]
-    pseudo = (-rate * columns + settings["shift"]).expand(4, n, -1).clone()
+    shift = settings["shift"]
+    if isinstance(shift, list):
+        shift = torch.tensor(shift[module.layer_idx], dtype=torch.float64)[:, None, None]
+    pseudo = (-rate * columns + shift).expand(4, n, -1).clone()
     pseudo[:, : settings["start"]] = -math.inf
     shares = torch.softmax(torch.where(causal, scores, pseudo), -1)
     real = torch.where(causal, shares, 0.0)[..., :n]
@@ -100,8 +103,11 @@ def defined_maps(family, ids, dtype, settings) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "GPT2"])
-@pytest.mark.parametrize(("start", "shift"), [(0, 0.0), (1, -2.0)])
+@pytest.mark.parametrize(("start", "shift"), [(0, 0.0), (1, -2.0), (0, "of each")])
 def test_stablemask_maps_are_the_definition(family, start, shift):
+    if shift == "of each":
+        layers = tiny_transformer(family).config.num_hidden_layers
+        shift = [[layer - 0.5, 1.0, -3.0, layer * 0.25] for layer in range(layers)]
     settings = {"gamma": [0.01, 0.1, 0.3, 1.0], "horizon": 40, "start": start, "shift": shift}
     ids = random_ids(LENGTH)
     truths = defined_maps(family, ids, torch.float64, settings)

@@ -19,7 +19,8 @@ from ..models.tiny import random_ids, tiny_model
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-SETTINGS = {"gamma": 0.05, "horizon": None, "hold": 63, "start": 1, "shift": -0.5}
+SHIFT = [[-0.5, 1.25], [0.1, -2.0]]
+SETTINGS = {"gamma": 0.05, "horizon": None, "hold": 63, "start": 1, "shift": SHIFT}
 LORA = {"r": 3, "lora_alpha": 7, "task_type": "CAUSAL_LM"}
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
@@ -47,7 +48,7 @@ def base(tmp_path):
 @pytest.fixture
 def adapted(base):
     """A model trained with an adapter and StableMask, as one has it in Python."""
-    model = apply_stablemask(load_model(str(base)), gamma=0.05, start=1, shift=-0.5)
+    model = apply_stablemask(load_model(str(base)), gamma=0.05, start=1, shift=SHIFT)
     return randomise(peft.get_peft_model(model, peft.LoraConfig(**LORA)))
 
 
@@ -105,7 +106,7 @@ def test_the_settings_stand_in_peft_s_own_file(adapter):
 def test_an_adapter_that_transformers_saves_keeps_them_too(base, tmp_path, monkeypatch):
     # Transformers 5.24 asks for a newer PEFT there than it needs.
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
-    model = apply_stablemask(load_model(str(base)), gamma=0.05, start=1, shift=-0.5)
+    model = apply_stablemask(load_model(str(base)), gamma=0.05, start=1, shift=SHIFT)
     model.add_adapter(peft.LoraConfig(**LORA, target_modules=["q_proj"]))
     randomise(model).save_pretrained(tmp_path / "adapter")
     ids = random_ids(2, 9)
@@ -135,7 +136,7 @@ def test_settings_that_cannot_both_run_are_refused(base, adapter, tmp_path):
     with pytest.raises(ValueError, match="the model runs softmax for its plain"):
         plain.load_adapter(adapter, "second")
     assert getattr(plain.config, "stablemask", None) is None
-    same = apply_stablemask(load_model(str(base)), gamma=0.05, start=1, shift=-0.5)
+    same = apply_stablemask(load_model(str(base)), gamma=0.05, start=1, shift=SHIFT)
     twice = peft.PeftModel.from_pretrained(same, adapter)
     twice.load_adapter(adapter, "second")
     assert twice.config.stablemask == SETTINGS
@@ -246,6 +247,8 @@ def test_what_cannot_be_merged_says_so(base, adapter, tmp_path, capsys):
     refused(capsys, tmp_path, adapter, "hold tensors of another shape")
     make_base(tmp_path / "deep", num_hidden_layers=3)
     rewritten(base_model_name_or_path=str(tmp_path / "deep"))
+    refused(capsys, tmp_path, adapter, "got lists for 2 layers")
+    rewritten(base_model_name_or_path=str(tmp_path / "deep"), stablemask=SETTINGS | {"shift": 1.0})
     refused(capsys, tmp_path, adapter, "lack tensors")
     rewritten(stablemask={"gamma": -1.0})
     refused(capsys, tmp_path, adapter, "stablemask['gamma'] must be greater than 0")

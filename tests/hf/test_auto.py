@@ -11,15 +11,17 @@ from stablemask.models import StableMaskForCausalLM, StableMaskModel
 
 from ..models.tiny import tiny_model
 
+SETTINGS = {"gamma": 0.02, "horizon": 9, "shift": [[0.5, -1, 2.0, 0.0], [1.5, -0.5, 0.1, -3.0]]}
+
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_model(stablemask={"gamma": 0.02, "horizon": 9}).save_pretrained(tmp_path)
+    tiny_model(stablemask=SETTINGS).save_pretrained(tmp_path)
     return tmp_path
 
 
 def test_auto_classes_load_our_model(folder):
-    assert AutoConfig.from_pretrained(folder).stablemask == {"gamma": 0.02, "horizon": 9}
+    assert AutoConfig.from_pretrained(folder).stablemask == SETTINGS
     assert type(AutoModel.from_pretrained(folder)) is StableMaskModel
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is StableMaskForCausalLM

@@ -10,13 +10,14 @@ from transformers import DynamicCache
 import stablemask.hf.attention as attention
 from stablemask.hf.settings import model_settings
 from stablemask.models.cache import CACHE
-from stablemask.models.settings import pseudo_sink_logits
+from stablemask.models.settings import of_layer, pseudo_sink_logits
 
 from .families import FAMILIES, PSEUDO, Family, outcome
 
 EPS = torch.finfo(torch.float32).eps
 LENGTH, PROMPT = 17, 4  # the window of those that have one is 5
 LLAMA = Family("Llama", "LlamaForCausalLM", {"num_hidden_layers": 4})
+SHIFTS = [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0], [0.25, 1.0, -2.0, 0.125], [4.0] * 4]
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -72,16 +73,18 @@ def test_padded_batches_are_as_each_text_alone():
     [
         lambda config, positions: config.stablemask.update(gamma=0.02),
         lambda config, positions: config.stablemask.update(shift=-3.0),
+        lambda config, positions: config.stablemask["shift"][1].__setitem__(2, -3.0),
         lambda config, positions: positions.add_(2),
         lambda config, positions: positions.data.add_(2),
         lambda config, positions: np.add(positions.numpy(), 2, out=positions.numpy()),
     ],
-    ids=["gamma", "shift", "positions", "data", "numpy"],
+    ids=["gamma", "shift", "one shift", "positions", "data", "numpy"],
 )
 @pytest.mark.parametrize("length", [1, 3])
 def test_what_changes_between_steps_is_seen(change, length):
     """With the same tensor of positions in both."""
-    model, ids = build(LLAMA), torch.randint(3, 61, (1, length))
+    settings = PSEUDO[0] | {"shift": [[0.5, -1.0, 2.0, 0.0]] * 4}
+    model, ids = build(LLAMA, settings), torch.randint(3, 61, (1, length))
     positions = torch.arange(length)[None]
     before = model(ids, position_ids=positions, use_cache=False).logits
     change(model.config, positions)
@@ -136,14 +139,16 @@ def test_nothing_is_kept_on_the_tensors_of_a_batch(tmp_path):
         {"gamma": 0.1, "hold": None},
         {"gamma": 1e-7, "hold": 2**30},
         {"gamma": [0.3, 0.1, 0.05, 0.0], "horizon": 20, "hold": 12},
+        {"gamma": 0.1, "hold": 9, "start": 3, "shift": SHIFTS},
+        {"gamma": 1e-3, "hold": 2**18, "shift": SHIFTS},  # a table of each layer would be too large
     ],
 )
 def test_the_mass_of_any_position_is_that_of_its_closed_form(settings):
     model = build(LLAMA, settings)
-    layer, query = model.model.layers[0].self_attn, torch.empty(2, 4, 8, 8)
+    layer, query = model.model.layers[2].self_attn, torch.empty(2, 4, 8, 8)
     positions = torch.tensor([[0, 1, 9, 10, 13, 14, 18, 19], [12, 20, 21, 63, 64, 65, 999, 7]])
     complete = model_settings(model.config)
-    expected = pseudo_sink_logits(complete, 4, positions).expand(2, 4, 8)
+    expected = pseudo_sink_logits(of_layer(complete, 2), 4, positions).expand(2, 4, 8)
     with torch.inference_mode():  # what is made here serves training too
         attention.layer_sink_logits(layer, query, 8, None, position_ids=positions)
     found = attention.layer_sink_logits(layer, query, 8, None, position_ids=positions)

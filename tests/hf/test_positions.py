@@ -34,7 +34,8 @@ def model(request):
 
 
 def build(family, gamma=(0.3, 0.1, 0.05, 0.2), **settings):
-    config = family.config(stablemask={"gamma": list(gamma), **settings})
+    shift = [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]
+    config = family.config(stablemask={"gamma": list(gamma), "shift": shift, **settings})
     model = family.model_class(config).double().eval()
     model.generation_config.eos_token_id = None  # every text gets as many tokens
     return model

@@ -17,11 +17,17 @@ LLAMA = Family("Llama", "LlamaForCausalLM")
 NEOX = Family("GPT-NeoX", "GPTNeoXForCausalLM")
 GRANITE = Family("Granite with sinks", "GraniteSWAForCausalLM", MIXED)
 GPT_OSS = Family("gpt-oss", "GptOssForCausalLM", MIXED | EXPERTS | {"head_dim": 8})
-SETTINGS = {"gamma": [0.3, 0.1, 0.05, 0.2], "start": 1, "shift": 0.3}
+SETTINGS = {
+    "gamma": [0.3, 0.1, 0.05, 0.2],
+    "start": 1,
+    "shift": [[0.3, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]],
+}
 
 
-def build(family, dtype=torch.float64, **more):
-    config = family.config(stablemask=copy.deepcopy(SETTINGS), **more)
+def build(family, dtype=torch.float64, num_hidden_layers=2):
+    settings = copy.deepcopy(SETTINGS)
+    settings["shift"] = settings["shift"][:num_hidden_layers]
+    config = family.config(stablemask=settings, num_hidden_layers=num_hidden_layers)
     return family.model_class(config).to(dtype).eval()
 
 
@@ -67,7 +73,7 @@ def test_compiled_decoding_with_a_static_cache_follows_positions_and_settings():
         logits += [compiled(ids[:, [i]], **{CACHE: cache}).logits for i in range(4, 9)]
         torch.testing.assert_close(torch.cat(logits, 1), truth, rtol=0, atol=64 * EPS * 8)
         plain = compiled(ids).logits
-        model.config.stablemask["shift"] = -3.0
+        model.config.stablemask["shift"][0][1] = 4.0
         assert (compiled(ids).logits - plain).abs().max() > 0.01
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 

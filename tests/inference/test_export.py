@@ -15,6 +15,7 @@ from stablemask.inference.export import export_onnx, export_program, export_pt2,
 
 from ..models.tiny import random_ids, tiny_config, tiny_model
 
+SHIFT = [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]
 # (batch, past, length); traced with others.
 SHAPES = [(1, 0, 1), (2, 0, 9), (3, 5, 1), (1, 1, 6), (2, 4, 4)]
 
@@ -28,7 +29,11 @@ def tiny_llama():
     )  # fmt: skip
     config = LlamaConfig(**{name: sizes[name] for name in names})
     model = LlamaForCausalLM(config).eval()
-    return apply_stablemask(model, gamma=[0.3, 0.1, 0.03, 0.01], start=1)
+    return apply_stablemask(model, gamma=[0.3, 0.1, 0.03, 0.01], start=1, shift=SHIFT)
+
+
+def ours():
+    return tiny_model(stablemask={"shift": SHIFT})
 
 
 def padded(batch, length):
@@ -50,7 +55,7 @@ def assert_equals_each_alone(logits, model, ids, mask):
         torch.testing.assert_close(row[-len(alone) :], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [tiny_model, tiny_llama])
+@pytest.mark.parametrize("make", [ours, tiny_llama])
 def test_a_program_gives_the_logits_of_each_text_alone(make):
     model = make()
     graph = export_program(model).module()
@@ -60,7 +65,7 @@ def test_a_program_gives_the_logits_of_each_text_alone(make):
         assert_equals_each_alone(logits, model, ids, mask)
 
 
-@pytest.mark.parametrize("make", [tiny_model, tiny_llama])
+@pytest.mark.parametrize("make", [ours, tiny_llama])
 def test_a_program_with_a_cache_goes_on_where_it_stopped(make):
     model = make()
     graph = export_program(model, cache=True).module()

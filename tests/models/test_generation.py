@@ -59,9 +59,10 @@ def test_caches_and_padding_generate_the_same_tokens(position, kind):
         {"gamma": "slopes"},
         {"gamma": 0.1, "horizon": 12},
         {"gamma": [0.0, 0.1, 1, 9], "horizon": 40},
+        {"hold": 0, "shift": [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]},
     ],
 )
-def test_caches_agree_for_other_gammas_and_a_finite_horizon(stablemask):
+def test_caches_agree_for_other_settings(stablemask):
     model = tiny_model(stablemask=stablemask)
     prompts = [random_ids(length) for length in (9, 4)]
     alone = [generate(model, p[None], torch.ones(1, len(p)), "none")[0] for p in prompts]

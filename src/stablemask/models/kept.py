@@ -13,7 +13,9 @@ from ..backends import hardware
 from ..backends.calls import only_autograd_watches
 from ..pseudo import head_decay_rates
 
-_MOST = 16
+# Bytes of all that is kept, and those that the smallest counts for: room for 4096 small ones. A model may have
+# a table for each of its layers, and with room for one less each would be made anew at every token.
+_MOST, _LEAST = 1 << 28, 1 << 16
 _KEPT: dict[tuple[Hashable, ...], Any] = {}
 
 Made = TypeVar("Made")
@@ -34,23 +36,27 @@ def keep(key: tuple[Hashable, ...], like: Tensor, make: Callable[[], Made]) -> M
             return None
     with torch.inference_mode(False), torch.no_grad():
         made = make()
-    for oldest in list(_KEPT)[: 1 - _MOST]:  # other threads keep and drop as well
-        _KEPT.pop(oldest, None)
+    total = _size(made) + sum(map(_size, list(_KEPT.values())))
+    for oldest in list(_KEPT):  # other threads keep and drop as well
+        if total <= _MOST:
+            break
+        total -= _size(_KEPT.pop(oldest, None))
     _KEPT[key] = made
     return made
 
 
-def shifts_on_device(shifts: tuple[Any, ...], like: Tensor, check: Callable[[], object]) -> Tensor:
-    """Numbers that are added to log M, float32 ``(..., heads, 1)``, where a tensor is.
+def _size(kept: Any) -> int:
+    return max(_LEAST, kept.nbytes if isinstance(kept, Tensor) else 0)
+
+
+def shifts_on_device(shifts: tuple[Any, ...], like: Tensor) -> Tensor:
+    """What is added to log M, where a tensor is, float32 ``(..., heads, 1)``.
 
     Args:
-        shifts: one per head, or a tuple of them for each layer.
-        check: called once, before they are first used; raises where they do not fit the model.
+        shifts: one number per head, or a tuple of them for each layer.
     """
 
     def make() -> Tensor:
-        if not torch.compiler.is_compiling():
-            check()
         return torch.tensor(shifts, dtype=torch.float32, device=like.device).unsqueeze(-1)
 
     kept = keep(("shifts", shifts), like, make)

@@ -8,26 +8,45 @@ from torch import Tensor
 
 from ..backends import hardware
 from ..backends.calls import only_autograd_watches
-from .kept import keep
-from .settings import complete_settings, pseudo_sink_logits
+from .kept import keep, shifts_on_device
+from .settings import of_layer, pseudo_sink_logits, without_shift
 
-# Numbers in a table, 16 MiB of them.
-_LARGEST_TABLE = 1 << 22
+# Numbers in the tables of a model, 16 MiB of them.
+_LARGEST_TABLES = 1 << 22
 
 
 def sink_logits_at(
-    given: dict[str, Any], num_heads: int, context: Callable[[], int | None], positions: Tensor
+    given: dict[str, Any],
+    num_heads: int,
+    context: Callable[[], int | None],
+    positions: Tensor,
+    complete: Callable[[], dict[str, Any]],
+    layer: int | None = None,
 ) -> Tensor | None:
     """Log of the mass of each row, float32, broadcastable to (batch, heads, q_len); None if no table has it.
 
     Args:
-        given: settings as :func:`~.settings.complete_settings` takes them, without learned rates and ``layers``.
+        given: settings as :func:`~.settings.complete_settings` takes them, without learned rates.
         context: the model's, asked where the settings leave something to it.
         positions: int, (q_len,) or (batch, q_len).
+        complete: gives the settings checked and with their defaults.
+        layer: whose shift is added, where each has its own.
     """
-    table = _table_of(given, num_heads, context, positions)
+    table = _table_of(given, num_heads, context, positions, complete, layer)
+    if table is not None:
+        return _look_up(table, positions)
+    if not isinstance(given.get("shift"), (list, tuple)):
+        return None
+    # The tables of all layers may be too large together: one, and each layer's shift.
+    table = _table_of(
+        without_shift(given), num_heads, context, positions, lambda: without_shift(complete())
+    )
     if table is None:
         return None
+    return _look_up(table, positions) + shifts_on_device(tuple(given["shift"][layer]), positions)
+
+
+def _look_up(table: Tensor, positions: Tensor) -> Tensor:
     kind = hardware.kind_of(positions)
     if positions.numel() == 1 and kind == "cpu":  # half the time
         return table[min(max(int(positions), 0), len(table) - 1)]
@@ -40,37 +59,50 @@ def sink_logits_at(
 
 
 def _table_of(
-    given: dict[str, Any], num_heads: int, context: Callable[[], int | None], positions: Tensor
+    given: dict[str, Any],
+    num_heads: int,
+    context: Callable[[], int | None],
+    positions: Tensor,
+    complete: Callable[[], dict[str, Any]],
+    layer: int | None = None,
 ) -> Tensor | None:
     """Log of the mass by position, (positions, heads or 1, 1); None where it is worked out each time."""
     if positions.dtype not in (torch.int64, torch.int32) or not only_autograd_watches(positions):
         return None
     try:
-        # By value, for settings may change between any two calls.
+        # By value, for settings may change between any two calls; of the shifts, this layer's alone.
         settings = tuple(
-            [(name, tuple(v) if isinstance(v, list) else v) for name, v in given.items()]
+            [
+                (name, tuple(v[layer] if name == "shift" else v))  # type: ignore[index]
+                if isinstance(v, (list, tuple))
+                else (name, v)
+                for name, v in given.items()
+            ]
         )
         # The context stands for what is not given, and takes as long to read as all the rest.
         length = None if "gamma" in given and "hold" in given else context()
         key = ("table", settings, num_heads, length)
-        return keep(key, positions, lambda: _table(settings, num_heads, length, positions.device))
-    except (AttributeError, TypeError):
-        return None  # no dict, or no hash: `complete_settings` says what is wrong
+        return keep(key, positions, lambda: _table(complete(), num_heads, positions.device, layer))
+    except (AttributeError, TypeError, IndexError):
+        complete()  # says what is wrong
+        raise
 
 
 def _table(
-    settings: tuple[tuple[str, Any], ...], num_heads: int, context: int | None, device: torch.device
+    settings: dict[str, Any], num_heads: int, device: torch.device, layer: int | None
 ) -> Tensor | None:
     """Up to the last position at which it changes; None where it changes for ever, or for too long."""
-    complete = complete_settings(dict(settings), num_heads, context)
-    last = complete.get("hold")
+    last = settings.get("hold")
     if last is None:
-        last = complete["horizon"]
+        last = settings["horizon"]
     if last is None:
         return None
-    length = max(last, complete.get("start", 0)) + 1
-    heads = num_heads if isinstance(complete["gamma"], (list, str)) else 1
-    if length * heads > _LARGEST_TABLE:
+    length = max(last, settings.get("start", 0)) + 1
+    shift = settings.get("shift")
+    by_head = isinstance(shift, list) or isinstance(settings["gamma"], (list, str))
+    tables = len(shift) if isinstance(shift, list) else 1
+    if length * (num_heads if by_head else 1) * tables > _LARGEST_TABLES:
         return None
     positions = torch.arange(length, device=device)
-    return pseudo_sink_logits(complete, num_heads, positions).T.contiguous().unsqueeze(-1)
+    logits = pseudo_sink_logits(of_layer(settings, layer), num_heads, positions)
+    return logits.T.contiguous().unsqueeze(-1)

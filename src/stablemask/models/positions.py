@@ -107,23 +107,25 @@ def position_sink_logits(
         return [same for _ in layers]
     settings, heads = config.stablemask, config.num_attention_heads
     assert settings is not None
+
+    def complete() -> dict[str, Any]:
+        checked = complete_settings(settings, heads, None, len(layers), own_decoder=True)
+        return without_shift(checked) if apart else checked
+
     listed = isinstance(settings.get("shift"), (list, tuple)) and not trained_shift
-    of_all = without_shift(settings) if listed or trained_shift else settings
+    apart = listed or trained_shift
+    of_all = without_shift(settings) if apart else settings
     masses: list[Any]
     if log_gamma is None:
-        of_a_layer = {name: value for name, value in of_all.items() if name != "layers"}
-        shared = sink_logits_at(of_a_layer, heads, lambda: None, positions)
+        given = {name: value for name, value in of_all.items() if name != "layers"}
+        shared = sink_logits_at(given, heads, lambda: None, positions, complete)
         if shared is None:
             shared = pseudo_sink_logits(of_all, heads, positions)
         masses = [shared for _ in layers]
     else:
         masses = [pseudo_sink_logits(of_all, heads, positions, rates) for rates in log_gamma.exp()]
     if listed:
-        shifts = shifts_on_device(
-            tuple(map(tuple, settings["shift"])),
-            positions,
-            lambda: complete_settings(settings, heads, None, len(layers), own_decoder=True),
-        )
+        shifts = shifts_on_device(tuple(map(tuple, settings["shift"])), positions)
         # One addition, not one a layer.
         each = masses[0] if log_gamma is None else torch.stack(masses)
         masses = list(each + shifts[:, None])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..pseudo import pseudo_logsumexp
-from .kept import rates_on_device
+from .kept import rates_on_device, shifts_on_device
 
 _KEYS = ("gamma", "horizon", "start", "shift", "hold", "floor", "layers")
 LEARNED = "learned"
@@ -119,7 +119,7 @@ def pseudo_sink_logits(
     """Log of the pseudo mass of each row, float32, broadcastable to (batch, heads, q_len).
 
     Args:
-        settings: from :func:`complete_settings`, with one shift for all layers or none.
+        settings: from :func:`complete_settings`, by :func:`of_layer`.
         num_heads: query heads.
         positions: absolute position of each row, int, (q_len,) or (batch, q_len).
         gamma: the learned one, (heads,), where the settings say so.
@@ -135,15 +135,24 @@ def pseudo_sink_logits(
         floor = sink_logits.new_full((), math.log(settings["floor"]))
         sink_logits = torch.logaddexp(sink_logits, floor)
     if "shift" in settings:
-        sink_logits = sink_logits + settings["shift"]
+        shift = settings["shift"]
+        if isinstance(shift, list):
+            shift = shifts_on_device(tuple(shift), positions)
+        sink_logits = sink_logits + shift
     if "start" in settings:
         has_none = (positions < settings["start"]).unsqueeze(-2)
         sink_logits = sink_logits.masked_fill(has_none, -torch.inf)
     return sink_logits
 
 
+def of_layer(settings: dict[str, Any], layer: Any) -> dict[str, Any]:
+    """Settings of one layer, whose ``shift`` is a number or a list of one per head."""
+    shift = settings.get("shift")
+    return {**settings, "shift": shift[layer]} if isinstance(shift, list) else settings
+
+
 def without_shift(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings but for the shift, which a layer adds itself."""
+    """Settings but for the shift, where it is added apart."""
     return {name: value for name, value in settings.items() if name != "shift"}
 
 
@@ -169,25 +178,23 @@ def _require_own_decoder(name: str, value: Any, own_decoder: bool) -> None:
 
 def _complete_shift(shift: Any, num_heads: int, num_layers: int | None) -> Any:
     """A number or lists of them; 0 for lists of zeros."""
-    if is_number(shift):
+    # A compiler would trace all numbers in each layer; those of a model were checked when it was made.
+    if is_number(shift) or (isinstance(shift, list) and torch.compiler.is_compiling()):
         return shift
-    got = reprlib.repr(shift)
-    if num_layers is not None and isinstance(shift, (list, tuple)):
-        wrong = [layer for layer, row in enumerate(shift) if not _is_row(row, num_heads)]
-        if not wrong and len(shift) == num_layers:
-            return [list(row) for row in shift] if any(map(any, shift)) else 0.0
-        got = (
-            f"{reprlib.repr(shift[wrong[0]])} for layer {wrong[0]}"
-            if wrong
-            else f"{len(shift)} lists"
-        )
-    lists = (
-        ""
-        if num_layers is None
-        else f", or a list of one list for each layer ({num_layers}), each of one finite number for each "
-        f"query head ({num_heads})"
+    if num_layers is None:
+        raise ValueError(f"stablemask['shift'] must be a finite number, got {reprlib.repr(shift)}")
+    if not isinstance(shift, (list, tuple)):
+        got = reprlib.repr(shift)
+    elif wrong := [n for n, row in enumerate(shift) if not _is_row(row, num_heads)]:
+        got = f"{reprlib.repr(shift[wrong[0]])} for layer {wrong[0]}"
+    elif len(shift) != num_layers:
+        got = f"lists for {len(shift)} layers"
+    else:
+        return [list(row) for row in shift] if any(map(any, shift)) else 0.0
+    raise ValueError(
+        "stablemask['shift'] must be a finite number, or a list that has for each layer "
+        f"({num_layers}) a list of a finite number per query head ({num_heads}), got {got}"
     )
-    raise ValueError(f"stablemask['shift'] must be a finite number{lists}, got {got}")
 
 
 def _is_row(row: Any, num_heads: int) -> bool:
