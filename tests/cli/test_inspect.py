@@ -62,6 +62,14 @@ def test_two_models_side_by_side(run, model_folder, llama_folder):
     assert "stablemask" in printed
 
 
+def test_a_token_in_front_is_the_first_models_alone(run, model_folder, llama_folder):
+    (token,) = load_tokenizer(model_folder).encode("q", add_special_tokens=False)
+    printed, page = run("--prefix", "q", "--against", llama_folder)
+    (row,) = [line for line in printed.splitlines() if line.startswith("in front of the text")]
+    assert row.split("text", 1)[1].split() == ["q", "nothing"]
+    assert run("--prefix", str(token), "--against", llama_folder) == (printed, page)
+
+
 def test_the_same_folder_name_is_told_apart(run, model_folder, llama_folder, tmp_path_factory):
     same = tmp_path_factory.mktemp("other") / Path(model_folder).name
     same.symlink_to(llama_folder)
@@ -106,6 +114,8 @@ def test_as_a_user_types_it(model_folder, tmp_path):
         (["--against", "no/such/folder"], "no/such/folder"),
         (["--against", "{model}"], "--against must be another model"),
         (["--against", "{bloom}"], "BloomForCausalLM cannot be captured"),
+        (["--prefix", "quick brown"], "--prefix must be one token, or its id; 'quick brown' is "),
+        (["--prefix", "99999"], "token id 99999 is outside the model's vocabulary"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--out", "."], "cannot write .: it is a folder"),
         (["--out", "{tmp}/absent/report.html"], "No such file or directory"),

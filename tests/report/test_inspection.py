@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,6 +23,7 @@ from stablemask.hf import apply_stablemask
 from stablemask.report import inspection as inspection_module
 from stablemask.report.drawing import COLORS
 from stablemask.report.inspection import SHADES, HeadMaps, Inspection, inspect_model
+from stablemask.report.inspection_figures import layer_figures
 from stablemask.report.inspection_page import (
     attention_in_words,
     render_inspection,
@@ -76,7 +78,7 @@ def test_the_numbers_are_the_models(tokenizer):
     assert inspection.perplexity == pytest.approx(math.exp(output.loss))
     # Their last hidden state has been through the last norm.
     largest = [state.abs().max().item() for state in output.hidden_states[1:-1]]
-    assert inspection.largest[0] >= max(largest) * (1 - 1e-6)
+    assert inspection.outliers.largest[:-1].tolist() == pytest.approx(largest, rel=1e-5)
     maps = attention_maps(model, ids)
     assert inspection.first_token == pytest.approx(maps.real[:, :, 1:, 0].mean().item())
     for head_maps, real in zip(inspection.maps, maps.real, strict=True):
@@ -85,6 +87,45 @@ def test_the_numbers_are_the_models(tokenizer):
         assert (head_maps.real[~seen] == SHADES).all()
         # Half a shade, as far as it reaches at a share of 1.
         assert np.abs(shares - real.numpy())[seen].max() <= 1.01 / (SHADES - 1)
+
+
+def test_with_a_token_in_front_the_same_tokens_are_scored(tokenizer):
+    model, prefix = make("Llama", tokenizer), 5
+    inspection = inspect_model(
+        model, tokenizer, TEXT, label="a", max_tokens=20, prefix=prefix, progress=False
+    )
+    ids = torch.tensor([[prefix, *tokenizer(TEXT)["input_ids"][:20]]])
+    with torch.no_grad():
+        losses = F.cross_entropy(model(ids).logits[0, 1:-1], ids[0, 2:])
+    assert inspection.perplexity == pytest.approx(losses.exp().item(), rel=1e-5)
+    assert inspection.tokens == [tokenizer.decode([token]) for token in ids[0]]
+    assert inspection.prefix == inspection.tokens[0]
+    assert inspection.first_token == pytest.approx(
+        attention_maps(model, ids[0]).real[:, :, 1:, 0].mean().item()
+    )
+    other = inspect_model(model, tokenizer, TEXT, label="b", max_tokens=20, progress=False)
+    text = html.unescape(render_inspection([inspection, other]))
+    assert f"a reads {inspection.prefix} in front of the text" in text
+    assert "different tokens" not in text
+    begins = tokenizer(TEXT)["input_ids"][0]
+    same = inspect_model(
+        model, tokenizer, TEXT, label="b", max_tokens=20, prefix=begins, progress=False
+    )
+    assert (same.prefix, same.tokens) == (None, other.tokens)
+
+
+def test_a_chart_by_layer_for_each_of_four_numbers(pair):
+    charts = dict(layer_figures(pair))
+    assert list(charts) == [
+        "Attention on the first token", "Pseudo share", "Largest activation", "Kurtosis",
+    ]  # fmt: skip
+    text = render_inspection(pair)
+    for title, uri in charts.items():
+        svg = base64.b64decode(uri.partition(",")[2]).decode().lower()
+        assert COLORS["softmax"] in svg
+        assert COLORS["stablemask"] in svg
+        assert f'alt="{title}, by layer" src="{uri}"' in text
+    assert "Pseudo share" not in dict(layer_figures(pair[:1]))
 
 
 @pytest.mark.parametrize(
@@ -269,12 +310,19 @@ def test_every_setting_of_the_mass_is_told(tokenizer):
     assert attention_in_words(inspection) == (
         "stablemask: learned gamma, infinite horizon, constant from position 7, floor 2, in layers 1"
     )
+    shift = [[-3.0, 0.0, 1.0, 4.5]] * 3
+    model = apply_stablemask(make("Llama", tokenizer), gamma=0.1, shift=shift, hold=0)
+    inspection = inspect_model(model, tokenizer, TEXT, label="other", progress=False)
+    assert attention_in_words(inspection) == (
+        "stablemask: gamma 0.1, infinite horizon, log mass shifted by -3 to 4.5 by layer and head, "
+        "constant from position 0"
+    )
 
 
 def test_a_loss_whose_exponential_is_no_float(tokenizer, monkeypatch):
     model = make("Llama", tokenizer)
-    losses = inspection_module._token_losses
-    monkeypatch.setattr(inspection_module, "_token_losses", lambda *given: losses(*given) + 800)
+    losses = inspection_module.token_losses
+    monkeypatch.setattr(inspection_module, "token_losses", lambda *given: losses(*given) + 800)
     inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=8, progress=False)
     assert inspection.perplexity == math.inf
     assert "<td>inf</td>" in render_inspection([inspection])

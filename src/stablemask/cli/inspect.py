@@ -3,6 +3,8 @@
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from stablemask.cli.models import device_option, dtype_option, load
 from stablemask.cli.page import labels, where_it_is, whole_file
 from stablemask.data import load_tokenizer
@@ -20,6 +22,9 @@ class InspectOptions:
     text: str = option(MISSING, "what it reads")
     out: str = option(MISSING, "the HTML file to write")
     against: str | None = option(None, "folder or hub name of a second model, shown side by side")
+    prefix: str | None = option(
+        None, "a token, or its id, that --model reads in front of the text: where it has its sink"
+    )
     max_tokens: int = option(64, f"read so many tokens of the text at most, 2 to {MAX_TOKENS}")
     dtype: str = dtype_option()
     device: str | None = device_option()
@@ -32,19 +37,33 @@ def run(options: InspectOptions) -> None:
     with whole_file(Path(options.out)) as partial:
         inspections: list[Inspection] = []
         for name, label in zip(names, labels(names), strict=True):
+            tokenizer = load_tokenizer(name)
+            is_first = name == options.model
+            prefix = _token_id(tokenizer, options.prefix) if is_first else None
             inspections.append(
                 inspect_model(
                     load(name, options.dtype, options.device),
-                    load_tokenizer(name),
+                    tokenizer,
                     options.text,
                     label=label,
                     max_tokens=options.max_tokens,
+                    prefix=prefix,
+                    special_tokens=options.prefix is None,  # or the other model may get one too
                     map_bytes=MAP_BYTES // len(names),
                 )
             )
         partial.write_text(render_inspection(inspections), encoding="utf-8")
     print(_table(inspections))
     print(f"\n{where_it_is(Path(options.out))}")
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
+    if token is None or token.isdecimal():
+        return None if token is None else int(token)
+    ids: list[int] = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise InputError(f"--prefix must be one token, or its id; {token!r} is {len(ids)} tokens")
+    return ids[0]
 
 
 def _table(inspections: list[Inspection]) -> str:

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..bars import progress_bar
 from ..errors import InputError
-from ..evaluation.activations import hidden_state_outliers
+from ..evaluation.activations import HiddenStateOutliers, capture_outliers
 from ..evaluation.attention_maps import LayerAttention, capture_attention
-from ..evaluation.perplexity import perplexity_of
+from ..evaluation.perplexity import check_sequences, perplexity_of, token_losses, with_prefix
 from ..evaluation.sinks import LayerStatistics
 from ..hf.settings import model_settings
-from ..inference.model import check_length, check_token_ids, evaluating
 from ..models import StableMaskConfig
 
 MAX_TOKENS = 1024
@@ -54,12 +53,12 @@ class Inspection:
         attention: its kind, as ``StableMaskConfig.attention`` names them.
         settings: its ``config.stablemask`` with defaults, or None.
         tokens: text of each token that was read, the first of ``total_tokens``.
-        perplexity: of those tokens but the first.
+        prefix: text of the first of them where it was put in front of the text, or None.
+        perplexity: of the text's tokens but the first.
         layers: statistics of each layer that has attention.
         maps: attention of the same layers; a pixel holds the largest share among ``block`` by
             ``block`` tokens.
-        largest, largest_later: largest activation behind a layer, on any token and on any but the
-            first, each as its size and its layer.
+        outliers: of the hidden states behind each decoder layer.
     """
 
     label: str
@@ -69,13 +68,17 @@ class Inspection:
     parameters: int
     dtype: str
     tokens: list[str]
+    prefix: str | None
     total_tokens: int
     perplexity: float
     layers: list[LayerStatistics]
     maps: list[HeadMaps]
     block: int
-    largest: tuple[float, int]
-    largest_later: tuple[float, int]
+    outliers: HiddenStateOutliers
+
+    @property
+    def text_tokens(self) -> list[str]:
+        return self.tokens if self.prefix is None else self.tokens[1:]
 
     @property
     def first_token(self) -> float:
@@ -95,6 +98,8 @@ def inspect_model(
     *,
     label: str,
     max_tokens: int = 64,
+    prefix: int | None = None,
+    special_tokens: bool = True,
     map_bytes: int = MAP_BYTES,
     progress: bool = True,
 ) -> Inspection:
@@ -104,6 +109,8 @@ def inspect_model(
         model: ours, or any decoder whose attention goes through Transformers' attention interface.
         text: at least 2 tokens, of which the first ``max_tokens`` are read.
         label: what to call the model.
+        prefix: token id to read in front of the text, where a softmax model has its sink.
+        special_tokens: whether the text gets those that its tokenizer puts around one.
         map_bytes: how much of the page its attention maps may take; long texts of models with many
             heads are drawn in blocks of tokens.
         progress: show a bar, where stderr is a terminal.
@@ -118,34 +125,31 @@ def inspect_model(
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the text is not valid Unicode: {error.reason}") from error
-    every: list[int] = tokenizer(text)["input_ids"]
-    ids = torch.tensor(every[:max_tokens])
-    if len(ids) < 2:
-        raise InputError(
-            f"the text has {len(ids)} token{'s' * (len(ids) != 1)} for {label}; give at least 2"
-        )
-    check_length(model, len(ids), f"a text of {len(ids)} tokens")
-    check_token_ids(model, int(ids.max()))
+    every: list[int] = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+    text_ids = torch.tensor(every[:max_tokens])
+    if len(text_ids) < 2:
+        count = f"{len(text_ids)} token{'s' * (len(text_ids) != 1)}"
+        raise InputError(f"the text has {count} for {label}; give at least 2")
+    check_sequences(model, text_ids[None], prefix)
+    ids = with_prefix(text_ids[None], prefix)[0]
+    added = len(ids) - len(text_ids)
     config: Any = model.config.get_text_config(decoder=True)
     num_layers = config.num_hidden_layers
     block = _block(len(ids), num_layers * config.num_attention_heads, map_bytes)
 
     layers: list[LayerStatistics] = []
     maps: list[HeadMaps] = []
-    with (
-        evaluating(model),
-        progress_bar(total=num_layers, desc=label, unit="layer", show=progress) as bar,
-    ):
+    with progress_bar(total=num_layers, desc=label, unit="layer", show=progress) as bar:
 
         def record(attention: LayerAttention) -> None:
             layers.append(LayerStatistics.of(attention))
             maps.append(_head_maps(attention, block))
             bar.update()
 
-        losses = _token_losses(model, ids)
+        with capture_outliers(model) as outliers:
+            losses = token_losses(model, text_ids[None], prefix)
         with capture_attention(model, record):
-            captured = _token_losses(model, ids)
-        outliers = hidden_state_outliers(model, ids[None])
+            captured = token_losses(model, text_ids[None], prefix)
     _check_capture(label, model, losses, captured)
     return Inspection(
         label=label,
@@ -155,13 +159,13 @@ def inspect_model(
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
         tokens=[str(tokenizer.decode([token])) for token in ids.tolist()],
-        total_tokens=len(every),
+        prefix=str(tokenizer.decode([prefix])) if added else None,
+        total_tokens=len(every) + added,
         perplexity=perplexity_of(losses.mean().item()),
         layers=layers,
         maps=maps,
         block=block,
-        largest=_peak(outliers.largest),
-        largest_later=_peak(outliers.largest_later),
+        outliers=outliers(),
     )
 
 
@@ -181,12 +185,6 @@ def _head_maps(attention: LayerAttention, block: int) -> HeadMaps:
 def _shade(share: Tensor) -> np.ndarray:
     shade = share.float().cpu().clamp(0, 1).sqrt() * (SHADES - 1)
     return shade.round().to(torch.uint8).numpy()
-
-
-def _token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Negative log-likelihood of every token but the first, in nats, (n - 1,)."""
-    logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
-    return F.cross_entropy(logits[:-1].float().cpu(), ids[1:], reduction="none")
 
 
 def _check_capture(label: str, model: PreTrainedModel, losses: Tensor, captured: Tensor) -> None:
@@ -219,8 +217,3 @@ def _settings(config: Any) -> dict[str, Any] | None:
     return (
         given if given is None or isinstance(config, StableMaskConfig) else model_settings(config)
     )
-
-
-def _peak(by_layer: Tensor) -> tuple[float, int]:
-    layer = int(by_layer.argmax())
-    return float(by_layer[layer]), layer

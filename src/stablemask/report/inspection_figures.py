@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image
 
 from .drawing import COLORS, GRAY, LINES, MAP_COLORS, MAP_NORM, STYLE, svg_uri
@@ -21,6 +21,55 @@ SCALE_TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 # Of a panel of the pseudo share, in its own units.
 PANEL_WIDTH, PANEL_HEIGHT = 120, 60
 DASHES = dict(zip(LINES, ("", "5 3", "1.5 2", "5 2 1.5 2")))
+
+
+def layer_figures(inspections: Sequence[Inspection]) -> Iterator[tuple[str, str]]:
+    """A title, and a chart of all models by layer: attention, what carries no value, outliers."""
+    shares = {"Attention on the first token": lambda layer: layer.first_token.mean()}
+    if any(one.pseudo for one in inspections):
+        shares["Pseudo share"] = lambda layer: layer.pseudo.mean()
+    charts: dict[str, list[tuple[Sequence[int], Sequence[float]]]] = {
+        title: [
+            ([layer.layer for layer in one.layers], [float(share(layer)) for layer in one.layers])
+            for one in inspections
+        ]
+        for title, share in shares.items()
+    }
+    for title, name in (("Largest activation", "largest"), ("Kurtosis", "kurtosis")):
+        numbers = [getattr(one.outliers, name).tolist() for one in inspections]
+        charts[title] = [(range(len(by_layer)), by_layer) for by_layer in numbers]
+    styles = [_style(inspections, index) for index in range(len(inspections))]
+    with matplotlib.rc_context(STYLE):
+        for title, curves in charts.items():
+            yield title, svg_uri(_layer_figure(curves, styles, as_share=title in shares))
+
+
+def _layer_figure(
+    curves: Sequence[tuple[Sequence[int], Sequence[float]]],
+    styles: Sequence[tuple[str, str]],
+    as_share: bool,
+) -> Figure:
+    figure = Figure((WIDTH, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for (layers, numbers), (color, line) in zip(curves, styles, strict=True):
+        axes.plot(layers, numbers, color=color, ls=line, marker="o", markersize=3)
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    if as_share:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def _style(inspections: Sequence[Inspection], index: int) -> tuple[str, str]:
+    """Colour by kind of attention, and a line of its own where another of that kind came before."""
+    kind = inspections[index].attention
+    same = sum(other.attention == kind for other in inspections[:index])
+    return COLORS[kind], LINES[same]
 
 
 def sink_figures(inspections: Sequence[Inspection]) -> list[str]:
@@ -65,8 +114,8 @@ def ratio_panels(inspections: Sequence[Inspection]) -> Iterator[tuple[int, str]]
     longest = max(len(one.tokens) for one in inspections)
     by_layer: dict[int, list[str]] = {}
     for index, one in enumerate(inspections):
-        same = sum(other.attention == one.attention for other in inspections[:index])
-        color, dash = COLORS[one.attention], DASHES[LINES[same]]
+        color, line = _style(inspections, index)
+        dash = DASHES[line]
         for layer in one.layers:
             curves = np.quantile(layer.pseudo.numpy(), (0.1, 0.5, 0.9), axis=0)
             low, median, high = (_points(curve, longest) for curve in curves)

@@ -6,6 +6,7 @@ from html import escape
 
 import torch
 import transformers
+from torch import Tensor
 
 from .. import __version__
 from ..evaluation.perplexity import perplexity_text
@@ -15,6 +16,7 @@ from .inspection_figures import (
     PANEL_WIDTH,
     SCALE_TICKS,
     head_map,
+    layer_figures,
     ratio_panels,
     shade,
     sink_figures,
@@ -58,7 +60,7 @@ summary span { color: var(--soft); font-size: .88rem; display: inline-block;
 def render_inspection(inspections: Sequence[Inspection]) -> str:
     """The whole page, of one model or two."""
     title = "Inside " + " and ".join(one.label for one in inspections)
-    parts = (_lead, _table, _sinks, _ratio, _text, _maps, _made)
+    parts = (_lead, _table, _layers, _sinks, _ratio, _text, _maps, _made)
     return page(title, [part(inspections) for part in parts], _STYLE)
 
 
@@ -74,11 +76,16 @@ def summary_rows(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]
         row("parameters", lambda one: f"{one.parameters:,} in {one.dtype}"),
         row("layers × heads", _sizes),
         row("tokens read", _tokens_read),
+        row(
+            "in front of the text",
+            lambda one: _visible(one.prefix or "") if one.prefix else "nothing",
+        ),
         row("perplexity of them", lambda one: perplexity_text(one.perplexity)),
         row("attention on the first token", lambda one: f"{one.first_token:.1%}"),
         row("pseudo share", lambda one: f"{one.pseudo:.1%}"),
-        row("largest activation", lambda one: _activation(one.largest)),
-        row("... but for the first token", lambda one: _activation(one.largest_later)),
+        row("largest activation", lambda one: _peak(one.outliers.largest)),
+        row("... but for the first token", lambda one: _peak(one.outliers.largest_later)),
+        row("largest kurtosis of a layer", lambda one: _peak(one.outliers.kurtosis)),
     ]
 
 
@@ -97,8 +104,14 @@ def attention_in_words(inspection: Inspection) -> str:
     ]  # fmt: skip
     if settings.get("start"):
         words.append(f"from position {settings['start']}")
-    if settings.get("shift"):
-        words.append(f"log mass shifted by {settings['shift']:.4g}")
+    shift = settings.get("shift")
+    if isinstance(shift, list):
+        numbers = [number for layer in shift for number in layer]
+        words.append(
+            f"log mass shifted by {min(numbers):.3g} to {max(numbers):.3g} by layer and head"
+        )
+    elif shift:
+        words.append(f"log mass shifted by {shift:.4g}")
     if settings.get("hold") is not None:
         words.append(f"constant from position {settings['hold']}")
     if "floor" in settings:
@@ -115,7 +128,13 @@ def _lead(inspections: Sequence[Inspection]) -> str:
         for one in inspections
         if one.total_tokens > len(one.tokens)
     ]
-    if len(inspections) == 2 and inspections[0].tokens != inspections[1].tokens:
+    notes += [
+        f"{one.label} reads {_visible(one.prefix)} in front of the text, which is then its first token and "
+        "is not scored."
+        for one in inspections
+        if one.prefix is not None
+    ]
+    if len(inspections) == 2 and inspections[0].text_tokens != inspections[1].text_tokens:
         notes.append(
             "The models cut the text into different tokens, so each is shown on its own; their "
             "perplexities do not compare."
@@ -140,6 +159,19 @@ def _table(inspections: Sequence[Inspection]) -> str:
 <p class="soft">Attention on the first token: mean over layers, heads and the rows after the first, which
 sees nothing else. Pseudo share: what a row gives to the pseudo mass, or to a learned sink, mean over
 layers, heads and rows. Largest activation: of the hidden states behind each layer.</p>"""
+
+
+def _layers(inspections: Sequence[Inspection]) -> str:
+    charts = "".join(
+        f'<figure><h4>{title}</h4><img alt="{title}, by layer" src="{uri}"></figure>'
+        for title, uri in layer_figures(inspections)
+    )
+    return f"""<section><h2>Layer by layer</h2>
+<p>{_names(inspections)}</p>
+<div class="pair">{charts}</div>
+<p class="soft">Shares are means over the heads of a layer and over rows. Activations are those of the
+hidden states behind a layer; their kurtosis is 3 for a normal distribution, and grows with outliers.</p>
+</section>"""
 
 
 def _sinks(inspections: Sequence[Inspection]) -> str:
@@ -172,13 +204,8 @@ def _ratio(inspections: Sequence[Inspection]) -> str:
         f"<figure><figcaption>layer {layer}</figcaption>{svg}</figure>"
         for layer, svg in ratio_panels(inspections)
     )
-    dashed = [inspections[0].attention == one.attention for one in inspections[1:]]
-    names = ", ".join(
-        _name(one) + " (dashed)" * is_dashed
-        for one, is_dashed in zip(inspections, [False, *dashed], strict=True)
-    )
     return f"""{heading}
-<p>{names}</p>
+<p>{_names(inspections)}</p>
 <div class="panels">{panels}</div>
 <p class="soft">What each row gives to the pseudo mass: median of the layer's heads, and a band from the
 10th to the 90th percentile. Every panel goes from position 0 to {longest - 1:,}, and from 0 (bottom) to
@@ -327,6 +354,13 @@ def _pair(inspections: Sequence[Inspection], content: Callable[[Inspection], str
     return f'<div class="pair">{columns}</div>'
 
 
+def _names(inspections: Sequence[Inspection]) -> str:
+    """The models with their colours, and which of two of one kind is dashed."""
+    first, *others = inspections
+    dashed = (" (dashed)" * (one.attention == first.attention) for one in others)
+    return ", ".join([_name(first), *(_name(one) + word for one, word in zip(others, dashed))])
+
+
 def _name(inspection: Inspection) -> str:
     return swatch(inspection.attention) + escape(inspection.label)
 
@@ -357,8 +391,9 @@ def _tokens_read(inspection: Inspection) -> str:
     return f"{read:,}" if read == total else f"{read:,} of {total:,}"
 
 
-def _activation(peak: tuple[float, int]) -> str:
-    size, layer = peak
+def _peak(by_layer: Tensor) -> str:
+    layer = int(by_layer.argmax())
+    size = float(by_layer[layer])
     return f"{size:,.0f} (layer {layer})" if size >= 100 else f"{size:.3g} (layer {layer})"
 
 
