@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -257,3 +257,20 @@ def test_a_graph_can_hold_a_pass_of_our_decoder(monkeypatch, position_encoding, 
     with torch.no_grad():
         model(ids[:, :-length], attention_mask=mask, **{CACHE: cache})
     launches(step, torch.empty(1 << 30, device="meta"), monkeypatch)
+
+
+@pytest.mark.parametrize("device", ["sm90"], indirect=True)
+@pytest.mark.parametrize("kind", [StableMaskForCausalLM, LlamaForCausalLM])
+def test_a_graph_can_hold_a_pass_over_padding(monkeypatch, kind):
+    settings = {
+        "vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = kind.config_class(**settings, attn_implementation="stablemask")
+    config.stablemask = {"gamma": 0.1}
+    model = kind(config).eval()
+    ids, mask = torch.randint(16, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    launches(lambda: model(ids, **given), torch.empty(1 << 30, device="meta"), monkeypatch)
