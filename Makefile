@@ -6,13 +6,14 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: help setup demo test nightly lint dist matrix bench gpu reproduce clean
+.PHONY: help setup demo test nightly lint docs dist matrix bench gpu reproduce clean
 
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
 	@echo "make test    set up, run the tests"
 	@echo "make nightly all tests, with 500 examples of each property"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the site, from docs/ and the docstrings: site/index.html"
 	@echo "make dist    the sdist and the wheel, built and checked: dist/"
 	@echo "make matrix  the tests of what depends on versions, with the oldest and the newest of every dependency"
 	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
@@ -37,6 +38,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings, of a link or an anchor that leads nowhere, are errors.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PIP_INSTALL) --quiet --editable ".[docs]"
+	touch $@
 
 # In an environment of its own, for what users install must not lean on .venv.
 DIST := .dist
@@ -96,7 +105,7 @@ reproduce: setup
 	$(BIN)/stablemask reproduce --out docs/results/reproduce --page docs/results.md --resume
 
 clean:
-	rm -rf $(VENV) $(MATRIX) $(DIST) dist .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(MATRIX) $(DIST) dist site .mypy_cache .pytest_cache .ruff_cache .coverage
 
 setup: $(VENV)/.ready
 

@@ -12,6 +12,7 @@ PAGES = [
     "docs/attention.md",
     "docs/guide.md",
     "docs/method.md",
+    "docs/quickstart.md",
     "docs/transformers.md",
 ]
 # Blocks that read a run folder belong to the commands around them.
