@@ -18,7 +18,13 @@ from ..backends import hardware
 from ..models.masks import Finding, can_be_read, merged_documents, report
 from ..models.mass import sink_logits_at
 from ..models.modeling import ATTN_IMPLEMENTATION
-from ..models.settings import SHIFT_PARAMETER, of_layer, pseudo_sink_logits, without_shift
+from ..models.settings import (
+    SHIFT_PARAMETER,
+    WATCHED,
+    of_layer,
+    pseudo_sink_logits,
+    without_shift,
+)
 from ..plain import plain_attention
 from .settings import context_of, model_settings
 
@@ -86,13 +92,15 @@ def stablemask_attention_forward(
             # The mask function of "sdpa" gives None there only for the prefill of a static cache.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
     sink_logits = layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs)
-    if q_len == 1 and hardware.kind_of(query) == "cpu" and window_left is None and not dropout:
+    attend = getattr(module, WATCHED, None) or sink_attention
+    plain = attend is sink_attention and window_left is None and not dropout
+    if q_len == 1 and hardware.kind_of(query) == "cpu" and plain:
         row = plain_attention(
             query, key, value, sink_logits=sink_logits, scale=scaling, attn_mask=attention_mask
         )
         if row is not None:
             return row.reshape(row.shape[0], 1, row.shape[1], row.shape[3]), None
-    out = sink_attention(
+    out = attend(
         query,
         key,
         value,

@@ -3,6 +3,7 @@
 Shapes: (batch, length, hidden) outside attention, (batch, heads, length, head_dim) inside.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,7 @@ class StableMaskAttention(nn.Module):
 
     sinks: nn.Parameter | None
     stablemask_shift: nn.Parameter | None
+    stablemask_attention: Callable[..., Tensor] | None = None  # see `settings.WATCHED`
 
     def __init__(self, config: StableMaskConfig, layer_idx: int):
         super().__init__()
@@ -133,7 +135,7 @@ class StableMaskAttention(nn.Module):
                 query, key, value, sink_logits, alibi_slopes=alibi_slopes, group=sequence_group
             )
         else:
-            output = sink_attention(
+            output = (self.stablemask_attention or sink_attention)(
                 query,
                 key,
                 value,

@@ -15,6 +15,9 @@ LEARNED = "learned"
 NEVER = "never"
 # A trained shift, (heads,), of an attention module that has one.
 SHIFT_PARAMETER = "stablemask_shift"
+# What computes the attention of a module in place of `sink_attention`, where it is watched: an attribute,
+# for a variable of the context would not reach the threads in which checkpointing computes it again.
+WATCHED = "stablemask_attention"
 
 
 def complete_settings(
