@@ -33,13 +33,14 @@ def finetune(text_file, tmp_path, capfd):
 
 
 def test_adapts_and_says_what_it_came_to(finetune, softmax_folder, tmp_path):
-    code, stdout, stderr = finetune(softmax_folder, "--adapt", "--no-tensorboard")
+    flags = ["--adapt", "--texts", "4", "--no-tensorboard"]
+    code, stdout, stderr = finetune(softmax_folder, *flags)
     assert code == 0
     assert "4 steps, validation perplexity" in stdout
     assert "step 0: validation perplexity" in stderr
-    assert "with log M shifted by -" in stderr
+    assert "\n| attention on the first token | " in stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["attention"] == "stablemask"
-    code, stdout, stderr = finetune(softmax_folder, "--adapt", "--no-tensorboard", "--resume")
+    code, stdout, stderr = finetune(softmax_folder, *flags, "--resume")
     assert code == 0
     assert "4 steps" in stdout
 
@@ -55,11 +56,18 @@ def test_a_model_made_worse_is_one_line_and_exit_code_1(finetune, softmax_folder
 
 
 def test_dry_run(finetune, softmax_folder, tmp_path):
-    code, stdout, _ = finetune(softmax_folder, "--adapt", "--dry-run", "--shift-from", "-20")
+    code, stdout, _ = finetune(softmax_folder, "--adapt", "--dry-run")
     assert code == 0
-    assert "shifted by -20 at first and by -" in stdout
-    assert "the first 2 with a rising shift" in stdout
+    assert "\nprefix " in stdout
+    assert "tokens that the model writes itself" in stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_no_other_flag_is_needed_to_adapt(softmax_folder, tmp_path, capfd):
+    """But that of a dry run, for 400 steps take long."""
+    words = ["--model", softmax_folder, "--adapt", "--out", str(tmp_path / "run")]
+    assert cli.main(["finetune", *words, "--dry-run"]) == 0
+    assert "training    400 steps of 4" in capfd.readouterr()[0]
 
 
 def edited(folder: str, copy: Path, change) -> str:
@@ -127,19 +135,16 @@ def test_a_model_that_will_not_do(change, flags, words, finetune, softmax_folder
     [
         (["--gamma", "0.1"], "gamma goes with --adapt"),
         (["--start", "1"], "start goes with --adapt"),
-        (["--shift-steps", "2"], "shift_steps goes with --adapt"),
+        (["--texts", "2"], "texts goes with --adapt"),
         (["--lora-rank", "4"], "lora_rank goes with --lora"),
         (["--merge"], "merge goes with --lora"),
         (["--lora", "--lora-rank", "0"], "lora_rank must be at least 1"),
         (["--adapt", "--start", "-1"], "start must be at least 0"),
-        (["--adapt", "--shift-from", "2"], "shift_from must be"),
-        (["--adapt", "--shift-from", "nan"], "shift_from must be"),
-        (["--adapt", "--shift-from=-inf"], "shift_from must be"),
-        (["--adapt", "--shift-to", "1"], "shift_to must be"),
-        (["--adapt", "--shift-from", "-3", "--shift-to", "-4"], "at most shift_to (-4)"),
-        (["--adapt", "--shift-steps", "5"], "shift_steps must be at most the 4 steps"),
+        (["--adapt", "--texts", "1"], "texts must be 0, or at least 2"),
         (["--adapt", "--gamma", "0"], "stablemask['gamma'] must be greater than 0"),
         (["--adapt", "--compile"], "compile does not go with adapt"),
+        (["--adapt", "--fsdp"], "fsdp does not go with adapt"),
+        (["--adapt", "--horizon", "1"], "leave no row a pseudo mass"),
         (["--learning-rate", "0"], "learning_rate"),
         (["--context", "1"], "context must be at least 2"),
         (["--context", "99999"], "do not fill a block"),
@@ -152,6 +157,16 @@ def test_a_bad_option(flags, words, finetune, softmax_folder, tmp_path):
     assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
     assert words in stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_data_is_only_optional_to_adapt(softmax_folder, tmp_path, capfd):
+    words = ["finetune", "--model", softmax_folder, "--out", str(tmp_path / "run"), *QUICK]
+    for more, said in (
+        ([], "data must be given: --data"),
+        (["--adapt", "--texts", "0"], "with texts 0 the data is all there is"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert said in capfd.readouterr()[1]
 
 
 def test_a_model_that_has_stablemask_is_not_adapted_again(finetune, model_folder):

@@ -22,9 +22,8 @@ from stablemask.cli.parser import parse_options
 from stablemask.data import prepare_corpus
 from stablemask.data.chat import prepare_chat
 from stablemask.errors import InputError, RunError
-from stablemask.options import load_yaml
 from stablemask.training import checkpoints
-from stablemask.training.adapt import NO_MASS
+from stablemask.training.adapting import adapt
 from stablemask.training.callbacks import StopOnSignal
 from stablemask.training.finetune import describe_finetuning, finetune
 from stablemask.training.options import FinetuneOptions
@@ -47,26 +46,23 @@ def options(base, prose) -> FinetuneOptions:
 
 @pytest.fixture
 def chat_options(options, chats) -> FinetuneOptions:
-    return replace(
-        options,
-        data=str(chats),
-        context=64,
-        adapt=True,
-        lora=True,
-        gamma=0.05,
-        start=1,
-        shift_to=0.0,
-    )
+    return replace(options, data=str(chats), context=64, lora=True)
+
+
+@pytest.fixture
+def adapting(options) -> FinetuneOptions:
+    """To take a sink out of the model, on its own text and nothing else."""
+    return replace(options, data=None, adapt=True, texts=24)
 
 
 @pytest.fixture(scope="module")
 def adapted(base, prose, tmp_path_factory) -> Path:
-    """A run with --adapt that was never interrupted."""
+    """A run with --adapt, on text of both kinds, that was never interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "adapted"
     options = FinetuneOptions(
         model=str(base), data=str(prose), steps=STEPS, out=str(folder), context=32, batch_size=4,
         learning_rate=3e-3, dtype="float32", eval_every=5, save_every=4, eval_tokens=128,
-        log_every=5, keep_checkpoints=10, tensorboard=False, adapt=True,
+        log_every=5, keep_checkpoints=10, tensorboard=False, adapt=True, texts=24,
     )  # fmt: skip
     finetune(options)
     return folder
@@ -81,39 +77,33 @@ def stop_at(step: int, monkeypatch) -> None:
     monkeypatch.setattr(StopOnSignal, "on_step_end", stop)
 
 
-def test_the_pseudo_mass_comes_in_over_the_first_part(adapted, base):
+def test_the_student_learns_from_its_teacher_while_the_value_fades(adapted, base):
     rows = metrics(adapted)
-    shifts = {row["step"]: row["shift"] for row in rows}
-    written = load_yaml(adapted / "finetune.yaml")
-    first, last = written["shift_from"], written["shift_to"]
-    assert first < -8 < last <= 0
-    assert shifts[0] == first
-    assert shifts[5] == pytest.approx(first + (last - first) * 5 / 12)
-    assert [shifts[step] for step in (15, 20)] == [last, last]
+    training = [row for row in rows if "loss" in row]
+    # Gone after half of the steps.
+    assert [row["alpha"] for row in training] == [0.5, 0.0, 0.0, 0.0]
+    for row in training:
+        total = row["kl"] + 2 * row["first_token"] + row["excess"]
+        assert row["loss"] == pytest.approx(total, rel=1e-4)
+    assert training[-1]["first_token"] < training[0]["first_token"]
+    assert [row["tokens"] for row in training] == [step * 4 * 32 for step in (5, 10, 15, 20)]
     evaluated = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evaluated] == [0, 5, 10, 15, 20]
-    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.5
-    training = [row for row in rows if "loss" in row]
-    assert [row["tokens"] for row in training] == [step * 4 * 32 for step in (5, 10, 15, 20)]
 
+    before = load_file(adapted / "calibration.safetensors")["shifts"]
     for checkpoint in checkpoints.list_checkpoints(adapted / "checkpoints"):
-        step = checkpoints.step_of(checkpoint)
-        settings = json.loads((checkpoint / "config.json").read_text())["stablemask"]
-        expected = first + (last - first) * min(step / 12, 1)
-        assert settings["shift"] == pytest.approx(expected)
+        settings = stablemask.hf.load_model(str(checkpoint)).config.stablemask
+        assert not torch.equal(torch.tensor(settings["shift"]), before)
     model = AutoModelForCausalLM.from_pretrained(adapted)
-    assert model.config.stablemask == MASS | {"shift": last}
+    assert model.config.stablemask.items() >= MASS.items()
     assert model.config.use_cache
+    names = load_file(adapted / "model.safetensors").keys()
+    assert names == load_file(base / "model.safetensors").keys()
 
 
-def test_lower_layers_stay_as_they_are_and_the_mass_may_come_at_once(options, base, tmp_path):
+def test_lower_layers_stay_as_they_are(adapting, options, base, tmp_path):
     out = tmp_path / "run"
-    finetune(
-        replace(
-            options, out=str(out), steps=5, first_layer=1, adapt=True, shift_steps=0, shift_to=-2.0
-        )
-    )
-    assert [row["shift"] for row in metrics(out) if "eval_loss" in row] == [NO_MASS, -2.0]
+    finetune(replace(adapting, out=str(out), steps=2, first_layer=1))
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     above = {name for name in before if "layers.1." in name}
@@ -124,35 +114,43 @@ def test_lower_layers_stay_as_they_are_and_the_mass_may_come_at_once(options, ba
         finetune(replace(options, out=str(tmp_path / "no"), first_layer=1, lora=True))
 
 
-def held_out_loss(model: Path, options: FinetuneOptions, blocks: int | None = None) -> float:
-    """By Transformers' own forward on the validation blocks, and float64."""
+def held_out_loss(
+    model: Path, options: FinetuneOptions, blocks: int | None = None, prefix: int | None = None
+) -> float:
+    """By Transformers' own forward on the validation blocks, and float64; not of the prefix in front."""
     held_out = prepare_corpus(options.data, block_size=32, tokenizer=options.model).validation
     ids = torch.stack([held_out[i]["input_ids"] for i in range(blocks or len(held_out))])
-    logits = AutoModelForCausalLM.from_pretrained(model)(ids).logits[:, :-1].double()
+    read = ids if prefix is None else torch.nn.functional.pad(ids, (1, 0), value=prefix)
+    logits = AutoModelForCausalLM.from_pretrained(model)(read).logits[:, -32:-1].double()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-def test_the_first_evaluation_is_of_the_pretrained_model(adapted, base, options):
-    assert getattr(AutoModelForCausalLM.from_pretrained(base).config, "stablemask", None) is None
-    expected = held_out_loss(base, options, 4)
+def test_the_first_evaluation_is_of_the_teacher(adapted, base, options):
+    prefix = json.loads((adapted / "run.json").read_text())["prefix"]
+    assert prefix["text"] == "<"  # the chat template's first token, by chance
+    expected = held_out_loss(base, options, 4, prefix["token"])
     assert metrics(adapted)[0]["eval_loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_run_leaves_what_a_user_needs(adapted, base):
-    written = load_yaml(adapted / "finetune.yaml")
-    assert written["shift_steps"] == 12
     record = json.loads((adapted / "run.json").read_text())
     assert record["result"]["step"] == STEPS
+    columns = record["adapting"]
+    assert [*columns] == ["as it was", "with its prefix", "adapted"]
+    assert (
+        columns["adapted"]["first_token_attention"] < columns["as it was"]["first_token_attention"]
+    )
     card = (adapted / "README.md").read_text()
     assert record["command"] in card
     assert f"base_model: {base}" in card
-    assert "brought in over 12 steps" in card
+    assert "24 texts that the model wrote itself and " in card
+    assert "| attention on the first token | " in card
     assert AutoTokenizer.from_pretrained(adapted).chat_template
     assert not (adapted / "checkpoints" / "incomplete").exists()
 
 
 def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(adapted, options, tmp_path):
-    options = replace(options, out=str(tmp_path / "run"), adapt=True)
+    options = replace(options, out=str(tmp_path / "run"), adapt=True, texts=24)
     code = (
         "import sys; from stablemask.cli import finetune; from stablemask.cli.parser import *;"
         "finetune.run(parse_options(finetune.FinetuneOptions, sys.argv[1:]))"
@@ -169,24 +167,29 @@ def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(adapted, o
     assert finetune(replace(options, resume=True)).step == STEPS
     assert_same_weights(tmp_path / "run", adapted)
     ours, theirs = metrics(tmp_path / "run"), metrics(adapted)
-    for name in ("shift", "eval_loss", "tokens"):
+    for name in ("alpha", "eval_loss", "tokens"):
         assert [row.get(name) for row in ours] == [row.get(name) for row in theirs]
 
 
 @pytest.mark.parametrize("step", [2, 6])
 def test_a_stopped_adapter_on_conversations_goes_on(step, chat_options, tmp_path, monkeypatch):
-    whole = replace(chat_options, out=str(tmp_path / "whole"), steps=8)
+    whole = replace(chat_options, out=str(tmp_path / "whole"), steps=8, adapt=True, texts=8)
     assert finetune(whole).step == 8
     part = replace(whole, out=str(tmp_path / "part"))
     stop_at(step, monkeypatch)
     result = finetune(part)
     assert (result.stopped_by, result.step) == (signal.SIGTERM, step)
     monkeypatch.undo()
-    checkpoint = tmp_path / "part" / "checkpoints" / f"checkpoint-{step}"
-    saved = json.loads((checkpoint / "adapter_config.json").read_text())
-    assert ("shift" in saved["stablemask"]) == (step < 5)  # 5 of 8 steps: the default
-    finetune(replace(part, resume=True))
+    # It finds its prefix, its texts and its calibration, and asks for no number of steps.
+    monkeypatch.setattr(adapt, "choose_prefix", None)
+    monkeypatch.setattr(adapt, "calibrate", lambda *_: None)
+    assert finetune(replace(part, resume=True, steps=None)).step == 8
     assert_same_weights(tmp_path / "part", tmp_path / "whole", "adapter_model.safetensors")
+    settings = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text())["stablemask"]
+        for name in ("part", "whole")
+    ]
+    assert settings[0] == settings[1]
 
 
 def delta(folder: Path, rank: int, alpha: int) -> dict[str, torch.Tensor]:
@@ -208,7 +211,10 @@ def delta(folder: Path, rank: int, alpha: int) -> dict[str, torch.Tensor]:
 def test_an_adapter_keeps_its_settings_and_the_merged_model_is_the_same(
     chat_options, base, tmp_path
 ):
-    chosen = replace(chat_options, steps=6, lora_rank=4, lora_alpha=12, eval_every=100)
+    chosen = replace(
+        chat_options, steps=6, lora_rank=4, lora_alpha=12, eval_every=100,
+        adapt=True, gamma=0.05, start=1, texts=8,
+    )  # fmt: skip
     finetune(replace(chosen, out=str(tmp_path / "adapter")))
     finetune(replace(chosen, out=str(tmp_path / "merged"), merge=True))
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
@@ -222,7 +228,8 @@ def test_an_adapter_keeps_its_settings_and_the_merged_model_is_the_same(
     for name, change in added.items():
         assert change.abs().max() > 0
         state[name] += change
-    stablemask.hf.apply_stablemask(expected, gamma=0.05, start=1)
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["stablemask"]
+    stablemask.hf.apply_stablemask(expected, gamma=0.05, start=1, shift=saved["shift"])
 
     ids = torch.randint(1, 200, (2, 20))
     with torch.no_grad():
@@ -230,7 +237,7 @@ def test_an_adapter_keeps_its_settings_and_the_merged_model_is_the_same(
         for folder in ("adapter", "merged"):
             model = stablemask.hf.load_model(str(tmp_path / folder))
             settings = {"gamma": 0.05, "horizon": None, "hold": 127, "start": 1}
-            assert model.config.stablemask == settings
+            assert model.config.stablemask == settings | {"shift": saved["shift"]}
             torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
@@ -262,7 +269,7 @@ def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_p
     plain = finetune(replace(options, out=str(tmp_path / "plain"), steps=2))
     config = AutoModelForCausalLM.from_pretrained(plain.folder).config
     assert getattr(config, "stablemask", None) is None
-    assert "shift" not in metrics(plain.folder)[0]
+    assert "kl" not in metrics(plain.folder)[1]
     further = replace(options, model=str(adapted), out=str(tmp_path / "further"), steps=2)
     model = stablemask.hf.load_model(str(finetune(further).folder))
     assert model.config.stablemask.items() >= MASS.items()
@@ -270,13 +277,14 @@ def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_p
 
 
 def test_a_dry_run_writes_nothing(options, chat_options, tmp_path, capsys):
-    text = describe_finetuning(
-        replace(options, out=str(tmp_path / "run"), adapt=True, dry_run=True, steps=None)
-    )
+    dry = {"out": str(tmp_path / "run"), "dry_run": True, "steps": None}
+    text = describe_finetuning(replace(options, **dry, adapt=True))
     assert "blocks of 32" in text
     assert "'gamma': 0.0078125" in text
-    text = describe_finetuning(replace(chat_options, out=str(tmp_path / "run"), dry_run=True))
-    assert "log M shifted by -" in text
+    assert "prefix      <: the model's loss on a text is " in text
+    assert "400 of 32 tokens, 12,800 tokens that the model writes itself" in text
+    assert "400 steps of 4" in text
+    text = describe_finetuning(replace(chat_options, **dry))
     assert "conversations" in text
     total, trained = (
         int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:param|of them)", text)
@@ -301,7 +309,7 @@ def test_a_run_that_makes_the_model_worse_says_so_and_keeps_it(options, base, tm
 
 
 def test_the_command_line_gives_the_same_options(chat_options):
-    chosen = replace(chat_options, out="a b", shift_from=-12.5, merge=True, horizon=99)
+    chosen = replace(chat_options, out="a b", adapt=True, merge=True, horizon=99, texts=3)
     words = shlex.split(command_line(chosen))[2:]
     assert parse_options(FinetuneOptions, words, prog="p", description="") == chosen
 
@@ -315,13 +323,19 @@ def test_the_context_is_the_models_by_default(options, base, tmp_path):
     )
     chosen = replace(options, out="x", model=str(tmp_path / "long"), context=None)
     assert chosen.resolved().context == 1024
+    chosen = replace(chosen, steps=None, batch_size=None, learning_rate=None, adapt=True).resolved()
+    assert (chosen.context, chosen.steps, chosen.batch_size, chosen.learning_rate) == (
+        256, 400, 4, 2e-4,
+    )  # fmt: skip
+    assert chosen.texts == 400 * 4 // 4  # half of what is read, each of them twice
+    assert replace(chosen, texts=None, data=None).resolved().texts == 400 * 4 // 2
 
 
 def test_resume_wants_the_same_settings(adapted, options):
     chosen = replace(options, out=str(adapted), adapt=True, resume=True)
     assert finetune(chosen).step == STEPS  # nothing left to do
     assert math.isfinite(finetune(chosen).perplexity)
-    with pytest.raises(InputError, match="was started with shift_steps 12, not 3"):
-        finetune(replace(chosen, shift_steps=3))
+    with pytest.raises(InputError, match="was started with texts 24, not 3"):
+        finetune(replace(chosen, texts=3))
     with pytest.raises(InputError, match="already holds a run"):
         finetune(replace(chosen, resume=False))

@@ -164,15 +164,17 @@ def test_a_finished_run_goes_on_to_more_steps(in_shards, options, rates, tmp_pat
         pretrain(replace(more, steps=40))
 
 
-def test_adapting_keeps_its_ramp_when_it_goes_on(base, prose, tmp_path):
+def test_adapting_keeps_its_schedule_when_it_goes_on(base, prose, tmp_path):
     options = FinetuneOptions(
         model=str(base), data=str(prose), adapt=True, steps=4, out=str(tmp_path / "run"), context=32,
-        batch_size=2, dtype="float32", final_eval_tokens=64, eval_tokens=64,
+        batch_size=2, dtype="float32", final_eval_tokens=64, eval_tokens=64, log_every=1,
     )  # fmt: skip
     finetune(options)
     assert finetune(replace(options, steps=6, resume=True)).step == 6
     written = load_yaml(tmp_path / "run" / "finetune.yaml")
-    assert (written["steps"], written["shift_steps"]) == (6, 2)
+    assert (written["steps"], written["texts"]) == (6, 2)
+    rows = [row for row in metrics(tmp_path / "run") if "alpha" in row]
+    assert [row["alpha"] for row in rows] == [0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path, monkeypatch):

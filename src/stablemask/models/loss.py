@@ -19,6 +19,9 @@ from torch import Tensor
 from ..backends import hardware
 from ..backends.calls import say_once
 
+# The loss of a chunk of tokens and the gradient of its logits, see `_of_chunk`.
+OfChunk = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
 IGNORED = -100
 # Logits held at a time: 256 MiB in float32, and enough tokens to keep a GPU busy.
 CHUNK_LOGITS = 1 << 26
@@ -57,16 +60,42 @@ def chunked_causal_lm_loss(
     if torch.is_autocast_enabled(device_type):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
     hidden_states = hidden_states.flatten(0, -2)
+    counted = (targets != IGNORED)[:, None]
+    targets = targets.clamp(min=0)[:, None]
+    return chunked_loss(hidden_states, weight, targets, counted * scale, _fused(weight))
+
+
+def chunked_loss(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, scales: Tensor, of_chunk: OfChunk
+) -> Tensor:
+    """The sum over tokens of a loss of their logits, ``hidden_states @ weight.T``, float32, scalar.
+
+    Its gradients are worked out together with it; they can be taken once, and not be differentiated.
+
+    Args:
+        hidden_states: (N, d), in the dtype to compute in.
+        weight: (V, d). Its gradient is added up in float32.
+        targets: (N, ...), of each token.
+        scales: (N, 1), float32, its weight in the sum.
+        of_chunk: as :func:`_of_chunk`.
+    """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden_states, weight, targets, scale)
-    return _loss_and_gradients(hidden_states, weight, targets, scale, (False, False))[0]
+        return _ChunkedLoss.apply(hidden_states, weight, targets, scales, of_chunk)
+    return _loss_and_gradients(hidden_states, weight, targets, scales, of_chunk, (False, False))[0]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, scale: Tensor):
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scales: Tensor,
+        of_chunk: OfChunk,
+    ):
         loss, *gradients = _loss_and_gradients(
-            hidden_states, weight, targets, scale, ctx.needs_input_grad[:2]
+            hidden_states, weight, targets, scales, of_chunk, ctx.needs_input_grad[:2]
         )
         ctx.save_for_backward(*gradients)
         return loss
@@ -77,38 +106,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = [
             None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.saved_tensors
         ]
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _loss_and_gradients(
     hidden_states: Tensor,
     weight: Tensor,
     targets: Tensor,
-    scale: Tensor,
+    scales: Tensor,
+    of_chunk: OfChunk,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``scale`` times the summed loss, and its gradients where ``needed``.
-
-    Args:
-        hidden_states: (N, d), in the dtype to compute in.
-        weight: (V, d). Its gradient is added up in float32.
-        targets: (N,).
-        scale: scalar, float32.
-    """
+    """The loss of :func:`chunked_loss`, and its gradients where ``needed``."""
     dtype = hidden_states.dtype
     cast_weight = weight.to(dtype)
-    counted = (targets != IGNORED)[:, None]
-    targets = targets.clamp(min=0)[:, None]
     grad_hidden = torch.empty_like(hidden_states) if needed[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
-    loss = torch.zeros_like(scale)
-    of_chunk = _fused(weight)
+    loss = scales.new_zeros(())
     num_chunks = max(1, -(-len(hidden_states) // _most_rows(weight)))
     rows = max(1, -(-len(hidden_states) // num_chunks))
     for start in range(0, len(hidden_states), rows):
         chunk = slice(start, start + rows)
-        hidden, target, scales = hidden_states[chunk], targets[chunk], counted[chunk] * scale
-        part, grad_logits = of_chunk(hidden, cast_weight, target, scales, any(needed))
+        hidden = hidden_states[chunk]
+        part, grad_logits = of_chunk(
+            hidden, cast_weight, targets[chunk], scales[chunk], any(needed)
+        )
         loss = loss + part
         if grad_hidden is not None:
             grad_hidden[chunk] = grad_logits @ cast_weight
@@ -144,7 +166,7 @@ def _of_chunk(
     return loss, gradient.scatter_(-1, target, grad_target.to(hidden.dtype))
 
 
-def _fused(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _fused(weight: Tensor) -> OfChunk:
     """:func:`_of_chunk` for the device of ``weight``: compiled on CUDA, where it passes ten times over floats."""
     if hardware.kind_of(weight) != "cuda" or torch.compiler.is_compiling():
         return _of_chunk
@@ -156,7 +178,7 @@ def _fused(weight: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @functools.cache
-def compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
+def compiled_chunk() -> OfChunk:
     say_once("the loss of training is compiled once, which takes seconds")
     return torch.compile(_of_chunk, fullgraph=True)
 

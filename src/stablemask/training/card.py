@@ -1,9 +1,11 @@
 """The model card of a run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.perplexity import perplexity_of, perplexity_text
+from .adapting.table import table
 from .options import FinetuneOptions, PretrainOptions
 
 _PRETRAIN_CARD = """\
@@ -87,7 +89,7 @@ tags: [stablemask]
 | training data | {data} |
 | training | {steps:,} steps of {batch} {unit}, context {context}, {dtype}, learning rate {rate:g} |
 | validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity}) |
-
+{adapted}
 ```sh
 {command}
 ```
@@ -116,11 +118,11 @@ def write_finetune_card(
     attention = "the model's own"
     if settings is not None:
         pairs = ", ".join(
-            f"{name} {value}" for name, value in settings.items() if value is not None
+            f"{name} {'of each layer and head' if isinstance(value, list) else value}"
+            for name, value in settings.items()
+            if value is not None
         )
         attention = f"StableMask, {pairs}"
-        if options.adapt:
-            attention += f", brought in over {options.shift_steps} steps"
     adapter = options.lora and not options.merge
     eval_loss = record["result"]["eval_loss"]
     card = _FINETUNE_CARD.format(
@@ -130,8 +132,8 @@ def write_finetune_card(
         library="peft" if adapter else "transformers",
         what=f"A LoRA adapter (rank {options.lora_rank})" if adapter else "The weights",
         attention=attention,
-        data=options.data,
-        train_tokens=record["train_tokens"],
+        data=" and ".join(_sources(options)),
+        adapted=_adapted(record),
         steps=options.steps,
         batch=options.global_batch_size,
         unit="conversations" if record["conversations"] else "blocks",
@@ -143,3 +145,23 @@ def write_finetune_card(
         command=record["command"],
     )
     (folder / "README.md").write_text(card)
+
+
+def _sources(options: FinetuneOptions) -> Iterator[str]:
+    if options.adapt and options.texts:
+        yield f"{options.texts:,} texts that the model wrote itself"
+    if options.data is not None:
+        yield options.data
+
+
+def _adapted(record: dict[str, Any]) -> str:
+    """What taking the sink out has changed, where that was done."""
+    if "adapting" not in record:
+        return ""
+    prefix = record["prefix"]["text"]
+    before = "with its prefix" if prefix else "as it was"
+    learned = f"`{prefix}` in front of each text" if prefix else "nothing in front of a text"
+    return (
+        "\nThe attention sink was taken out of it: it learned from itself "
+        f"with {learned} ({before}). On held-out text:\n\n{table(record['adapting'])}\n"
+    )

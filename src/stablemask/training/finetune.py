@@ -1,6 +1,6 @@
 """Finetuning of any causal language model, and adapting one to StableMask.
 
-What it shares with pretraining is in run.py; how the pseudo mass comes in, in adapt.py.
+What it shares with pretraining is in run.py; how the sink is taken out of a model, in adapting/.
 """
 
 import math
@@ -27,10 +27,20 @@ from ..errors import InputError, RunError
 from ..evaluation.perplexity import perplexity_of, perplexity_text
 from ..hf import load_model
 from ..hf.loading import is_adapter
-from ..inference.model import check_length, check_token_ids, decoder_layers
+from ..inference.model import check_length, check_token_ids, choose_device, decoder_layers
 from ..reading import parse_json, reading
-from . import checkpoints
-from .adapt import ShiftSchedule, adapt
+from .adapting.adapt import (
+    adapting_data,
+    calibrated,
+    distillation,
+    find_prefix,
+    make_stablemask,
+    settle,
+)
+from .adapting.calibration import Calibration
+from .adapting.reading import front_tokens
+from .adapting.table import measure, table
+from .adapting.trainer import DistillingTrainer, frozen_copy
 from .card import write_finetune_card
 from .options import FinetuneOptions
 from .processes import is_main, main_first, on_main
@@ -40,6 +50,7 @@ from .run import (
     alone,
     begin_run,
     build_trainer,
+    claim,
     command_line,
     finish_run,
     given,
@@ -49,31 +60,30 @@ from .run import (
 from .sharding import shard
 from .trainer import LanguageModelTrainer
 
-CALIBRATION = (
-    2048  # held-out tokens that the size of the mass is found with, where contexts are full
-)
 WORSE = 0.5  # nats by which a held-out loss may end above what it was
 
 
 @dataclass
 class _Prepared:
     model: PreTrainedModel
-    data: Corpus | ChatCorpus
-    schedule: ShiftSchedule | None
+    data: Any  # of the kind that `run.TrainingData` tells
     record: dict[str, Any]
+    calibration: Calibration | None = None  # with ``adapt``
 
 
 @alone
 def finetune(options: FinetuneOptions) -> RunResult:
     """Train a model further, or go on with a run that was interrupted.
 
-    With ``adapt`` a softmax model becomes a StableMask model: the pseudo mass begins so small that it
-    changes nothing, and comes in over ``shift_steps``.
+    With ``adapt`` a softmax model becomes a StableMask model, and the attention sink is taken out of it: see
+    the package ``adapting``.
 
     Raises:
-        InputError: an option, the model, the data or the run folder is not usable; nothing was written.
+        InputError: an option, the model, the data or the run folder is not usable; nothing was written but,
+            with ``adapt``, what ``resume`` goes on with.
         RunError: the loss or its gradients are no longer finite, and the last checkpoint is kept; or the
-            held-out loss ended more than 0.5 nats above what it was before, and the model is kept too.
+            held-out loss ended more than 0.5 nats above what it was before (with ``adapt``, above its
+            teacher's), and the model is kept too.
     """
     command = command_line(options)
     begun = start(options)
@@ -82,10 +92,7 @@ def finetune(options: FinetuneOptions) -> RunResult:
         on_main(lambda: _check_held_out(folder))
         return begun.finished
 
-    prepared = main_first(lambda: _prepare(options))
-    if prepared.schedule is not None:
-        schedule = prepared.schedule
-        options = replace(options, shift_from=schedule.shift_from, shift_to=schedule.shift_to)
+    prepared = main_first(lambda: _prepare(options, folder))
     if is_main():
         _say_what_was_cut(prepared.record)
     begin_run(folder, options, prepared.data.key, {**prepared.record, "command": command})
@@ -94,6 +101,10 @@ def finetune(options: FinetuneOptions) -> RunResult:
     stopped_by = train(trainer, checkpoint)
     if stopped_by is not None:
         return RunResult(folder, trainer.state.global_step, None, stopped_by)
+    more = {}
+    if isinstance(trainer, DistillingTrainer):
+        trainer.finish()
+        more = {"adapting": on_main(lambda: _before_and_after(trainer, prepared))}
     settings = getattr(prepared.model.config.get_text_config(decoder=True), "stablemask", None)
     result = finish_run(
         folder,
@@ -102,6 +113,7 @@ def finetune(options: FinetuneOptions) -> RunResult:
         prepared.data,
         partial(_save, trainer, options.merge),
         partial(write_finetune_card, folder, options, settings),
+        more,
     )
     on_main(lambda: _check_held_out(folder))
     return result
@@ -110,41 +122,69 @@ def finetune(options: FinetuneOptions) -> RunResult:
 def describe_finetuning(options: FinetuneOptions) -> str:
     """What a run would do, with the model and the data checked and nothing written."""
     options = options.resolved()
-    prepared = _prepare(options)
-    _say_what_was_cut(prepared.record)
-    model = _with_adapter(prepared.model, options) if options.lora else prepared.model
-    total = sum(parameter.numel() for parameter in prepared.model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kind = "conversations" if prepared.record["conversations"] else f"blocks of {options.context}"
-    data = prepared.data
-    lines = [
-        f"model       {options.model}, {total:,} parameters, {trained:,} of them trained",
-        f"data        {len(data.train):,} {kind} to train on, {prepared.record['train_tokens']:,} "
-        f"tokens; {len(data.validation):,} held out",
-    ]
-    if prepared.schedule is not None:
-        schedule = prepared.schedule
-        settings = {k: v for k, v in schedule.settings.items() if k != "shift"}
+    tokenizer = load_tokenizer(options.model)
+    data, record = _load_data(options, tokenizer)
+    model = _load_model(options, record)
+    if options.adapt:
+        make_stablemask(model, options)
+        prefix = find_prefix(model, tokenizer, data, options)
+    _say_what_was_cut(record)
+    trained_model = _with_adapter(model, options) if options.lora else model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(p.numel() for p in trained_model.parameters() if p.requires_grad)
+    lines = [f"model       {options.model}, {total:,} parameters, {trained:,} of them trained"]
+    if data is not None:
+        kind = "conversations" if record["conversations"] else f"blocks of {options.context}"
         lines.append(
-            f"adaptation  {settings}, log M shifted by {schedule.shift_at(0):g} at first and by "
-            f"{schedule.shift_to:g} in the end"
+            f"data        {len(data.train):,} {kind} to train on, {record['train_tokens']:,} "
+            f"tokens; {len(data.validation):,} held out"
         )
+    if options.adapt:
+        settings = model.config.get_text_config(decoder=True).stablemask
+        settings = {name: value for name, value in settings.items() if name != "shift"}
+        own = given(options.texts)
+        lines += [
+            f"prefix      {prefix}",
+            f"adaptation  {settings}, a shift for each layer and head",
+            f"texts       {own:,} of {options.context} tokens, {own * given(options.context):,} tokens that the "
+            "model writes itself",
+        ]
     if options.steps is not None:
         batch = given(options.global_batch_size)
-        passes = options.steps * batch / len(data.train)
-        ramp = f", the first {options.shift_steps:,} with a rising shift" if options.adapt else ""
-        lines.append(f"training    {options.steps:,} steps of {batch}, {passes:.2f} passes{ramp}")
+        passes = "" if options.adapt else f", {options.steps * batch / len(data.train):.2f} passes"
+        lines.append(f"training    {options.steps:,} steps of {batch}{passes}")
     return "\n".join(lines)
 
 
-def _prepare(options: FinetuneOptions) -> _Prepared:
+def _prepare(options: FinetuneOptions, folder: Path) -> _Prepared:
     """The model and the data, each checked against the other."""
+    tokenizer = load_tokenizer(options.model)
+    data, record = _load_data(options, tokenizer)
+    model = _load_model(options, record)
+    if not options.adapt:
+        return _Prepared(model, data, record)
+    make_stablemask(model, options)
+    prefix = find_prefix(model, tokenizer, data, options, folder)
+    if is_main():
+        print(f"prefix {prefix}", file=sys.stderr)
+    claim(folder, options)  # what follows takes long, and a run that is resumed goes on with it
+    adapting = adapting_data(model, tokenizer, data, options, prefix.token, folder)
+    calibration = calibrated(model, adapting, options, prefix, folder)
+    record["prefix"] = calibration.notes["prefix"]
+    return _Prepared(model, adapting, record, calibration)
+
+
+def _load_data(
+    options: FinetuneOptions, tokenizer: Any
+) -> tuple[Corpus | ChatCorpus | None, dict[str, Any]]:
+    """The user's data, where there is any, and what the record says of it."""
     if is_adapter(options.model):
         raise InputError(
             f"{options.model} is an adapter; merge it into its model (--merge) to train that further"
         )
     context = given(options.context)
-    tokenizer = load_tokenizer(options.model)
+    if options.data is None:
+        return None, {"train_tokens": 0, "validation_tokens": 0, "conversations": {}}
     data: Corpus | ChatCorpus
     if is_chat(options.data, options.text_column):
         data = prepare_chat(options.data, tokenizer, context=context)
@@ -154,9 +194,10 @@ def _prepare(options: FinetuneOptions) -> _Prepared:
         conversations = {"train": len(data.train), "validation": len(data.validation)}
         conversations |= {"cut": data.cut, "left_out": data.left_out}
     else:
+        front = len(front_tokens(tokenizer)) if options.adapt else 0
         data = prepare_corpus(
             options.data,
-            block_size=context,
+            block_size=context - front,
             tokenizer=options.model,
             text_column=options.text_column,
         )
@@ -164,47 +205,63 @@ def _prepare(options: FinetuneOptions) -> _Prepared:
         sizes = [len(tokens) for tokens in arrays]
         highest = max(int(tokens.max()) for tokens in arrays)
         conversations = {}
-    record = {
+    return data, {
         "train_tokens": sizes[0],
         "validation_tokens": sizes[1],
         "conversations": conversations,
+        "highest_token": highest,
     }
+
+
+def _load_model(options: FinetuneOptions, record: dict[str, Any]) -> PreTrainedModel:
     # An optimizer needs the small changes that bfloat16 would round away; frozen weights do not.
     dtype = options.dtype if options.lora and not options.merge else "float32"
     model = load_model(options.model, dtype=dtype)
-    check_token_ids(model, highest)
-    check_length(model, context, "the context")
+    if options.adapt:  # much is asked of it before the Trainer would move it
+        model.to(choose_device(None))  # type: ignore[arg-type]
+    check_token_ids(model, record.pop("highest_token", 0))
+    check_length(model, given(options.context) + options.adapt, "the context")
     _freeze_below(model, options.first_layer)
-    schedule = adapt(model, options, _calibration_batch(data, context)) if options.adapt else None
-    return _Prepared(model, data, schedule, record)
+    return model
 
 
-def _calibration_batch(data: Corpus | ChatCorpus, context: int) -> dict[str, torch.Tensor]:
-    count = min(max(2, CALIBRATION // context), len(data.validation))
-    examples = [data.validation[i] for i in range(count)]
-    return pad_conversations(examples, given(data.tokenizer.pad_token_id))
+def _before_and_after(trainer: DistillingTrainer, prepared: _Prepared) -> dict[str, Any]:
+    """The table of an adapted model, printed."""
+    model: Any = trainer.model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    assert prepared.calibration is not None
+    after = measure(model, prepared.data.validation, None)
+    columns = {**prepared.calibration.notes["before"], "adapted": after}
+    print(table(columns), file=sys.stderr)
+    return columns
 
 
 def _build_trainer(
     options: FinetuneOptions, folder: Path, prepared: _Prepared, checkpoint: Path | None
 ) -> LanguageModelTrainer:
     model: Any = prepared.model
-    if checkpoint is not None and prepared.schedule is not None:
-        # An adapter is only loaded into a model that runs what it was saved with.
-        prepared.schedule.set_step(checkpoints.step_of(checkpoint))
+    arguments: dict[str, Any] = {"eval_on_start": checkpoint is None}
+    if prepared.calibration is not None:
+        options = replace(options, probe_tokens=0)  # its table tells more
+        teacher = None if options.lora else frozen_copy(model, getattr(torch, options.dtype))
+        settle(model, prepared.calibration)
+        distilled = distillation(teacher, prepared.calibration)
+        arguments["make"] = partial(DistillingTrainer, distillation=distilled)
     if options.lora:
         model = _with_adapter(model, options)
     if options.fsdp:
         shard(model, dtype=options.dtype, compile=options.compile)
-    arguments: dict[str, Any] = {"eval_on_start": checkpoint is None}
-    if isinstance(prepared.data, ChatCorpus):
+    if prepared.calibration is not None or isinstance(prepared.data, ChatCorpus):
         pad_token_id = given(prepared.data.tokenizer.pad_token_id)
         arguments["collate"] = partial(pad_conversations, pad_token_id=pad_token_id)
-    callbacks: list[TrainerCallback] = [_EvaluateAtTheEnd()]
-    if prepared.schedule is not None:
-        callbacks.append(prepared.schedule)
     return build_trainer(
-        options, folder, model, prepared.data, checkpoint, callbacks=tuple(callbacks), **arguments
+        options,
+        folder,
+        model,
+        prepared.data,
+        checkpoint,
+        callbacks=(_EvaluateAtTheEnd(),),
+        **arguments,
     )
 
 
@@ -238,8 +295,8 @@ def _check_held_out(folder: Path) -> None:
         raise RunError(
             f"{folder}: the training has harmed the model: its loss on held-out text was {before:.4f} and is "
             f"{after:.4f} (perplexity {perplexity_text(perplexity_of(before))}, now "
-            f"{perplexity_text(perplexity_of(after))}). The model is written; try a lower --learning-rate, or "
-            "where StableMask is brought in a lower --shift-to"
+            f"{perplexity_text(perplexity_of(after))}). The model is written; try a lower "
+            "--learning-rate, or where a sink is taken out more --steps"
         )
 
 

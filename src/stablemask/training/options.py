@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,9 +26,11 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 # Options whose defaults follow from others or from the model: left out, they stay what they were in a run
 # that is resumed.
-KEPT_ON_RESUME = (
-    "global_batch_size", "warmup", "eval_every", "save_every", "shift_from", "shift_to", "shift_steps",
-)  # fmt: skip
+KEPT_ON_RESUME = ("steps", "global_batch_size", "warmup", "eval_every", "save_every", "texts")
+# What the sink is taken out of a model with, where nothing else is given.
+ADAPTING: dict[str, Any] = {
+    "steps": 400, "context": 256, "batch_size": 4, "learning_rate": 2e-4, "beta2": 0.99,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -115,9 +116,10 @@ class TrainingOptions:
     def _filled(self, **defaults: Any) -> Self:
         """A copy with every default that depends on another option, checked."""
         for name in ("steps", "out"):
-            if getattr(self, name) is None and not self.dry_run:
+            if (defaults.get(name) or getattr(self, name)) is None and not self.dry_run:
                 raise InputError(f"{name} must be given: --{name}")
-        tenth = max(1, (self.steps or 0) // 10)
+        steps = self.steps or defaults.get("steps") or 0
+        tenth = max(1, steps // 10)
         defaults = {
             "warmup": min(tenth, 2000),
             "eval_every": tenth,
@@ -278,25 +280,45 @@ class FinetuneOptions(TrainingOptions):
 
     command: ClassVar[str] = "finetune"
 
-    data: str = option(
-        MISSING, "text or conversations: builtin, a file or folder, or hub:OWNER/NAME[:CONFIG]"
+    steps: int | None = option(
+        None, "optimizer steps; only --adapt, by default 400, and --dry-run go without"
     )
+    data: str | None = option(  # type: ignore[assignment]  # of a run that has no text of its own
+        None, "text or conversations: builtin, a file or folder, or hub:OWNER/NAME[:CONFIG]; --adapt goes "
+        "without, and mixes it half and half with text that the model writes itself"
+    )  # fmt: skip
     context: int | None = option(
         None,
-        "tokens in a block, and the most of a conversation; by default the model's, at most 1024",
+        "tokens in a block, and the most of a conversation; by default the model's, at most 1024, and "
+        "256 with --adapt",
     )
-    batch_size: int = option(8, "blocks or conversations in a batch, on each device")
-    learning_rate: float = option(5e-5, "peak learning rate of AdamW; --lora wants about 2e-4")
+    # These are filled in by `resolved`.
+    batch_size: int | None = option(  # type: ignore[assignment]
+        None,
+        "blocks or conversations in a batch, on each device; by default 8, and 4 with --adapt",
+    )
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        None,
+        "peak learning rate of AdamW; by default 5e-5, and 2e-4 with --adapt; --lora wants about 2e-4",
+    )
     min_learning_rate: float = option(0.0, "where the cosine ends, as a share of the peak")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
-    beta2: float = option(0.999, "decay of AdamW's second moment")
+    beta2: float | None = option(  # type: ignore[assignment]
+        None, "decay of AdamW's second moment; by default 0.999, and 0.99 with --adapt"
+    )
     eval_tokens: int = option(16384, "validation tokens of an evaluation during training")
     seed: int = option(0, "of the order of the data, and of a new adapter")
     dry_run: bool = option(
         False, "check the model and the data, print what would be done, and stop"
     )
     model: str = option(MISSING, "folder or hub name of the model to start from")
-    adapt: bool = option(False, "bring StableMask into a softmax model, gradually")
+    adapt: bool = option(
+        False, "make a softmax model a StableMask model, and take its attention sink out of it"
+    )
+    texts: int | None = option(
+        None, "with --adapt, texts that the model writes itself to learn from, 0 for the data alone; by "
+        "default half as many as it will read"
+    )  # fmt: skip
     gamma: float | Literal["slopes"] | None = option(
         None, "with --adapt, decay of the pseudo scores: a number, or slopes; by default 1 / the "
         "model's context"
@@ -311,18 +333,6 @@ class FinetuneOptions(TrainingOptions):
     start: int = option(
         0, "with --adapt, first position with a pseudo mass; 1 leaves the first row alone"
     )
-    shift_from: float | None = option(
-        None,
-        "with --adapt, what log M is shifted by at first; by default low enough to change nothing",
-    )
-    shift_to: float | None = option(
-        None, "with --adapt, what it stays shifted by; by default so that the mass is as large as the "
-        "model's own scores on its first token, or as large as it can bear at once"
-    )  # fmt: skip
-    shift_steps: int | None = option(
-        None, "with --adapt, steps from the one to the other, 0 for the last at once; by default "
-        "three fifths of the steps"
-    )  # fmt: skip
     first_layer: int = option(
         0, "train from this layer on; the embeddings and the layers below stay as they are"
     )
@@ -332,36 +342,36 @@ class FinetuneOptions(TrainingOptions):
     merge: bool = option(False, "with --lora, write the merged model in place of the adapter")
 
     def resolved(self) -> Self:
-        defaults: dict[str, Any] = {}
+        defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999}
+        defaults |= ADAPTING if self.adapt else {}
         if self.context is None:
-            defaults["context"] = _context_of(self.model)
-        if self.adapt:
-            defaults["shift_steps"] = max(1, round(0.6 * (self.steps or 0)))
-        return self._filled(**defaults)
+            longest = _context_of(self.model)
+            # The teacher reads one token more.
+            defaults["context"] = min(defaults["context"], longest - 1) if self.adapt else longest
+        options = self._filled(**defaults)
+        if self.adapt and options.texts is None:
+            assert options.steps is not None
+            assert options.global_batch_size is not None
+            own = options.steps * options.global_batch_size // (2 if self.data is None else 4)
+            options = dataclasses.replace(options, texts=max(own, 2))
+        return options
 
     def _check(self) -> None:
         super()._check()
-        self._check_group(
-            "adapt", ("gamma", "horizon", "hold", "start", "shift_from", "shift_to", "shift_steps")
-        )
+        self._check_group("adapt", ("gamma", "horizon", "hold", "start", "texts"))
         self._check_group("lora", ("lora_rank", "lora_alpha", "merge"))
-        _check_least(self, lora_rank=1, lora_alpha=1, start=0, shift_steps=0, first_layer=0)
-        if self.adapt and self.compile:
-            raise InputError(
-                "compile does not go with adapt: every step has a shift of its own, and would be "
-                "compiled anew; adapt first, and train the result on with --compile"
-            )
-        highest = 0.0 if self.shift_to is None else self.shift_to
-        if not -math.inf < highest <= 0:
-            raise InputError(f"shift_to must be finite and at most 0, got {self.shift_to}")
-        if self.shift_from is not None and not -math.inf < self.shift_from <= highest:
-            raise InputError(
-                f"shift_from must be finite and at most shift_to ({highest:g}), got {self.shift_from}"
-            )
-        if self.shift_steps is not None and self.steps and self.shift_steps > self.steps:
-            raise InputError(
-                f"shift_steps must be at most the {self.steps} steps of the run, got {self.shift_steps}"
-            )
+        _check_least(self, lora_rank=1, lora_alpha=1, start=0, first_layer=0)
+        if self.data is None and not self.adapt:
+            raise InputError("data must be given: --data")
+        if self.texts is not None and (self.texts < 0 or self.texts == 1):
+            raise InputError(f"texts must be 0, or at least 2, got {self.texts}")
+        if self.data is None and self.texts == 0:
+            raise InputError("with texts 0 the data is all there is: --data")
+        for name in ("compile", "fsdp"):
+            if self.adapt and getattr(self, name):
+                raise InputError(
+                    f"{name} does not go with adapt; adapt first, and train the result on with it"
+                )
         if self.lora and self.fsdp:
             raise InputError(
                 "fsdp goes without --lora, whose frozen weights need no shards of an optimizer"

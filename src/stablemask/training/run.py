@@ -202,6 +202,12 @@ def _finished_run(folder: Path, steps: int, checkpoint: Path | None) -> RunResul
     return finished if finished.step == steps else None
 
 
+def claim(folder: Path, options: TrainingOptions) -> None:
+    """Make the folder that of a run, before what it trains on is ready; ``resume`` then finds it."""
+    if not (folder / options_file(options)).exists():
+        save_yaml(dataclasses.replace(options, resume=False), folder / options_file(options))
+
+
 def begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
     """Write what makes the folder a run, or check that a run goes on with the text it began with."""
     on_main(lambda: _begin_run(folder, options, key, record))
@@ -240,11 +246,13 @@ def build_trainer(
     callbacks: tuple[TrainerCallback, ...] = (),
     collate: Callable | None = None,
     sequences: SequenceGroup | None = None,
+    make: Callable[..., LanguageModelTrainer] = LanguageModelTrainer,
     **arguments: Any,
 ) -> LanguageModelTrainer:
     """The Trainer of a run.
 
     Args:
+        make: makes it, from what :class:`LanguageModelTrainer` takes.
         callbacks: they come before the record of a log, and may add to it.
         collate: makes a batch of a list of examples; by default they are stacked.
         sequences: who shares sequences with this process.
@@ -257,7 +265,7 @@ def build_trainer(
     # A sharded model is compiled by the layer, and casts by itself.
     own = {"torch_compile": False, "bf16": False} if is_sharded(model) else {}
     together = 1 if sequences is None else sequences.size
-    trainer = LanguageModelTrainer(
+    trainer = make(
         model=model,
         args=TrainingArguments(**(_arguments(options, folder) | own | arguments)),
         batches=lambda step, state: TrainBatches(
@@ -386,12 +394,14 @@ def finish_run(
     data: TrainingData,
     save: Callable[[str], object],
     write_card: Callable[[dict[str, Any]], None],
+    more: dict[str, Any] | None = None,
 ) -> RunResult:
     """Evaluate on the validation split and write the model.
 
     Args:
         save: writes the model into a folder.
         write_card: writes the model card from the run's record.
+        more: what else the record is to hold.
     """
     trainer.remove_callback(TensorBoardCallback)  # its writer has closed with the training
     validation = _first_tokens(data.validation, options.final_eval_tokens, options)
@@ -400,19 +410,22 @@ def finish_run(
     partial = folder / "checkpoints" / checkpoints.INCOMPLETE
     on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
     save(str(partial))
-    on_main(lambda: _put_in_place(partial, result, write_card))
+    on_main(lambda: _put_in_place(partial, result, write_card, more or {}))
     return result
 
 
 def _put_in_place(
-    partial: Path, result: RunResult, write_card: Callable[[dict[str, Any]], None]
+    partial: Path,
+    result: RunResult,
+    write_card: Callable[[dict[str, Any]], None],
+    more: dict[str, Any],
 ) -> None:
     folder = result.folder
     for path in partial.iterdir():
         if path.name != "training_args.bin":  # a pickle, which nothing of ours reads
             path.replace(folder / path.name)
     shutil.rmtree(partial)
-    record = read_json(folder / RUN_FILE)
+    record = read_json(folder / RUN_FILE) | more
     record["result"] = {"step": result.step, "eval_loss": result.eval_loss}
     write_card(record)
     _write_json(folder / RUN_FILE, record)

@@ -48,6 +48,10 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 def _recorded(folder: Path, options: dict[str, Any], file: Path) -> TrainedOn:
     mixture, data = options.get("mixture") or [], options.get("data")
+    if options.get("adapt") and data is None:
+        raise InputError(
+            f"{folder} was trained on text that its model wrote itself; name a text to score: --data"
+        )
     column = options.get("text_column", "text")
     if not (isinstance(mixture, list) and isinstance(column, str) and isinstance(data, str)):
         raise InputError(f"{file} is damaged: it names no data")

@@ -303,9 +303,13 @@ class LanguageModelTrainer(Trainer):
         if self._sequences is not None:
             inputs = self._sequences.share(inputs)
         targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
-        count = (targets != -100).sum()
         with torch.no_grad():
             loss = model(**inputs).loss
+        return self._add_eval_loss(loss, targets)
+
+    def _add_eval_loss(self, loss: torch.Tensor, targets: torch.Tensor) -> Any:
+        """Count the mean loss of a batch; what a prediction step returns."""
+        count = (targets != -100).sum()
         # Read at the end, together. A batch of nothing but padding has no mean.
         mean = torch.where(count > 0, loss, 0.0).float()
         self._eval_batches.append(torch.stack((mean, count.to(mean))))

@@ -22,6 +22,12 @@ from ...models.cost import flops_per_token
 from ...reading import parse_json
 
 _LOSS = ("loss", "grad_norm", "learning_rate")
+_DISTILLED = (
+    "kl",
+    "first_token",
+    "excess",
+    "alpha",
+)  # what the loss is made of where a model is adapted
 
 
 class Record(TrainerCallback):
@@ -130,12 +136,12 @@ class Record(TrainerCallback):
     ) -> None:
         if self._bar is None or not logs or "train_loss" in logs:
             return
-        names = ["shift"] if "shift" in logs else []
+        names: list[str] = []
         if "loss" in logs:
             added = self._work_out(args, state)
             logs |= added
             self._show(state, logs)
-            names += [*_LOSS, *added, "skipped"]
+            names += [*_LOSS, *_DISTILLED, *added, "skipped"]
         elif "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity_of(logs["eval_loss"])
             self._bar.write(_evaluation_line(state.global_step, logs), file=sys.stderr)
@@ -174,6 +180,8 @@ class Record(TrainerCallback):
         """On the bar, or where there is none as a line of its own."""
         assert self._bar is not None
         text = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s"
+        if "first_token" in logs:
+            text += f", attention on the first token {logs['first_token']:.1%}".replace("%", " %")
         if "mfu" in logs:
             text += f", {logs['mfu']:.0%} of peak".replace("%", " %")
         if logs.get("skipped"):
@@ -218,8 +226,7 @@ _PROBED = ("eval_first_token_attention", "eval_first_token_attention_max", "eval
 
 
 def _evaluation_line(step: int, logs: dict[str, float]) -> str:
-    shift = f" with log M shifted by {logs['shift']:g}" if logs.get("shift") else ""
-    line = f"step {step}: validation perplexity {perplexity_text(logs['eval_perplexity'])}{shift}"
+    line = f"step {step}: validation perplexity {perplexity_text(logs['eval_perplexity'])}"
     if "eval_first_token_attention" in logs:
         first, mask = logs["eval_first_token_attention"], logs["eval_mask_ratio"]
         line += f", attention on the first token {first:.1%}, mask ratio {mask:.1%}"
