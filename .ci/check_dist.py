@@ -2,7 +2,7 @@
 
     python .ci/check_dist.py dist [VERSION]
 
-Prints one line, or raises. VERSION, of a tag, must be that of the package, and of a heading in the changelog.
+Prints one line, or raises. VERSION, of a tag, must be that of the package, of a heading in the changelog and of the citation.
 """
 
 import re
@@ -27,6 +27,8 @@ def main(folder: str, tag: str = "") -> None:
         heading = re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.M)
         _expect(tag.removeprefix("v") == version, f"the tag {tag} is not the version {version}")
         _expect(heading is not None, f"CHANGELOG.md has no dated heading for {version}")
+        citation = (SOURCES.parent / "CITATION.cff").read_text(encoding="utf-8")
+        _expect(f"\nversion: {version}\n" in citation, f"CITATION.cff is not of {version}")
     packaged = {
         str(path.relative_to(SOURCES)) for path in _ours() if not UNWANTED.search(str(path))
     }
