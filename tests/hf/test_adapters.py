@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stablemask.cli import main as cli
 from stablemask.data import train_tokenizer
-from stablemask.hf import adapters, apply_stablemask, load_model
+from stablemask.hf import adapters, apply_stablemask, keep_shifts, load_model, train_shifts
 from stablemask.hf.loading import load_config, merge_adapter
 
 from ..models.tiny import random_ids, tiny_model
@@ -126,6 +126,19 @@ def test_a_softmax_adapter_is_left_alone(base, tmp_path):
     assert "stablemask" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert getattr(loaded.config, "stablemask", None) is None
+
+
+def test_shifts_trained_beside_an_adapter_are_loaded_with_it(adapted, tmp_path):
+    ids = random_ids(2, 9)
+    before = adapted(ids).logits
+    for shift in train_shifts(adapted):
+        shift.data += 0.3
+    expected = adapted(ids).logits
+    assert (expected - before).abs().max() > 1e-2
+    keep_shifts(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for load in (onto_the_base, LOADERS["load_model"]):
+        assert torch.equal(load(tmp_path / "adapter").eval()(ids).logits, expected)
 
 
 def test_settings_that_cannot_both_run_are_refused(base, adapter, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from stablemask.hf import keep_shifts, read_shifts, train_shifts
+from stablemask.hf import apply_stablemask, keep_shifts, read_shifts, train_shifts
+from stablemask.models import mass
 from stablemask.models.settings import SHIFT_PARAMETER
 
 from ..models.tiny import tiny_model
@@ -90,3 +91,36 @@ def test_a_trained_shift_has_the_gradient_of_the_definition_and_is_kept_to_the_b
     with densely(exact, torch.arange(LENGTH)[None], MASS | {"shift": kept}):
         truth = exact(ids, use_cache=False).logits
     assert (again(ids).logits - truth).abs().max() < 64 * EPS * truth.abs().max()
+
+
+@pytest.mark.parametrize(
+    "hold", [0, 9, 2**18]
+)  # of the last a table of each layer would be too large
+def test_a_step_of_decoding_makes_no_table_anew_however_many_layers_there_are(hold, monkeypatch):
+    layers = 40
+    family = Family("deep", "LlamaForCausalLM", {"num_hidden_layers": layers})
+    model = build(family, hold=hold, shift=[[n / 4, -1.0, n % 3, 0.5] for n in range(layers)])
+    steps = [torch.tensor([[position]]) for position in (3, 4)]
+    with torch.no_grad():
+        model(steps[0], position_ids=steps[0], use_cache=False)
+        monkeypatch.setattr(mass, "_table", None)
+        model(steps[1], position_ids=steps[1], use_cache=False)
+
+
+def test_what_cannot_have_a_shift_of_each_layer_is_left_as_it_was():
+    model = LLAMA.model_class(LLAMA.config())
+    with pytest.raises(ValueError, match="LlamaForCausalLM runs no StableMask"):
+        train_shifts(model)
+    del model.model.layers[1].self_attn.layer_idx
+    with pytest.raises(ValueError, match=r"do not tell which layer they are in \(layer_idx\)"):
+        apply_stablemask(model, shift=SHIFTS)
+    assert getattr(model.config, "stablemask", None) is None
+    apply_stablemask(model, shift=1.0)
+
+    model = build(LLAMA)
+    with torch.no_grad():
+        train_shifts(model)[1][2] = float("nan")
+    with pytest.raises(ValueError, match=r"finite number .* nan, 0\.0\] for layer 1"):
+        keep_shifts(model)
+    assert model.config.stablemask == MASS
+    assert model.model.layers[1].self_attn.stablemask_shift is not None

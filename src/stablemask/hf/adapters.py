@@ -20,6 +20,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..models.configuration import StableMaskConfig
 from ..models.modeling import ATTN_IMPLEMENTATION
+from ..models.settings import in_short
 from ..reading import parse_json
 from .settings import model_settings
 
@@ -165,12 +166,13 @@ def settle(
         running = model_settings(text, running)
         if running != wanted:
             raise ValueError(
-                f"{what} was trained with StableMask {wanted}, its model runs {running}"
+                f"{what} was trained with StableMask {in_short(wanted)}, its model runs "
+                f"{in_short(running)}"
             )
         return False
     if others:
         raise ValueError(
-            f"{what} was trained with StableMask {wanted}, and the model runs softmax for its "
+            f"{what} was trained with StableMask {in_short(wanted)}, and the model runs softmax for its "
             f"{', '.join(sorted(others))}: load it into a model of its own"
         )
     if isinstance(text, StableMaskConfig):

@@ -159,6 +159,15 @@ def without_shift(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "shift"}
 
 
+def in_short(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a message shows them: of many shifts their range."""
+    shift = settings.get("shift")
+    if not isinstance(shift, list):
+        return settings
+    lowest, highest = min(map(min, shift)), max(map(max, shift))
+    return {**settings, "shift": f"{lowest:.4g} to {highest:.4g} by layer and head"}
+
+
 def is_number(value: Any) -> bool:
     # Not math.isfinite: a compiler takes a changed shift as a symbol.
     return (

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import __version__
 from ..evaluation.perplexity import perplexity_text
 from ..evaluation.sinks import even_first_token
+from ..models.settings import in_short
 from .inspection import HeadMaps, Inspection
 from .inspection_figures import (
     PANEL_WIDTH,
@@ -104,14 +105,8 @@ def attention_in_words(inspection: Inspection) -> str:
     ]  # fmt: skip
     if settings.get("start"):
         words.append(f"from position {settings['start']}")
-    shift = settings.get("shift")
-    if isinstance(shift, list):
-        numbers = [number for layer in shift for number in layer]
-        words.append(
-            f"log mass shifted by {min(numbers):.3g} to {max(numbers):.3g} by layer and head"
-        )
-    elif shift:
-        words.append(f"log mass shifted by {shift:.4g}")
+    if shift := in_short(settings).get("shift"):
+        words.append(f"log mass shifted by {shift if isinstance(shift, str) else f'{shift:.4g}'}")
     if settings.get("hold") is not None:
         words.append(f"constant from position {settings['hold']}")
     if "floor" in settings:

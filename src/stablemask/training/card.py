@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.perplexity import perplexity_of, perplexity_text
+from ..models.settings import in_short
 from .adapting.table import table
 from .options import FinetuneOptions, PretrainOptions
 
@@ -118,9 +119,7 @@ def write_finetune_card(
     attention = "the model's own"
     if settings is not None:
         pairs = ", ".join(
-            f"{name} {'of each layer and head' if isinstance(value, list) else value}"
-            for name, value in settings.items()
-            if value is not None
+            f"{name} {value}" for name, value in in_short(settings).items() if value is not None
         )
         attention = f"StableMask, {pairs}"
     adapter = options.lora and not options.merge
