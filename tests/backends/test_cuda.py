@@ -326,6 +326,10 @@ class TestOnACardAlone:
             ):
                 torch.testing.assert_close(ours, eager)
 
+    def test_numbers_that_are_read_later(self):
+        numbers = torch.arange(3, device="cuda")
+        assert hardware.read_later(numbers.float() / 2)() == [0.0, 0.5, 1.0]
+
     def test_length_is_linear_in_memory(self):
         query = torch.randn(1, 8, 16384, 64, device="cuda", dtype=torch.bfloat16)
         query.requires_grad_()
