@@ -41,9 +41,11 @@ from stablemask.evaluation.streaming import compare_streaming, streaming_losses
 from stablemask.evaluation.summary import sink_summary
 from stablemask.hf import load_model
 from stablemask.reproduce.statistics import Estimate, estimate
+from stablemask.training.self_written import write_texts
 
 LENGTH, STREAM_LENGTH = 256, 1024  # tokens of a text, and of one that is read from a window
 WINDOW, SCORED_FROM = 128, 256
+CHAT_SEED = 1_000_000  # none that a training is likely to have written its own texts by
 KEPT = (0, 4)  # first tokens of the cache that stay in full precision
 
 Measured = dict[str, Any]
@@ -182,6 +184,15 @@ def read_text(path: Path, tokenizer: Any, tokens: int) -> Tensor:
     return torch.tensor(found[: len(found) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 
+def write_chats(model: str, prefix: int | None, chats: int, folder: Path) -> Path:
+    """The file of chats of 256 tokens that a model writes, both sides of them, in its template's form."""
+    write_texts(
+        load_model(model), load_tokenizer(model), folder, prefix=prefix, texts=chats, length=LENGTH,
+        seed=CHAT_SEED, kinds={"chats": 1}, batch_size=chats,
+    )  # fmt: skip
+    return folder / "00000-chats.npy"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -201,6 +212,11 @@ def main() -> None:
     measured.add_argument(
         "--streams", type=int, default=8, help="of 1,024 tokens, for streaming, int4 (default: 8)"
     )
+    written = commands.add_parser("chats", help="have a model write chats to measure on")
+    written.add_argument("model")
+    written.add_argument("--prefix", type=int, metavar="TOKEN_ID", help="in front of each chat")
+    written.add_argument("--chats", type=int, default=32, help="of 256 tokens (default: 32)")
+    written.add_argument("--out", type=Path, required=True, help="folder to write")
     shown = commands.add_parser("table", help="print a Markdown table of several models")
     drawn = commands.add_parser("draw", help="draw the figures of several models")
     for command in (shown, drawn):
@@ -209,7 +225,7 @@ def main() -> None:
     drawn.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
 
-    if options.command != "measure":
+    if options.command in ("table", "draw"):
         pairs = (text.partition("=") for text in options.results)
         results = {
             label: [json.loads(Path(path).read_text("utf-8")) for path in paths.split(",")]
@@ -224,6 +240,14 @@ def main() -> None:
 
             for path in draw(results, options.teacher, options.out):
                 print(path)
+        return
+
+    if options.command == "chats":
+        try:
+            path = write_chats(options.model, options.prefix, options.chats, options.out)
+        except InputError as error:
+            parser.error(str(error))
+        print(path)
         return
 
     if find_spec("torchao") is None:

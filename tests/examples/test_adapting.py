@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from stablemask.data import train_tokenizer
 from stablemask.errors import InputError
 from stablemask.evaluation import perplexity, sink_summary
 from stablemask.evaluation.streaming import compare_streaming
 from stablemask.hf import apply_stablemask
 
 from .. import marks
+from ..evaluation.families import tiny_transformer
 from ..evaluation.test_activations import tiny_llama
 from ..models.tiny import random_ids
+from ..training.conftest import TEMPLATE
 
 
 def measured(over: float = 0.0, layers: int = 3) -> dict:
@@ -68,6 +71,20 @@ def test_texts_are_scored_as_perplexity_scores_them(tmp_path):
     model = tiny_llama()
     whole = perplexity(model, ids.flatten(), length=40, stride=40)
     assert sink_summary(model, ids, progress=False).perplexity == pytest.approx(whole.perplexity)
+
+
+def test_chats_are_those_of_the_template(tmp_path, monkeypatch):
+    import adapting
+
+    monkeypatch.setattr(adapting, "LENGTH", 24)
+    tokenizer = train_tokenizer(["the fox and the dog\n" * 20], 280)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_transformer("Llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    path = adapting.write_chats(str(tmp_path / "model"), None, 3, tmp_path / "chats")
+    chats = adapting.read_text(path, tokenizer, 48)
+    assert chats.shape == (2, 24)
+    assert all(tokenizer.decode(chat).startswith("<|user|>\n") for chat in chats)
 
 
 def test_the_table_compares_with_the_teacher_over_seeds():
