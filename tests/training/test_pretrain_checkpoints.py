@@ -174,7 +174,7 @@ def test_adapting_keeps_its_schedule_when_it_goes_on(base, prose, tmp_path):
     written = load_yaml(tmp_path / "run" / "finetune.yaml")
     assert (written["steps"], written["texts"]) == (6, 2)
     rows = [row for row in metrics(tmp_path / "run") if "alpha" in row]
-    assert [row["alpha"] for row in rows] == [0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [row["alpha"] for row in rows] == [pytest.approx(3 / 8), 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(options, tmp_path, monkeypatch):
