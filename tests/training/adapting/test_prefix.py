@@ -31,20 +31,25 @@ class Prefers(nn.Module):
 
 @pytest.mark.parametrize(
     ("sharpness", "chosen"),
-    [({0: 5.0, 60: 9.0}, "<"), ({0: 9.0, 60: 5.0}, "<|endoftext|>"), ({0: 0.5, 60: 0.5}, "")],
+    [
+        ({0: 5.0, 60: 9.0}, "<"),
+        ({0: 5.0, 60: 5.0, 1: 5.1}, "<|endoftext|>"),
+        ({0: 5.0, 60: 5.0, 1: 9.0}, "<other>"),  # no text begins with it: it must be much better
+        ({0: 0.5, 60: 0.5}, ""),
+    ],
 )
 def test_the_candidate_after_which_the_loss_is_lowest_is_chosen(sharpness, chosen, base):
     tokenizer = load_tokenizer(str(base))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<other>"]})
     first_of_template = tokenizer("<")["input_ids"][0]
-    model: Any = Prefers(
-        {first_of_template if key == 60 else key: v for key, v in sharpness.items()}
-    )
-    assert candidates(model, tokenizer) == [0, first_of_template]
+    other = tokenizer.convert_tokens_to_ids("<other>")
+    ids = {0: 0, 60: first_of_template, 1: other}
+    model: Any = Prefers({ids[key]: value for key, value in sharpness.items()})
+    assert candidates(model, tokenizer) == ([0, first_of_template], [other])
     found = choose_prefix(model, tokenizer, torch.arange(100, 130).view(2, 15))
     assert found.text == chosen
     assert (found.token is None) == (not chosen)
-    assert found.losses.keys() == {"", "<|endoftext|>", "<"}
-    assert found.losses[chosen] == min(found.losses.values())
+    assert found.losses.keys() == {"", "<|endoftext|>", "<", "<other>"}
     assert found.text in str(found)
 
 

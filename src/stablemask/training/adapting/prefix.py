@@ -1,6 +1,7 @@
 """Which token serves a model best as its sink: the prefix of the teacher."""
 
 from dataclasses import dataclass
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...bars import progress_bar
 from ...data.sources import BUILTIN, read_documents
-from ...errors import InputError
 from ...inference.model import evaluating
+from .reading import front_tokens
 
 TEXTS, LENGTH = 4, 128  # that candidates are tried on
 MOST = 32  # candidates
+MARGIN = 0.1  # nats
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,19 @@ class Prefix:
         return f"{self.text}: the model's loss on a text is {self.losses[self.text]:.3f} after it, {without:.3f} without"
 
 
-def candidates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens of a tokenizer, and the first token of its chat template."""
-    ids: list[int | None] = [tokenizer.bos_token_id, *_first_of_template(tokenizer)]
-    ids += [tokenizer.eos_token_id, *tokenizer.all_special_ids]
-    ids += [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+def candidates(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Tokens that texts of the model begin with anyway, and all others that are special."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    known = [number for number in dict.fromkeys(ids) if number is not None and number < rows]
-    return known[:MOST]
+    first = [*front_tokens(tokenizer)[:1], tokenizer.bos_token_id, *_first_of_template(tokenizer)]
+    special = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
+    special += [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    known = [
+        number for number in dict.fromkeys(first + special) if number is not None and number < rows
+    ]
+    usual = [number for number in known if number in first]
+    return usual, [number for number in known if number not in first][: MOST - len(usual)]
 
 
 def choose_prefix(
@@ -54,16 +61,20 @@ def choose_prefix(
 ) -> Prefix:
     """The candidate after which the model reads texts best, if better than without any.
 
+    One that no text begins with by itself has to be better by ``MARGIN``, for it may say what kind of text
+    follows.
+
     Args:
         model: that attends by softmax.
         texts: ``(texts, length)``, without padding and without anything in front; the first token of each
             is not scored, for nothing would predict it without a candidate.
     """
     texts = texts.to(model.device)
-    tried = [None, *candidates(model, tokenizer)]
+    usual, others = candidates(model, tokenizer)
+    tried = [None, *usual, *others]
     bar = progress_bar(tried, desc="finding the prefix", unit=" tokens", delay=1, leave=False)
     losses = {token: _loss(model, texts, token) for token in bar}
-    best = min(losses, key=losses.__getitem__)
+    best = min(tried, key=lambda token: losses[token] + MARGIN * (token in others))
     names = {
         token: "" if token is None else str(tokenizer.convert_ids_to_tokens(token))
         for token in losses
@@ -95,14 +106,14 @@ def _first_of_template(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def sample_text(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    """Text that is on every machine, the standard library's sources, ``(TEXTS, length)``."""
-    ids: list[int] = []
-    for document in read_documents(BUILTIN):
-        ids += tokenizer(document.text[: 16 * length], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ][:length]
-        if len(ids) >= TEXTS * length:
-            break
-    else:
-        raise InputError("the standard library's sources are not there; name a text: --data")
-    return torch.tensor(ids[: TEXTS * length]).view(TEXTS, length)
+    """Text that is on every machine, Python's manual and its library's sources, ``(TEXTS, length)``."""
+    texts: list[list[int]] = []
+    sources = (document.text for document in read_documents(BUILTIN))
+    for documents in (iter(topics.values()), sources):
+        wanted = len(texts) + TEXTS // 2
+        while len(texts) < wanted:
+            text = next(documents)[: 16 * length]
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) >= length:
+                texts.append(ids[:length])
+    return torch.tensor(texts)
