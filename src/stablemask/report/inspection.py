@@ -159,7 +159,7 @@ def inspect_model(
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
         tokens=[str(tokenizer.decode([token])) for token in ids.tolist()],
-        prefix=str(tokenizer.decode([prefix])) if added else None,
+        prefix=str(tokenizer.decode(ids[:1])) if added else None,
         total_tokens=len(every) + added,
         perplexity=perplexity_of(losses.mean().item()),
         layers=layers,
