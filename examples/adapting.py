@@ -135,7 +135,9 @@ def rows(results: dict[str, list[Measured]], teacher: str) -> Iterator[Rule]:
             lambda one, _, t=text: 100 * max(one["texts"][t]["first_token"]), 1, 1.5,
         )  # fmt: skip
     yield "largest activation", lambda one, _: _worst(one, "largest"), 0, 500.0
+    yield "the same behind the last layer", lambda one, _: _last(one, "largest"), 0, None
     yield "largest kurtosis of a layer", lambda one, _: _worst(one, "kurtosis"), 0, 1500.0
+    yield "the same behind the last layer", lambda one, _: _last(one, "kurtosis"), 0, None
     least = reference["streaming"]["StreamingLLM"]
     yield "streaming, nothing kept (nats)", lambda one, _: one["streaming"]["window"], 3, least
     yield "StreamingLLM, 4 kept (nats)", lambda one, _: one["streaming"]["StreamingLLM"], 3, None
@@ -154,8 +156,13 @@ def _over(one: Measured, teacher: Measured, text: str) -> float:
 
 
 def _worst(one: Measured, name: str) -> float:
-    """The most in any layer on any text."""
-    return max(max(text[name]) for text in one["texts"].values())
+    """The most on any text of what any layer puts out for the next to read."""
+    return max(max(text[name][:-1]) for text in one["texts"].values())
+
+
+def _last(one: Measured, name: str) -> float:
+    """The most on any text of what the last layer puts out, which a normalisation reads."""
+    return max(text[name][-1] for text in one["texts"].values())
 
 
 def table(results: dict[str, list[Measured]], teacher: str) -> str:

@@ -49,9 +49,9 @@ def test_it_is_the_sum_of_its_parts(make, prefix):
 
     outliers = hidden_state_outliers(model, read)
     assert summary.largest == pytest.approx(outliers.largest.tolist(), rel=1e-5)
-    assert summary.largest_activation == max(summary.largest)
+    assert summary.largest_activation == max(summary.largest[:-1])
     assert summary.kurtosis == pytest.approx(outliers.kurtosis.tolist(), rel=1e-5)
-    assert summary.worst_kurtosis == max(summary.kurtosis)
+    assert summary.worst_kurtosis == max(summary.kurtosis[:-1])
 
 
 def test_a_sequence_that_begins_with_the_prefix_gets_no_second_one():

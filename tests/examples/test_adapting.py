@@ -25,7 +25,7 @@ def measured(over: float = 0.0, layers: int = 3) -> dict:
     text = {
         "tokens": 512, "perplexity": 20.0 * (1 + over), "first_token": [0.01, 0.02 + over, 0.03],
         "top_token": [0.1] * layers, "pseudo": [0.2] * layers,
-        "largest": [10.0, 100.0, 50.0 + over], "kurtosis": [3.0, 9.0, 8.0],
+        "largest": [10.0, 100.0, 900.0 + over], "kurtosis": [3.0, 9.0, 8.0],
     }  # fmt: skip
     return {
         "stablemask": {"gamma": 0.1} if over else None,
@@ -104,6 +104,10 @@ def test_the_table_compares_with_the_teacher_over_seeds():
     assert first.startswith("| first token, most in a layer, wiki (%) | 3.0 | 4.0 ± ")
     assert lines["streaming, nothing kept (nats)"].endswith("| at most 0.430 |")
     assert lines["int4 cache (nats)"].endswith("| at most 0.014 |")
+    activation = next(
+        line for line in table(results, "teacher").split("\n") if "activation" in line
+    )
+    assert activation.startswith("| largest activation | 100 | 100 ± 0 |")
     assert "nan" not in "".join(lines.values())
 
 

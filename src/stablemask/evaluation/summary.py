@@ -58,11 +58,13 @@ class SinkSummary:
 
     @property
     def largest_activation(self) -> float:
-        return max(self.largest)
+        """Of what a layer reads: behind the last there is a normalisation, and no layer."""
+        return max(self.largest[:-1] or self.largest)
 
     @property
     def worst_kurtosis(self) -> float:
-        return max(self.kurtosis)
+        """Of the same."""
+        return max(self.kurtosis[:-1] or self.kurtosis)
 
 
 def sink_summary(
