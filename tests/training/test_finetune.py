@@ -327,6 +327,8 @@ def test_the_context_is_the_models_by_default(options, base, tmp_path):
     assert (chosen.context, chosen.steps, chosen.batch_size, chosen.learning_rate) == (
         256, 400, 4, 2e-4,
     )  # fmt: skip
+    assert (chosen.eval_every, chosen.save_every) == (5, 4)  # as given
+    assert replace(chosen, eval_every=None).resolved().eval_every == 100
     assert chosen.texts == 400 * 4 // 4  # half of what is read, each of them twice
     assert replace(chosen, texts=None, data=None).resolved().texts == 400 * 4 // 2
 

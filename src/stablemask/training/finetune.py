@@ -101,7 +101,7 @@ def finetune(options: FinetuneOptions) -> RunResult:
     stopped_by = train(trainer, checkpoint)
     if stopped_by is not None:
         return RunResult(folder, trainer.state.global_step, None, stopped_by)
-    more = {}
+    more: dict[str, Any] = {}
     if isinstance(trainer, DistillingTrainer):
         trainer.finish()
         more = {"adapting": on_main(lambda: _before_and_after(trainer, prepared))}

@@ -307,6 +307,12 @@ class FinetuneOptions(TrainingOptions):
         None, "decay of AdamW's second moment; by default 0.999, and 0.99 with --adapt"
     )
     eval_tokens: int = option(16384, "validation tokens of an evaluation during training")
+    eval_every: int | None = option(
+        None, "steps between evaluations; by default a tenth of all, and a quarter with --adapt"
+    )
+    save_every: int | None = option(
+        None, "steps between checkpoints; by default a tenth of all, and a quarter with --adapt"
+    )
     seed: int = option(0, "of the order of the data, and of a new adapter")
     dry_run: bool = option(
         False, "check the model and the data, print what would be done, and stop"
@@ -343,7 +349,10 @@ class FinetuneOptions(TrainingOptions):
 
     def resolved(self) -> Self:
         defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999}
-        defaults |= ADAPTING if self.adapt else {}
+        if self.adapt:
+            # Evaluating often would take as long as the training, which is short.
+            quarter = max(1, (self.steps or ADAPTING["steps"]) // 4)
+            defaults |= ADAPTING | {"eval_every": quarter, "save_every": quarter}
         if self.context is None:
             longest = _context_of(self.model)
             # The teacher reads one token more.

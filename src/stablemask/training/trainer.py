@@ -92,7 +92,7 @@ class LanguageModelTrainer(Trainer):
             checkpoint = Path(resume_from_checkpoint)
             self._first_step = checkpoints.step_of(checkpoint)
             file = checkpoint / DATA_FILE
-            with _foreign(checkpoint):
+            with foreign(checkpoint):
                 self._data_state = dict(read_json(file)) if file.exists() else {}
                 TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         try:
@@ -246,13 +246,13 @@ class LanguageModelTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not _state_of(resume_from_checkpoint).is_dir():  # else they come with the optimizer
-            with _foreign(resume_from_checkpoint):
+            with foreign(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        with _foreign(checkpoint):
+        with foreign(checkpoint):
             if not _state_of(checkpoint).is_dir():
                 super()._load_optimizer_and_scheduler(checkpoint)
             else:
@@ -265,7 +265,7 @@ class LanguageModelTrainer(Trainer):
                 group["lr"] = peak * shape(self.lr_scheduler.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _foreign(checkpoint):
+        with foreign(checkpoint):
             super()._load_rng_state(checkpoint)
 
     @property
@@ -335,7 +335,7 @@ def _state_of(checkpoint: str | Path) -> Path:
 
 
 @contextmanager
-def _foreign(checkpoint: str | Path | None) -> Iterator[None]:
+def foreign(checkpoint: str | Path | None) -> Iterator[None]:
     """One line for a checkpoint that holds what it should not: its files may be anybody's."""
     try:
         yield

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stablemask.errors import RunError
+from stablemask.errors import InputError, RunError
 from stablemask.evaluation import reduce_attention
 from stablemask.hf import read_shifts
 from stablemask.models.settings import SHIFT_PARAMETER
@@ -123,6 +123,12 @@ def test_a_value_that_is_kept_leaves_the_first_loss_small(options, tmp_path):
         trainer.compute_loss(trainer.model, batch)
         losses.append(trainer._sums["kl"].item())
     assert losses[0] < losses[1] / 2
+
+
+def test_a_checkpoint_without_settings_is_refused(options, base, tmp_path):
+    trainer = trainer_of(options, tmp_path / "run")
+    with pytest.raises(InputError, match="is no checkpoint of this run"):
+        trainer._load_from_checkpoint(str(base))
 
 
 def test_a_run_that_ruins_its_model_says_so(options, tmp_path):

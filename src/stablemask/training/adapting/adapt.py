@@ -100,15 +100,13 @@ def adapting_data(
 ) -> AdaptingData:
     """What the model writes itself, into ``folder``, mixed half and half with the user's ``data``."""
     front = front_tokens(tokenizer)
-    users = (
-        None if data is None else [InFront(side, front) for side in (data.train, data.validation)]
-    )
-    if not options.texts:
-        assert users is not None
-        assert data is not None
-        return AdaptingData(tokenizer, *users, data.key)
+    users: tuple[InFront, InFront] | None = None
+    if data is not None:
+        users = InFront(data.train, front), InFront(data.validation, front)
+        if not options.texts:
+            return AdaptingData(tokenizer, *users, data.key)
     written = write_texts(
-        model, tokenizer, folder / TEXTS_FOLDER, prefix=prefix, texts=options.texts,
+        model, tokenizer, folder / TEXTS_FOLDER, prefix=prefix, texts=given(options.texts),
         length=given(options.context) - len(front), seed=options.seed,
     )  # fmt: skip
     held = np.zeros(len(written.tokens), bool)
@@ -144,7 +142,7 @@ def calibrated(
                 calibration = calibrate(model, Watch(model), batches, prefix.token)
         except ValueError as error:
             raise InputError(f"{options.model} cannot be adapted: {error}") from error
-        before = {"as it was": None}
+        before: dict[str, int | None] = {"as it was": None}
         if prefix.token is not None:
             before["with its prefix"] = prefix.token
         calibration.notes.update(

@@ -46,8 +46,12 @@ def candidates(
 ) -> tuple[list[int], list[int]]:
     """Tokens that texts of the model begin with anyway, and all others that are special."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    first = [*front_tokens(tokenizer)[:1], tokenizer.bos_token_id, *_first_of_template(tokenizer)]
-    special = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
+    first: list[Any] = [
+        *front_tokens(tokenizer)[:1],
+        tokenizer.bos_token_id,
+        *_first_of_template(tokenizer),
+    ]
+    special: list[Any] = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
     special += [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
     known = [
         number for number in dict.fromkeys(first + special) if number is not None and number < rows
@@ -71,7 +75,7 @@ def choose_prefix(
     """
     texts = texts.to(model.device)
     usual, others = candidates(model, tokenizer)
-    tried = [None, *usual, *others]
+    tried: list[int | None] = [None, *usual, *others]
     bar = progress_bar(tried, desc="finding the prefix", unit=" tokens", delay=1, leave=False)
     losses = {token: _loss(model, texts, token) for token in bar}
     best = min(tried, key=lambda token: losses[token] + MARGIN * (token in others))
@@ -113,7 +117,7 @@ def sample_text(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
         wanted = len(texts) + TEXTS // 2
         while len(texts) < wanted:
             text = next(documents)[: 16 * length]
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) >= length:
                 texts.append(ids[:length])
     return torch.tensor(texts)

@@ -60,7 +60,7 @@ class Reading:
 
 def front_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a tokenizer puts before a plain text, such as a begin token; nothing with many."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    bare: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: Any = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:

@@ -23,7 +23,7 @@ from ...hf.adapters import ADAPTER_CONFIG
 from ...models.loss import chunked_causal_lm_loss
 from ...models.settings import SHIFT_PARAMETER
 from ...reading import read_json
-from ..trainer import LanguageModelTrainer
+from ..trainer import LanguageModelTrainer, foreign
 from .calibration import Calibration
 from .divergence import kl_of_hidden, kl_of_logits, linear_head
 from .reading import Reading
@@ -116,7 +116,9 @@ class DistillingTrainer(LanguageModelTrainer):
         few = self._head is not None and "logits_to_keep" in takes
         # An index and no number: a slice would have a frozen head copied for each row of a batch.
         last = torch.zeros(1, dtype=torch.long, device=device)
-        self._options = {"use_cache": False} | ({"logits_to_keep": last} if few else {})
+        self._options: dict[str, Any] = {"use_cache": False}
+        if few:
+            self._options["logits_to_keep"] = last
 
     def _keep_hidden(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._hidden = output[0]
@@ -124,7 +126,11 @@ class DistillingTrainer(LanguageModelTrainer):
     # The loss
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
@@ -228,19 +234,18 @@ class DistillingTrainer(LanguageModelTrainer):
 
     # The shifts
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:
-            super().create_optimizer(*args, **kwargs)
-            self._give_shifts_their_rate()
+            self._give_shifts_their_rate(super().create_optimizer(*args, **kwargs))
         return self.optimizer
 
-    def _give_shifts_their_rate(self) -> None:
+    def _give_shifts_their_rate(self, optimizer: torch.optim.Optimizer) -> None:
         shifts = [p for name, p in self.model.named_parameters() if name.endswith(SHIFT_PARAMETER)]
         ours = {id(p) for p in shifts}
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
         rate = SHIFT_RATE * self.args.learning_rate
-        self.optimizer.add_param_group({"params": shifts, "lr": rate, "weight_decay": 0.0})
+        optimizer.add_param_group({"params": shifts, "lr": rate, "weight_decay": 0.0})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         config = self._text_config
@@ -256,9 +261,10 @@ class DistillingTrainer(LanguageModelTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # The weights of a checkpoint are those of a model that trains no shifts.
         keep_shifts(self._bare)
-        self._text_config.stablemask = _settings_of(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        train_shifts(self._bare)
+        with foreign(resume_from_checkpoint):
+            self._text_config.stablemask = _settings_of(Path(resume_from_checkpoint))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            train_shifts(self._bare)
 
     @property
     def _text_config(self) -> Any:

@@ -5,7 +5,7 @@ over what the terms of the loss need; no dense map is made. Shapes: B batch, H q
 n tokens, d hidden size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,7 +101,7 @@ class Watch:
     @contextmanager
     def over(
         self, attend: Callable[..., Tensor] | None, seen: Recorded | Pass | None = None
-    ) -> Any:
+    ) -> Iterator[Any]:
         """The same for a while, after which nothing is watched."""
         self.set(attend, seen)
         try:
