@@ -151,7 +151,9 @@ def describe_finetuning(options: FinetuneOptions) -> str:
         ]
     if options.steps is not None:
         batch = given(options.global_batch_size)
-        passes = "" if options.adapt else f", {options.steps * batch / len(data.train):.2f} passes"
+        passes = ""
+        if data is not None and not options.adapt:
+            passes = f", {options.steps * batch / len(data.train):.2f} passes"
         lines.append(f"training    {options.steps:,} steps of {batch}{passes}")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ The run folder, ``--out``::
     model.safetensors, config.json, tokenizer files   the model, written last
     README.md           its model card                metrics.jsonl, tensorboard/
     checkpoints/        checkpoint-STEP, each whole
+    texts/, calibration.safetensors                   of a model that is adapted (adapting/)
 """
 
 import dataclasses
