@@ -231,6 +231,9 @@ def main() -> None:
         command.add_argument("--teacher", default="teacher", help="label of what to compare with")
     drawn.add_argument("--out", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
+    for pair in getattr(options, "text", []) + getattr(options, "results", []):
+        if "=" not in pair:
+            parser.error(f"{pair!r} must be NAME=FILE")
 
     if options.command in ("table", "draw"):
         pairs = (text.partition("=") for text in options.results)
