@@ -51,8 +51,8 @@ def candidates(
         tokenizer.bos_token_id,
         *_first_of_template(tokenizer),
     ]
+    # Not all tokens that are marked as special: some vocabularies have thousands that were never used.
     special: list[Any] = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
-    special += [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
     known = [
         number for number in dict.fromkeys(first + special) if number is not None and number < rows
     ]
