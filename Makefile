@@ -94,15 +94,15 @@ $(MATRIX)/newest/.ready: pyproject.toml
 	touch $@
 
 bench: setup
-	$(BIN)/stablemask bench --save benchmarks/results
+	$(BIN)/python -m benchmarks attention --save benchmarks/results
 
 # What is there goes on: remove benchmarks/results/gpu.jsonl to begin anew.
 gpu: setup
-	$(BIN)/python benchmarks/gpu.py --resume
-	$(BIN)/python benchmarks/gpu.py page
+	$(BIN)/python -m benchmarks gpu --resume
+	$(BIN)/python -m benchmarks gpu page
 
 reproduce: setup
-	$(BIN)/stablemask reproduce --out docs/results/reproduce --page docs/results.md --resume
+	$(BIN)/python -m studies --out docs/results/reproduce --page docs/results.md --resume
 
 clean:
 	rm -rf $(VENV) $(MATRIX) $(DIST) dist site .mypy_cache .pytest_cache .ruff_cache .coverage

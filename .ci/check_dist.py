@@ -40,6 +40,9 @@ def main(folder: str, tag: str = "") -> None:
         root = f"{sdist.name.removesuffix('.tar.gz')}/"
         source = {name.removeprefix(root) for name in archive.getnames()}
     _expect(packaged <= shipped, f"not in the wheel: {sorted(packaged - shipped)}")
+    metadata = f"stablemask-{version}.dist-info/"
+    others = {name for name in shipped - packaged if not name.startswith(metadata)}
+    _expect(not others, f"in the wheel, and no part of the package: {sorted(others)}")
     in_source = {f"src/{name}" for name in packaged} | {
         "CITATION.cff",
         "CONTRIBUTING.md",

@@ -1,7 +1,7 @@
 """Whether it is right and how fast it is on this machine's GPU, the most important first.
 
-    python benchmarks/gpu.py [PART ...] [--budget SECONDS] [--out FILE] [--resume]
-    python benchmarks/gpu.py page [FILE]        writes the GPU section of docs/benchmarks.md
+    python -m benchmarks gpu [PART ...] [--budget SECONDS] [--out FILE] [--resume]
+    python -m benchmarks gpu page [FILE]        writes the GPU section of docs/benchmarks.md
 
 Each part runs in a process of its own under a limit, and writes a line of JSON as soon as something is known: what
 is cut off leaves what came before, and --resume goes on with the rest. It needs PyTorch, Transformers, Accelerate,
@@ -92,7 +92,8 @@ def run_parts(
     ended = {row["case"]: row["exit"] for row in results.of()}
     stop = time.monotonic() + budget - SAVING
     for name in (name for name in names if ended.get(name) != 0):
-        begun, code = time.monotonic(), None
+        begun = time.monotonic()
+        code: int | str | None = None
         # A GPU that one case has lost to its process serves the next process again.
         while code in (None, LOST):
             left = min(LIMITS[name] + begun, stop) - time.monotonic()
@@ -117,14 +118,14 @@ def _exit_code(command: list[str], seconds: float) -> int | str:
             child.wait()
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["page"]:
-        import gpu_page
+def main(argv: Sequence[str]) -> None:
+    if argv[:1] == ["page"]:
+        from . import gpu_page
 
-        gpu_page.main(sys.argv[2:])
+        gpu_page.main(argv[1:])
         return
     parser = argparse.ArgumentParser(
-        prog="benchmarks/gpu.py", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks gpu", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(LIMITS)}")
     parser.add_argument(
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="file (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with what --out has not yet")
     parser.add_argument("--here", type=float, help=argparse.SUPPRESS)  # a part, in this process
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     unknown = set(options.parts) - set(LIMITS)
     if unknown:
         parser.error(f"no part {', '.join(sorted(unknown))}; the parts are {', '.join(LIMITS)}")
@@ -147,8 +148,8 @@ def main() -> None:
         parser.error("PyTorch sees no CUDA device here")
 
     def command(part: str, seconds: float) -> list[str]:
-        here = [sys.executable, str(Path(__file__).resolve()), part, "--here", str(round(seconds))]
-        return [*here, "--out", str(out)]
+        here = ["-m", "benchmarks", "gpu", part, "--here", str(round(seconds)), "--out", str(out)]
+        return [sys.executable, *here]
 
     run_parts(options.parts or list(LIMITS), out, options.budget, command)
 
@@ -160,14 +161,10 @@ def _has_gpu() -> bool:
 
 
 def _run_here(part: str, out: Path, seconds: float) -> None:
-    import gpu_parts
+    from . import gpu_parts
 
     try:
         gpu_parts.PARTS[part](Results(out, part), gpu_parts.GPU, seconds)
     except gpu_parts.LostError as error:
         print(f"{part}: {error}", file=sys.stderr)
         sys.exit(LOST)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ Letters: B batch, H heads, n query rows, m keys, D head_dim.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,11 @@ def checks(capability: tuple[int, int]) -> Iterator[Check]:
             yield Check(kernel, 64, 64, dtype, True, layout=layout, out_layout=out_layout)
     if "cudnn" in kernels:
         for layout, out_layout in product(LAYOUTS, LAYOUTS):
-            given = {"layout": layout, "out_layout": out_layout, "after_stock": True}
+            given: dict[str, Any] = {
+                "layout": layout,
+                "out_layout": out_layout,
+                "after_stock": True,
+            }
             yield Check("cudnn", 72, 72, "bfloat16", True, **given)
     sizes = ((129, 129, True), (40, 217, False), (1, 63, False), (1, 1, False))
     for kernel, dtypes in kernels.items():

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu import LIMITS, RESULTS, ROOT, read
+from .gpu import LIMITS, RESULTS, ROOT, read
+from .tables import training_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN = "<!-- written by `python benchmarks/gpu.py page` -->"
+BEGIN = "<!-- written by `python -m benchmarks gpu page` -->"
 END = "<!-- end of what is written -->"
 MOST_REASONS = 12  # of failures on the page; the file has all
 Record = dict[str, Any]
@@ -18,8 +19,8 @@ NOT_MEASURED = """**Not measured yet.** Nobody has run this on a GPU; the CUDA p
 PyTorch's CUDA operators.
 
 `make gpu` measures a machine with an NVIDIA GPU in 500 seconds: first whether the kernels and everything on them are
-right, then speed, memory and training. `python benchmarks/gpu.py --resume` goes on with what did not fit in, and
-`python benchmarks/gpu.py page` writes this section from the results."""
+right, then speed, memory and training. `python -m benchmarks gpu --resume` goes on with what did not fit in, and
+`python -m benchmarks gpu page` writes this section from the results."""
 
 
 def section(rows: list[Record]) -> str:
@@ -56,7 +57,7 @@ def write(rows: list[Record], page: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/gpu.py page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu page", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, help=f"of results (default: {RESULTS})")
     options = parser.parse_args(arguments)
     if options.file is not None and not options.file.is_file():
@@ -133,8 +134,6 @@ def _memory(rows: list[Record]) -> str:
 
 
 def _training(rows: list[Record]) -> str:
-    from stablemask.benchmarks.tables import training_table
-
     timed = [row for row in rows if "tokens_per_second" in row]
     return training_table(timed) if timed else ""
 

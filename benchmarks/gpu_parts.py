@@ -1,6 +1,6 @@
 """What ``gpu.py`` runs on a GPU, part by part. A part leaves out the cases that its results know.
 
-Timings are those of ``stablemask.benchmarks``: checked against the definition in float64 on the tensors that are
+Timings are checked against the definition in float64 on the tensors that are
 timed, in turn, medians, ratios to the fastest stock SDPA in the same rounds.
 """
 
@@ -16,20 +16,21 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gpu_contract
 import torch
 
 from stablemask.backends import hardware
-from stablemask.benchmarks.cases import Case, Inputs
-from stablemask.benchmarks.environment import describe
-from stablemask.benchmarks.measure import DECODE, FORWARD, TRAINING, measure
-from stablemask.benchmarks.memory import peak_memory
-from stablemask.benchmarks.rows import Row, Run, own_rows
-from stablemask.benchmarks.timing import Budget
 from stablemask.models.devices import peak_flops
 
+from . import gpu_contract
+from .cases import Case, Inputs
+from .environment import describe
+from .measure import DECODE, FORWARD, TRAINING, measure
+from .memory import peak_memory
+from .rows import Row, Run, own_rows
+from .timing import Budget
+
 if TYPE_CHECKING:
-    from gpu import Results
+    from .gpu import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +90,7 @@ def contract(results: "Results", sizes: Sizes, seconds: float) -> None:
     device = torch.device(sizes.device)
     capability = hardware.capability(device)
     if not results.know("machine"):
-        command = shlex.join(["python", "benchmarks/gpu.py"])
+        command = shlex.join(["python", "-m", "benchmarks", "gpu"])
         machine = {**describe(device), "command": command, "capability": capability}
         results.write("machine", **machine)
     for check in gpu_contract.checks(capability):
@@ -267,7 +268,7 @@ def _speed(case: Case, kind: str, ms: float) -> dict[str, float]:
 
 def train(results: "Results", sizes: Sizes, seconds: float, *, preset: str, compiled: bool) -> None:
     """Whole training loops: ours with either attention, Llama on the plain Trainer, plain PyTorch."""
-    from stablemask.benchmarks.training import BATCH_SIZES, Workload, measure_training
+    from .training import BATCH_SIZES, Workload, measure_training
 
     case = f"{preset}, compiled" if compiled else preset
     if results.know(case):

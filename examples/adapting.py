@@ -37,10 +37,10 @@ from stablemask.errors import InputError
 from stablemask.evaluation.int4_cache import GROUP, int4_cache
 from stablemask.evaluation.perplexity import token_losses, with_prefix
 from stablemask.evaluation.quantization import quantize_int8
+from stablemask.evaluation.statistics import Estimate, estimate
 from stablemask.evaluation.streaming import compare_streaming, streaming_losses
 from stablemask.evaluation.summary import sink_summary
 from stablemask.hf import load_model
-from stablemask.reproduce.statistics import Estimate, estimate
 from stablemask.training.self_written import write_texts
 
 LENGTH, STREAM_LENGTH = 256, 1024  # tokens of a text, and of one that is read from a window

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from stablemask.evaluation.statistics import estimate
 from stablemask.report import drawing
-from stablemask.reproduce.statistics import estimate
 
 Measured = dict[str, Any]
 

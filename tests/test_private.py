@@ -14,7 +14,12 @@ from stablemask import private
 from stablemask.private import PRIVATE, SERVING, reason_against
 from tests import marks
 
-SOURCES = sorted(Path(stablemask.__file__).parent.rglob("*.py"))
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path
+    for folder in (Path(stablemask.__file__).parent, ROOT / "benchmarks", ROOT / "studies")
+    for path in folder.rglob("*.py")
+)
 LIBRARIES = {"torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors"}
 # Undocumented as a whole: what is imported of them is listed.
 INTERNAL = (

@@ -5,14 +5,15 @@ import math
 
 import pytest
 
-from stablemask.benchmarks import masks, memory, plan, rows, timing
-from stablemask.benchmarks.cases import Case
-from stablemask.benchmarks.figure import save_figure
-from stablemask.benchmarks.measure import measure
-from stablemask.benchmarks.memory import peak_memory
-from stablemask.benchmarks.rows import all_rows
-from stablemask.benchmarks.timing import Budget
-from stablemask.cli.bench import BenchOptions, _with_defaults, run
+from benchmarks import masks, memory, plan, rows, timing
+from benchmarks.__main__ import NAMES, main
+from benchmarks.cases import Case
+from benchmarks.commands import AttentionOptions, TrainingOptions, _with_defaults, time_attention
+from benchmarks.figure import save_figure
+from benchmarks.measure import measure
+from benchmarks.memory import peak_memory
+from benchmarks.rows import all_rows
+from benchmarks.timing import Budget
 from stablemask.errors import InputError, RunError
 from tests import marks
 
@@ -42,11 +43,11 @@ def options(**changes):
         "lengths": [32, 64], "dtypes": ["float32"], "head_dims": [16], "groups": [1],
         "rows": CHEAP, "memory": False, "masks": False,
     }  # fmt: skip
-    return BenchOptions(**small | changes)
+    return AttentionOptions(**small | changes)
 
 
 def test_the_command_prints_tables_ends_with_json_and_saves_it_with_a_figure(tmp_path, capsys):
-    run(options(save=str(tmp_path), groups=[1, 4], masks=True))
+    time_attention(options(save=str(tmp_path), groups=[1, 4], masks=True))
     lines = capsys.readouterr().out.splitlines()
     printed = json.loads(lines[-1])
     (saved,) = tmp_path.glob("attention-*.json")
@@ -70,7 +71,7 @@ def test_a_row_that_is_wrong_is_reported_and_not_timed(capsys, monkeypatch):
     right = rows.stable_mask_attention
     monkeypatch.setattr(rows, "stable_mask_attention", lambda *t, **k: right(*t, **k) * 1.001)
     with pytest.raises(RunError, match="stablemask"):
-        run(options(decode=False))
+        time_attention(options(decode=False))
     output = capsys.readouterr().out
     printed = json.loads(output.splitlines()[-1])
     assert {record["row"] for record in printed["attention"]} == {"sdpa", "definition"}
@@ -80,7 +81,7 @@ def test_a_row_that_is_wrong_is_reported_and_not_timed(capsys, monkeypatch):
 
 
 def test_dense_rows_are_left_out_at_great_lengths(capsys):
-    run(options(lengths=[2049], groups=[1], decode=False))
+    time_attention(options(lengths=[2049], groups=[1], decode=False))
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {record["row"] for record in printed["attention"]} == {"sdpa", "stablemask"}
     reasons = {record["row"]: record["reason"] for record in printed["not_timed"]}
@@ -121,23 +122,23 @@ def test_a_run_that_is_cut_off_leaves_the_sections_before(tmp_path, monkeypatch)
 
     monkeypatch.setattr(plan, "decode_cells", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(options(save=str(tmp_path), lengths=[32]))
+        time_attention(options(save=str(tmp_path), lengths=[32]))
     (saved,) = tmp_path.glob("attention-*.json")
     assert {r["row"] for r in json.loads(saved.read_text())["attention"]} == set(CHEAP)
 
 
 def test_nothing_begins_after_the_budget(capsys):
-    run(options(budget=1e-9, masks=True))
+    time_attention(options(budget=1e-9, masks=True))
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["not_begun"] == {"attention": 2, "decode": 4, "masks": 6}
     assert printed["attention"] == []
 
 
 def test_a_gpu_has_defaults_that_end_in_time():
-    chosen = _with_defaults(BenchOptions(), "cuda")
+    chosen = _with_defaults(TrainingOptions(), "cuda")
     assert (chosen.presets, chosen.dtypes, chosen.budget) == (["160m", "410m"], ["bfloat16"], 500)
-    assert _with_defaults(BenchOptions(budget=60, dtypes=["float16"]), "cuda").budget == 60
-    assert _with_defaults(BenchOptions(), "cpu").budget == math.inf
+    assert _with_defaults(AttentionOptions(budget=60, dtypes=["float16"]), "cuda").budget == 60
+    assert _with_defaults(AttentionOptions(), "cpu").budget == math.inf
 
 
 def test_the_memory_of_a_gpu_is_measured_in_this_process(monkeypatch):
@@ -165,4 +166,31 @@ def test_a_mask_is_the_same_dense(mask):
 )  # fmt: skip
 def test_bad_options(changes):
     with pytest.raises(InputError):
-        run(BenchOptions(**changes))
+        time_attention(AttentionOptions(**changes))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "  attention   by length"),
+        (["speed"], 2, "no benchmark 'speed'; they are attention, training, generation"),
+        (["attention", "--lengths", "0"], 2, "lengths must be at least 1 each, got [0]"),
+        (["training", "--presets", "huge"], 2, "presets must be of"),
+        (["generation"], 2, "--model must be given"),
+        (["backends", "--quick"], 2, "python -m benchmarks backends --help"),
+        (["streaming", "--models", "none", "--out", "none"], 2, "none"),
+    ],
+)
+def test_the_command_line(capsys, words, code, said):
+    assert main(words) == code
+    printed = capsys.readouterr()
+    assert said in (printed.err if code else printed.out)
+    assert printed.err.count("\n") == bool(code)
+
+
+def test_every_benchmark_has_options_of_its_own(capsys):
+    for name in NAMES:
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"python -m benchmarks {name}" in capsys.readouterr().out

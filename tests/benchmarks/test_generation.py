@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stablemask.benchmarks import generation
-from stablemask.cli.bench import BenchOptions, run
+from benchmarks import generation
+from benchmarks.commands import GenerationOptions, time_generation
 from stablemask.errors import InputError
 from stablemask.hf import apply_stablemask
 
@@ -34,8 +34,8 @@ def test_the_command_times_a_folder_and_saves_what_it_prints(tmp_path, capsys, m
     monkeypatch.setattr(generation, "NEW_TOKENS", 2)
     llama().save_pretrained(tmp_path / "model")
     folder = tmp_path / "results"
-    run(
-        BenchOptions(
+    time_generation(
+        GenerationOptions(
             model=str(tmp_path / "model"), dtypes=["float32"], quick=True, save=str(folder)
         )
     )

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, part by part: on toy sizes, through the contract of CUDA's operators in place of a card."""
+"""`python -m benchmarks gpu`, part by part: on toy sizes, through the contract of CUDA's operators in place of a card."""
 
 import json
 import math
@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from stablemask.benchmarks import memory, timing
-from stablemask.benchmarks.timing import Budget
-from stablemask.benchmarks.training import measure
+from benchmarks import gpu, gpu_contract, gpu_page, gpu_parts, memory, timing
+from benchmarks.timing import Budget
+from benchmarks.training import measure
 from stablemask.models.presets import PRESETS
 from tests import cuda_contract, marks
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu  # noqa: E402
-import gpu_contract  # noqa: E402
-import gpu_page  # noqa: E402
-import gpu_parts  # noqa: E402
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -174,7 +168,7 @@ def test_the_other_training_parts(monkeypatch, tmp_path):
         asked.append((workload.preset, workload.compile, workload.batch_size))
         return measure.Measured()
 
-    monkeypatch.setattr("stablemask.benchmarks.training.measure_training", measured)
+    monkeypatch.setattr("benchmarks.training.measure_training", measured)
     for part in ("train-410m", "train-160m-compiled", "train-410m-compiled"):
         run(part, tmp_path / "gpu.jsonl", gpu_parts.Sizes(device="cpu"))
     assert asked == [("410m", False, 16), ("160m", True, 64), ("410m", True, 16)]
@@ -337,9 +331,8 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 def test_what_cannot_run_is_said_in_a_line(monkeypatch, capsys, tmp_path, arguments, words):
     monkeypatch.setattr(gpu, "_has_gpu", lambda: False)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none.jsonl")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
     with pytest.raises(SystemExit) as ended:
-        gpu.main()
+        gpu.main(arguments)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 

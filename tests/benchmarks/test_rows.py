@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from stablemask.benchmarks import correctness, masks
-from stablemask.benchmarks.cases import HEADS, Case, Inputs, make_inputs
-from stablemask.benchmarks.measure import CannotServeError, prepare
-from stablemask.benchmarks.rows import all_rows
+from benchmarks import correctness, masks
+from benchmarks.cases import HEADS, Case, Inputs, make_inputs
+from benchmarks.measure import CannotServeError, prepare
+from benchmarks.rows import all_rows
 from tests import marks
 from tests.oracle import sink_definition, stable_mask_definition
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from stablemask.benchmarks import streaming
+from benchmarks import streaming
 from stablemask.inference.streaming import cached_logits, window_cache
 
 from ..cli.conftest import save_model
@@ -21,18 +21,16 @@ def measured(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 1000)
     models = [f"{kind}={folder / kind}" for kind in ("softmax", "stablemask")]
+    streaming.main([
+        "--models", *models, "--data", str(text), "--window", "16", "--length", "100",
+        "--texts", "3", "--out", str(folder / "out"),
+    ])  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [
-            "streaming", "--models", *models, "--data", str(text), "--window", "16", "--length",
-            "100", "--texts", "3", "--out", str(folder / "out"),
-        ])  # fmt: skip
-        streaming.main()
         patch.setattr(streaming, "DECODED_PER_ROW", 10)
-        patch.setattr("sys.argv", [
-            "streaming", "--models", models[0], "--data", str(text), "--window", "8",
-            "--decode", "30", "--out", str(folder / "decode"),
+        streaming.main([
+            "--models", models[0], "--data", str(text), "--window", "8", "--decode", "30",
+            "--out", str(folder / "decode"),
         ])  # fmt: skip
-        streaming.main()
     return folder, json.loads((folder / "out.json").read_text())
 
 

@@ -7,9 +7,9 @@ import statistics
 
 import pytest
 
+from benchmarks import backends, timing
+from benchmarks.timing import Budget, fastest, interleave, summarise, timer
 from stablemask.backends import BACKENDS
-from stablemask.benchmarks import backends, timing
-from stablemask.benchmarks.timing import Budget, fastest, interleave, summarise, timer
 
 
 def test_ratios_are_medians_over_the_rounds_both_ran_in():

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from stablemask.benchmarks import timing
-from stablemask.benchmarks.correctness import IncorrectError
-from stablemask.benchmarks.training import ROWS, Workload, measure, measure_training, rows
-from stablemask.benchmarks.training.check import Reference
-from stablemask.benchmarks.training.plain import PlainDecoder, PlainLoop
-from stablemask.cli import bench
-from stablemask.cli.bench import BenchOptions
+from benchmarks import timing
+from benchmarks.commands import TrainingOptions, time_training
+from benchmarks.correctness import IncorrectError
+from benchmarks.training import ROWS, Workload, measure, measure_training, rows
+from benchmarks.training.check import Reference
+from benchmarks.training.plain import PlainDecoder, PlainLoop
 from stablemask.errors import InputError, RunError
 from stablemask.models.presets import PRESETS
 from tests import marks
@@ -121,7 +120,7 @@ def test_a_wrong_row_and_one_that_cannot_be_built_are_reported_and_not_timed(mon
     def missing(workload, folder):
         raise ModuleNotFoundError("No module named 'nothing'")
 
-    monkeypatch.setattr("stablemask.benchmarks.training.plain.PlainDecoder", Wrong)
+    monkeypatch.setattr("benchmarks.training.plain.PlainDecoder", Wrong)
     monkeypatch.setitem(ROWS, "llama", rows.Row("llama", missing))
     load = Workload("tiny", "float32", 2, "cpu")
     measured = measure_training(load, names=["softmax", "llama", "plain"], seconds=0, memory=False)
@@ -142,7 +141,7 @@ def test_a_loop_that_does_not_learn_is_found_out(monkeypatch):
 
 def test_without_litgpt_its_row_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning", None)
-    monkeypatch.delitem(sys.modules, "stablemask.benchmarks.training.lit", raising=False)
+    monkeypatch.delitem(sys.modules, "benchmarks.training.lit", raising=False)
     load = Workload("tiny", "float32", 2, "cpu")
     measured = measure_training(load, names=["litgpt"], seconds=0, memory=False)
     assert measured.rows == []
@@ -150,11 +149,11 @@ def test_without_litgpt_its_row_says_how_to_get_it(monkeypatch):
 
 
 def test_the_command(tmp_path, capsys):
-    options = BenchOptions(
-        train=True, quick=True, presets=["tiny"], dtypes=["bfloat16"], rows=FAST, memory=False,
+    options = TrainingOptions(
+        quick=True, presets=["tiny"], dtypes=["bfloat16"], rows=FAST, memory=False,
         save=str(tmp_path),
     )  # fmt: skip
-    bench.run(options)
+    time_training(options)
     lines = capsys.readouterr().out.splitlines()
     printed = json.loads(lines[-1])
     (saved,) = tmp_path.glob("training-cpu-*.json")
@@ -179,9 +178,9 @@ def test_a_command_that_is_cut_off_leaves_what_came_before(tmp_path, monkeypatch
         measured.append(workload.preset)
         return measure.Measured(rows=[{"row": "softmax"}])
 
-    monkeypatch.setattr("stablemask.benchmarks.training.measure_training", until_the_second)
+    monkeypatch.setattr("benchmarks.training.measure_training", until_the_second)
     with pytest.raises(KeyboardInterrupt):
-        bench.run(BenchOptions(train=True, dtypes=["bfloat16"], save=str(tmp_path)))
+        time_training(TrainingOptions(dtypes=["bfloat16"], save=str(tmp_path)))
     (saved,) = tmp_path.glob("training-cpu-*.json")
     assert json.loads(saved.read_text())["training"] == [{"row": "softmax"}]
     assert measured == ["tiny"]
@@ -189,16 +188,16 @@ def test_a_command_that_is_cut_off_leaves_what_came_before(tmp_path, monkeypatch
 
 def test_a_wrong_row_ends_the_command_with_an_error(monkeypatch, capsys):
     monkeypatch.setattr(PlainLoop, "run", lambda self, steps: 1.0)
-    options = BenchOptions(train=True, quick=True, presets=["tiny"], rows=["plain"], memory=False)
+    options = TrainingOptions(quick=True, presets=["tiny"], rows=["plain"], memory=False)
     with pytest.raises(RunError, match=r"not what they claim to compute.*plain"):
-        bench.run(options)
+        time_training(options)
     assert "INCORRECT: the loss of the batch goes from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [{"presets": ["huge"]}, {"presets": []}, {"rows": ["sdpa"]}])
 def test_bad_options(changes):
     with pytest.raises(InputError, match="must be of"):
-        bench.run(BenchOptions(train=True, **changes))
+        time_training(TrainingOptions(**changes))
 
 
 @marks.proc

@@ -1,6 +1,6 @@
 """Which backend serves a call: the one that was named, or the fastest that can.
 
-"Fastest" is read from ``measured/<device type>.json``, which ``stablemask bench --table`` makes: the
+"Fastest" is read from ``measured/<device type>.json``, which ``python -m benchmarks backends`` makes: the
 measurement nearest in length, of the same device type, dtype and kind of mask, ranks the backends.
 What is not measured has ``default_order``. The first in rank that can serve the call does; every rank
 holds "blocks", which can serve every call.

@@ -1,320 +1,124 @@
-"""Time the attention against stock SDPA, the definition and what others offer.
+"""Time our attention against stock SDPA on this machine, within a minute.
 
-Every row is first checked against the definition in float64; ratios are to stock SDPA in the same
-rounds. With --table, time the backends against each other instead, for backend="auto" to choose by;
-with --model, a Transformers model that generates; with --train, whole training loops, ours and others'.
+A cell is the median ratio of calls that take turns, so that a noisy machine disturbs both alike. The outputs
+that are timed are held against the dense definition in float64 first, up to 2,048 tokens.
 """
 
-import math
-import sys
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from stablemask import strict_json
-from stablemask.bars import progress_bar
-from stablemask.benchmarks import plan, tables
-from stablemask.benchmarks.backends import measure_backends, save_json, write_measurements
-from stablemask.benchmarks.cases import HEADS
-from stablemask.benchmarks.environment import describe
-from stablemask.benchmarks.measure import measure
-from stablemask.benchmarks.memory import can_measure, peak_memory
-from stablemask.benchmarks.rows import MAX_DENSE_LENGTH, Row, all_rows
+from stablemask import native
+from stablemask.attention import stable_mask_attention
+from stablemask.cli.env import DTYPES, available_devices
 from stablemask.errors import InputError, RunError
 from stablemask.options import option
-from stablemask.shell import pip_install
 
-SUMMARY = "time the attention against stock SDPA and what others offer"
-Value = TypeVar("Value")
-DTYPES = ("float32", "bfloat16", "float16")
-MEMORY_ROWS = ("sdpa", "stablemask", "definition")
-GPU_SECONDS = 500.0  # what a GPU that is lent for ten minutes has
+SUMMARY = "our time over stock SDPA's on this machine, within a minute"
+HEADS, HEAD_DIM = 8, 64
+TOKENS = (
+    2048  # of all sequences of a cell; the definition stores every score, and checks no longer ones
+)
+ROUNDS = 5  # at least
+BLOCK_SECONDS = 0.005  # a sample is as many calls as fill this, far above the clock's noise
+
+Function = Callable[[], object]
 
 
 @dataclass(kw_only=True)
 class BenchOptions:
-    quick: bool = option(False, "fewer lengths and shapes, under three minutes on two cores")
-    lengths: list[int] | None = option(
-        None, "of sequences and of caches; by default 512 to 16384, and caches of 1024 to 16384"
-    )
+    lengths: list[int] = option([512, 2048], "tokens of a sequence, and of the cache when decoding")
     dtypes: list[str] | None = option(
-        None, "of the tensors; by default float32 and bfloat16, on a GPU bfloat16", choices=DTYPES
+        None, "by default all that the device is made for", choices=DTYPES["cuda"]
     )
-    head_dims: list[int] = option([64, 128], "the first at every length, the others at two")
-    groups: list[int] = option([1, 4], "query heads a key head; the first at every length")
-    rows: list[str] | None = option(None, "names of the rows to time; by default all")
-    attention: bool = option(True, "time forward and backward by length")
-    decode: bool = option(True, "time one token behind a cache")
-    masks: bool = option(True, "time ALiBi, a window and packed documents")
-    memory: bool = option(True, "measure peak memory too, on the CPU each in a process of its own")
-    table: bool = option(False, "instead: time every backend and store what 'auto' chooses by")
-    model: str | None = option(
-        None, "instead: time generating with this Transformers model, with StableMask and without"
-    )
-    train: bool = option(
-        False, "instead: time training in our loop, the plain Trainer's, litgpt's and a bare one"
-    )
-    presets: list[str] | None = option(
-        None, "with --train, sizes of the model; by default tiny and 71m, on a GPU 160m and 410m"
-    )
-    budget: float | None = option(
-        None, "seconds after which nothing more is begun; by default 500 on a GPU, else no limit"
-    )
-    save: str | None = option(None, "folder for a JSON file and a figure of the result")
+    seconds: float = option(2.5, "for each cell")
 
 
 def run(options: BenchOptions) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = _with_defaults(options, device.type)
-    end = time.monotonic() + _given(options.budget)
-    if options.train:
-        _train(options, device, end)
-        return
-    rows = _check(options, device)
-    if options.table:
-        path = write_measurements(measure_backends(device), device)
-        print(f"wrote {path}")
-        return
-    if options.model is not None:
-        _generation(options, device, end)
-        return
-    scope = plan.Scope(
-        device.type, options.quick, _given(options.dtypes), options.lengths, options.head_dims,
-        options.groups,
-    )  # fmt: skip
-    result = _begin("attention", device)
-    print("times over the fastest stock SDPA in the same rounds, medians\n")
-
-    for name, cells in (
-        ("attention", plan.length_cells), ("decode", plan.decode_cells), ("masks", plan.mask_cells),
-    ):  # fmt: skip
-        if getattr(options, name):
-            with _clock(result, name):
-                result[name] = _time(list(cells(scope, rows)), name, result, end)
-            _print(tables.timing_tables(result[name]))
-            _keep(result, options.save, device)
-    if options.memory and can_measure(device.type):
-        with _clock(result, "memory"):
-            result["memory"] = _memory(scope, {row.name for row in rows}, result, end)
-        _print(tables.memory_table(result["memory"]))
-    _report_checks(
-        result, "outputs and gradients of every row timed are those of its definition in float64"
-    )
-    saved = _keep(result, options.save, device)
-    if saved is not None:
-        _save_figure(result, saved)
-    _end(result)
-
-
-def _with_defaults(options: BenchOptions, device: str) -> BenchOptions:
-    """What the user left open, by the device: on a GPU, what is most asked about and ends in time.
-
-    Raises:
-        InputError: the budget is not a number of seconds.
-    """
-    on_gpu = device == "cuda"
-    if options.budget is not None and not options.budget > 0:
-        raise InputError(f"budget must be above 0 seconds, got {options.budget}")
-    defaults: dict[str, Any] = {
-        "dtypes": ["bfloat16"] if on_gpu else ["float32", "bfloat16"],
-        "presets": ["160m", "410m"] if on_gpu else ["tiny", "71m"],
-        "budget": GPU_SECONDS if on_gpu else math.inf,
-    }
-    left_open = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    return replace(options, **left_open)
-
-
-def _given(value: Value | None) -> Value:
-    """An option that :func:`_with_defaults` has filled in."""
-    assert value is not None
-    return value
-
-
-def _begin(benchmark: str, device: torch.device) -> dict[str, Any]:
-    result: dict[str, Any] = {"benchmark": benchmark, **describe(device)}
-    result |= {"not_timed": [], "not_begun": {}, "share_of_tolerance": 0.0, "seconds": {}}
-    print(f"{result['hardware']}; torch {torch.__version__}\n")
-    return result
-
-
-def _check(options: BenchOptions, device: torch.device) -> list[Row]:
-    for name in ("lengths", "head_dims", "groups"):
-        values = getattr(options, name)
-        if values is not None and (not values or min(values) < 1):
-            raise InputError(f"{name} must be at least 1 each, got {values}")
-    if options.lengths and min(options.lengths) < 2:
+    if min(options.lengths, default=0) < 2:
         raise InputError(f"lengths must be at least 2 each, got {options.lengths}")
-    if any(HEADS % groups for groups in options.groups):
-        raise InputError(f"groups must divide {HEADS} heads, got {options.groups}")
-    dtypes = _given(options.dtypes)
-    if not dtypes or not set(dtypes) <= set(DTYPES):
-        raise InputError(f"dtypes must be of {', '.join(DTYPES)}, got {dtypes}")
-    rows = all_rows(device.type)
-    for row in options.rows or ():
-        if row not in rows:
-            raise InputError(f"no row {row!r}; the rows are {', '.join(rows)}")
-    return [row for row in rows.values() if options.rows is None or row.name in options.rows]
+    if not options.seconds > 0:
+        raise InputError(f"seconds must be above 0, got {options.seconds}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = available_devices()[device]
+    if device == "cpu":
+        name += f", {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; plain calls in {native.language()}")
+    print(f"our time over stock SDPA's, {HEADS} heads of {HEAD_DIM}; below 1 ours is faster\n")
+    print(f"{'tokens':<27}" + "".join(f"{length:>8,}" for length in options.lengths))
+    for dtype in options.dtypes or DTYPES[device]:
+        lines: dict[str, str] = {}
+        for length in options.lengths:
+            for kind, ours, stock in _cells(length, getattr(torch, dtype), device):
+                ratio = _ratio(ours, stock, options.seconds, device)
+                lines[kind] = lines.get(kind, "") + f"{ratio:>8.2f}"
+        for kind, ratios in lines.items():
+            print(f"{dtype:<10}{kind:<17}{ratios}", flush=True)
 
 
-def _time(
-    cells: list[plan.Planned], name: str, result: dict[str, Any], end: float
-) -> list[dict[str, Any]]:
-    timings = []
-    for case, rows, budget in _in_time(cells, name, result, end):
-        cell = measure(case, rows, budget)
-        timings += cell.timings
-        result["not_timed"] += cell.not_timed
-        result["share_of_tolerance"] = max(result["share_of_tolerance"], round(cell.worst, 3))
-    return timings
-
-
-def _memory(
-    scope: plan.Scope, chosen: set[str], result: dict[str, Any], end: float
-) -> list[dict[str, Any]]:
-    """Peak MiB by length over the floor's, and under each mask over our own causal pass."""
-    runs = []
-    for case in plan.memory_cases(scope):
-        rows = [
-            row
-            for row in MEMORY_ROWS
-            if row in chosen and (row != "definition" or case.q_len <= MAX_DENSE_LENGTH)
-        ]
-        runs += [(row, case, "sdpa") for row in rows]
-    if "stablemask" in chosen:
-        runs += [("stablemask", case, "stablemask") for case in plan.mask_memory_cases(scope)]
-    records, floors = [], {}
-    for row, case, floor in _in_time(runs, "memory", result, end):
-        mib = peak_memory(row, case)
-        if row == floor and case.mask == "causal":
-            floors[floor, case.dtype, case.kv_len] = mib
-        base = floors.get((floor, case.dtype, case.kv_len))
-        records.append(
-            {
-                "row": row, "computes": case.mask, "dtype": case.dtype, "kv_len": case.kv_len,
-                "head_dim": case.head_dim, "groups": case.groups, "mib": mib,
-                "over": floor, "ratio": round(mib / base, 3) if base else None,
-            }
-        )  # fmt: skip
-    return records
-
-
-def _training(
-    options: BenchOptions, device: torch.device, result: dict[str, Any], end: float
-) -> None:
-    from stablemask.benchmarks.training import BATCH_SIZES, ROWS, Workload, measure_training
-
-    workloads = [
-        Workload(
-            preset, dtype, BATCH_SIZES[device.type][preset], device.type, device.type == "cuda"
-        )
-        for preset in _given(options.presets)
-        for dtype in _given(options.dtypes)[: 1 if options.quick else None]
-        if dtype
-        != "float16"  # which wants its loss scaled, and nobody trains in where there is bfloat16
-    ]
-    result["training"] = []
-    for workload in _in_time(workloads, "training", result, end):
-        seconds = 5.0 if options.quick or device.type == "cuda" else 30.0
-        measured = measure_training(
-            workload, names=options.rows or tuple(ROWS), seconds=seconds, memory=options.memory
-        )
-        result["training"] += measured.rows
-        result["not_timed"] += measured.not_timed
-        result["share_of_tolerance"] = max(result["share_of_tolerance"], round(measured.worst, 3))
-        _keep(result, options.save, device)
-
-
-def _train(options: BenchOptions, device: torch.device, end: float) -> None:
-    from stablemask.benchmarks.training import ROWS
-    from stablemask.models.presets import PRESETS
-
-    for name, values, known in (
-        ("presets", options.presets, PRESETS),
-        ("rows", options.rows, ROWS),
-    ):
-        if values is not None and (not values or not set(values) <= set(known)):
-            raise InputError(f"{name} must be of {', '.join(known)}, got {values}")
-    result = _begin("training", device)
-    with _clock(result, "training"):
-        _training(options, device, result, end)
-    _print(tables.training_table(result["training"]))
-    _report_checks(
-        result, "the loss and gradients of every row timed are those of its model in float64"
+def _cells(
+    length: int, dtype: torch.dtype, device: str
+) -> Iterator[tuple[str, Function, Function]]:
+    """What is timed: ours, and the stock call."""
+    # (batch, heads, length, head_dim), in the memory order of a model's projections.
+    query, key, value, grad = (
+        torch.randn(max(1, TOKENS // length), length, HEADS, HEAD_DIM, dtype=dtype, device=device)
+        .transpose(1, 2)
+        .requires_grad_(name != "grad")
+        for name in ("query", "key", "value", "grad")
     )
-    _keep(result, options.save, device)
-    _end(result)
+    leaves = (query, key, value)
+    given = [tensor.detach() for tensor in leaves]
+    cached = [given[0][:1, :, -1:], *(tensor[:1].contiguous() for tensor in given[1:])]
+    ours: Callable[..., Tensor] = partial(stable_mask_attention, gamma=1 / length)
+    stock: Callable[..., Tensor] = F.scaled_dot_product_attention
+    if length <= TOKENS:
+        _check(ours, *(tensor[:1] for tensor in given))
+        _check(ours, *cached)
+    causal: Callable[..., Tensor] = partial(stock, is_causal=True)
+    yield "forward", partial(ours, *given), partial(causal, *given)
+    yield (
+        "forward+backward",
+        lambda: torch.autograd.grad(ours(*leaves), leaves, grad),
+        lambda: torch.autograd.grad(causal(*leaves), leaves, grad),
+    )
+    yield "decoding", partial(ours, *cached), partial(stock, *cached)
 
 
-def _generation(options: BenchOptions, device: torch.device, end: float) -> None:
-    from stablemask.benchmarks.generation import measure_generation
-    from stablemask.hf import load_model
-
-    assert options.model is not None
-    result = {**_begin("generation", device), "generation": []}
-    for dtype in _in_time(_given(options.dtypes), "generation", result, end):
-        model = load_model(options.model, dtype=dtype, device=device)
-        result["generation"] += measure_generation(model, quick=options.quick)
-        _keep(result, options.save, device)
-    _print(tables.generation_table(result["generation"]))
-    print(strict_json.dumps(result))
+def _check(ours: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> None:
+    """A few roundings of the largest value are allowed."""
+    exact = ours(query.double(), key.double(), value.double(), backend="reference")
+    error = float((ours(query, key, value) - exact).abs().max())
+    allowed = 4 * torch.finfo(query.dtype).eps * float(value.abs().max())
+    if not error <= allowed:
+        raise RunError(f"our output in {query.dtype} is {error:.1e} off, {allowed:.1e} are allowed")
 
 
-def _keep(result: dict[str, Any], folder: str | None, device: torch.device) -> Path | None:
-    """Save what there is, after each part of a run, so that one that is cut off leaves what came before."""
-    if folder is None:
-        return None
-    name = f"{result['benchmark']}-{device.type}-{result['date']}.json"
-    return save_json(result, Path(folder) / name)
+def _ratio(ours: Function, stock: Function, seconds: float, device: str) -> float:
+    """The median over rounds, each of which begins with the other one."""
+    for function in (ours, stock):  # warm
+        function()
+    calls = max(1, round(BLOCK_SECONDS / _seconds(stock, 1, device)))
+    ratios: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(ratios) < ROUNDS or time.perf_counter() < end:
+        order = (ours, stock) if len(ratios) % 2 else (stock, ours)
+        taken = {function: _seconds(function, calls, device) for function in order}
+        ratios.append(taken[ours] / taken[stock])
+    return statistics.median(ratios)
 
 
-def _save_figure(result: dict[str, Any], path: Path) -> None:
-    if result.get("attention") or result.get("decode"):
-        try:
-            from stablemask.benchmarks.figure import save_figure
-        except ModuleNotFoundError as error:
-            raise InputError(f"the figure needs {error.name}: {pip_install('report')}") from error
-        save_figure(result, path.with_suffix(".png"))
-
-
-def _report_checks(result: dict[str, Any], claim: str) -> None:
-    if result["not_timed"]:
-        _print(f"not timed:\n{tables.reasons(result['not_timed'])}")
-    _print(f"correct: {claim}; the worst takes {result['share_of_tolerance']:.0%} of the tolerance")
-
-
-def _end(result: dict[str, Any]) -> None:
-    """The last line, and the exit code."""
-    print(strict_json.dumps(result))
-    wrong = sorted({record["row"] for record in result["not_timed"] if record["incorrect"]})
-    if wrong:
-        raise RunError(f"not what they claim to compute, see the report: {', '.join(wrong)}")
-
-
-@contextmanager
-def _clock(result: dict[str, Any], name: str) -> Iterator[None]:
-    """Note how long a part of the benchmark takes."""
+def _seconds(function: Function, calls: int, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    wait()
     start = time.perf_counter()
-    yield
-    result["seconds"][name] = round(time.perf_counter() - start, 1)
-
-
-def _in_time(
-    items: Sequence[Value], name: str, result: dict[str, Any], end: float
-) -> Iterator[Value]:
-    """Those that can begin before ``end``, with a bar; how many could not stands in the result."""
-    for number, item in enumerate(progress_bar(items, desc=name, unit="cell", leave=False)):
-        if time.monotonic() > end:
-            result["not_begun"][name] = len(items) - number
-            print(f"{name}: the budget is over with {len(items) - number} of {len(items)} to go")
-            return
-        yield item
-
-
-def _print(text: str) -> None:
-    print(f"{text}\n")
-    sys.stdout.flush()
+    for _ in range(calls):
+        function()
+    wait()
+    return time.perf_counter() - start

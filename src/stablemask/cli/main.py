@@ -6,10 +6,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from stablemask import __version__
 from stablemask.cli.parser import parse_options
@@ -20,7 +20,7 @@ from stablemask.writing import BAD_PATH, FULL_DISK
 # In the order a new user meets them. Each is the module of that name in this folder.
 COMMANDS = (
     "env", "build", "demo", "pretrain", "finetune", "merge", "generate", "serve", "evaluate", "compare", "inspect", "export",
-    "bench", "reproduce",
+    "bench",
 )  # fmt: skip
 
 _PACKAGE = Path(__file__).parents[1]
@@ -33,15 +33,21 @@ BROKEN_PIPE = 141  # as the shell reports a process that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code, with one line on stderr where it is not 0.
+    """Run one command and return its exit code, see :func:`exit_code`."""
+    return exit_code(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command, and where it fails say why in one line on stderr.
 
     0 success, 1 a run or a machine that could not go on, 2 bad input, 130 interrupted, 141 stdout closed.
 
     Any other exception is a bug and keeps its traceback.
     """
+    _quieten_libraries()
     try:
         try:
-            return _dispatch(list(sys.argv[1:] if argv is None else argv))
+            return command()
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
     except (InputError, RunError) as error:
@@ -72,15 +78,18 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if name not in _available():
         raise InputError(f"no command {name!r}; the commands are {', '.join(_available())}")
-    _quieten_libraries()
     command = _import_command(name)
+    return run_with_options(command.run, rest, f"stablemask {name}", command.__doc__)
+
+
+def run_with_options(
+    run: Callable[[Any], int | None], argv: Sequence[str], prog: str, description: str | None
+) -> int:
+    """Call a function of one argument, ``options``, a dataclass of options, which is read from ``argv``."""
     options = parse_options(
-        get_type_hints(command.run)["options"],
-        rest,
-        prog=f"stablemask {name}",
-        description=command.__doc__,
+        get_type_hints(run)["options"], argv, prog=prog, description=description
     )
-    return command.run(options) or 0
+    return run(options) or 0
 
 
 def _import_command(name: str) -> ModuleType:

@@ -1,0 +1,121 @@
+"""The paper's claims, measured: studies that train and look into models, and a page that sums them up."""
+
+import os
+import shlex
+import signal
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from stablemask.data.sources import open_source
+from stablemask.errors import InputError
+from stablemask.options import option, option_fields
+from stablemask.writing import only_writer
+
+from . import cost, extrapolation, language, position, sinks, theory
+from .page import differing_verdicts, load_documents, write_page
+from .runner import Stopped, run_studies
+from .study import SCALES, Study
+
+PAGE = "page"
+# In the order they are run and told.
+STUDIES = {
+    study.STUDY.name: study.STUDY
+    for study in (theory, position, language, extrapolation, sinks, cost)
+}
+
+
+@dataclass(kw_only=True)
+class StudyOptions:
+    names: list[str] = option(
+        [],
+        "which studies, or page for the page alone; by default all and the page",
+        choices=(*STUDIES, PAGE),
+        positional=True,
+    )
+    scale: str = option(
+        "small", "small for two cores and 100 minutes, gpu for a large one", choices=SCALES
+    )
+    out: str = option("runs/reproduce", "folder for the results and the work")
+    page: str | None = option(None, "Markdown file to write; by default results.md in --out")
+    text: str | None = option(
+        None, "one more source to model: a file or folder of text, or hub:OWNER/NAME[:CONFIG]"
+    )
+    against: str | None = option(
+        None, "folder of other results, say another machine's: tell which verdicts differ"
+    )
+    seeds: int = option(3, "seeds of every comparison")
+    workers: int | None = option(None, "jobs at a time; by default one a core, or one on a GPU")
+    resume: bool = option(False, "go on with what is in --out; what is done is used again")
+
+
+def run(options: StudyOptions) -> int:
+    out = Path(options.out)
+    _check(options, out)
+    names = [name for name in STUDIES if name in options.names or not options.names]
+    workers = options.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    try:
+        with only_writer(out):
+            run_studies(
+                [_study(name, options) for name in names],
+                scale=options.scale,
+                seeds=options.seeds,
+                workers=workers,
+                out=out,
+                command=_command(options),
+            )
+    except Stopped as stop:
+        here = _command(options).replace("python", shlex.quote(sys.executable), 1)
+        print(f"stopped; go on with: {here} --resume")
+        return 130 if stop.signal is signal.SIGINT else 0
+    page = Path(options.page) if options.page else out / "results.md"
+    for line in write_page(STUDIES, out, page):
+        print(line)
+    print(f"\npage     {page}")
+    return 0 if options.against is None else _compare(out, Path(options.against))
+
+
+def _compare(out: Path, other: Path) -> int:
+    claims, lines = differing_verdicts(STUDIES, out, other)
+    for line in lines:
+        print(f"differs  {line}")
+    print(f"verdicts {claims - len(lines)} of {claims} as in {other}")
+    return 1 if lines else 0
+
+
+def _study(name: str, options: StudyOptions) -> Study:
+    study = STUDIES[name]
+    if study is language.STUDY:
+        return replace(study, jobs=partial(language.jobs, text=options.text))
+    return study
+
+
+def _check(options: StudyOptions, out: Path) -> None:
+    if options.text is not None:
+        open_source(options.text)
+    for name in ("seeds", "workers"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if options.against is not None:  # before hours of work
+        load_documents(STUDIES, Path(options.against))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out must be a folder, {out} is a file")
+    only_page = options.names == [PAGE]
+    begun = out.exists() and any(out.iterdir())
+    if only_page and not begun:
+        raise InputError(f"{out} holds no results; run the studies first")
+    if begun and not options.resume and not only_page:
+        raise InputError(f"{out} is not empty; add --resume to go on, or name another --out")
+
+
+def _command(options: StudyOptions) -> str:
+    """The command with these options, defaults left out."""
+    words = ["python", "-m", "studies", *options.names]
+    for field in option_fields(StudyOptions):
+        value = getattr(options, field.name)
+        if value != field.default and field.name not in ("names", "resume", "page", "against"):
+            words += [field.flag, str(value)]
+    return shlex.join(words)

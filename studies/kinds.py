@@ -1,0 +1,55 @@
+"""The kinds of attention that every study compares, and how each is drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stablemask.report.drawing import COLORS, MARKERS
+
+# Yin et al.'s training form has a finite horizon; their code draws ALiBi's slopes.
+KINDS = (
+    "softmax",
+    "stablemask",
+    "stablemask-finite",
+    "stablemask-slopes",
+    "softmax1",
+    "learned-sink",
+)
+LABELS = {
+    "softmax": "softmax",
+    "stablemask": "StableMask",
+    "stablemask-finite": "StableMask, finite horizon",
+    "stablemask-slopes": "StableMask, head slopes",
+    "softmax1": "softmax-off-by-one",
+    "learned-sink": "learned sink",
+}
+# The variants of StableMask share its colour; lines and markers tell them apart.
+_VARIANTS = {
+    "stablemask-finite": ("#56b4e9", "v", "--"),
+    "stablemask-slopes": ("#003b5c", "P", ":"),
+}
+
+
+def settings_of(kind: str, context: int) -> dict[str, Any]:
+    """``attention``, and the pseudo mass's settings, of a kind at a training context.
+
+    As they stand in :class:`~stablemask.training.options.PretrainOptions`.
+    """
+    if kind == "stablemask-finite":
+        return {"attention": "stablemask", "horizon": context}
+    if kind == "stablemask-slopes":
+        return {"attention": "stablemask", "gamma": "slopes"}
+    return {"attention": kind}
+
+
+def config_fields(kind: str, context: int) -> dict[str, Any]:
+    """The same as fields of a :class:`~stablemask.models.StableMaskConfig`."""
+    settings = settings_of(kind, context)
+    attention = settings.pop("attention")
+    return {"attention": attention, "stablemask": settings or None}
+
+
+def line_style(kind: str) -> dict[str, str]:
+    """Colour, marker and line of a kind, the same in every figure."""
+    color, marker, line = _VARIANTS.get(kind) or (COLORS[kind], MARKERS[kind], "-")
+    return {"color": color, "marker": marker, "ls": line}

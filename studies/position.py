@@ -1,0 +1,224 @@
+"""Can a model tell where a token stands? Identical tokens, and tasks that need absolute positions.
+
+Each job trains a small model a task, in turn, in a plain loop and not by a Trainer: hundreds of trainings
+of a few seconds, of which setting up a Trainer, its loader and its folder would be the greater part. On a
+task all kinds of attention and encodings of positions have the same steps, batches, learning rate and
+sequences, and one rule ends a training early: 99.9 % right on a fixed check.
+
+The jobs compute on the CPU wherever they run: a step of these models is hundreds of kernels of some
+microseconds, for which a GPU waits as long as a core computes, and a machine has more cores than GPUs. Give
+them all, with ``--workers``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import get_cosine_schedule_with_warmup
+
+from stablemask.evaluation.sinks import identical_token_spread
+from stablemask.models import StableMaskConfig, StableMaskForCausalLM
+
+from .kinds import KINDS, config_fields
+from .position_results import ENCODINGS, REFERENCES
+from .position_section import IDENTIFICATION, PARTS, section
+from .study import Job, Record, Study
+from .tasks import TASKS, Task
+
+CHECK_EVERY = 50  # steps
+LEARNT = 0.999  # accuracy on the check that ends a training
+CHECKED, TESTED = 32, 64  # sequences
+SHORTEST = 8  # tokens of the first sequences, where they grow
+
+# `grown` is the share of the steps over which sequences double from SHORTEST to the training length, with as
+# many tokens in a batch. Tried on one seed: without it even-token prediction stays at chance with StableMask
+# and with sinusoidal positions, and copying is learned later; with it positions are identified later.
+_REPEATED = {"steps": 600, "batch": 2, "learning_rate": 1e-2, "grown": 0.0}
+_MIXED = {"steps": 300, "batch": 8, "learning_rate": 3e-3, "grown": 0.0}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "constant": _REPEATED,
+    "runs": _MIXED,
+    "random": _MIXED,
+    "parity": _REPEATED,
+    "copy": {**_MIXED, "grown": 0.6},
+    "even": {"steps": 1000, "batch": 8, "learning_rate": 4e-3, "grown": 0.6},
+}
+LONGER_TRAININGS: dict[str, dict[str, Any]] = {
+    "constant": {**_REPEATED, "steps": 700},
+    "random": {**_MIXED, "batch": 4},
+    "copy": {**_MIXED, "batch": 4, "grown": 0.6},
+    "even": {**TRAININGS["even"], "batch": 4},
+}
+# The variants of StableMask are compared in position identification, at the shortest length.
+VARIANTS = ("stablemask-finite", "stablemask-slopes")
+SPREAD_AFTER = ("constant", "random")
+LENGTHS = {"small": (64, 128), "gpu": (64, 128, 256)}
+STEPS_FACTOR = {"small": 1.0, "gpu": 1.25}
+
+
+def jobs(scale: str, seeds: int) -> list[Job]:
+    """One for each seed, length, encoding and kind; absolute encodings run under softmax alone."""
+    designs = [(encoding, "softmax") for encoding in REFERENCES]
+    designs += [(encoding, kind) for encoding in ENCODINGS for kind in KINDS]
+    return [
+        _job(encoding, kind, length, seed, trainings)
+        for seed in range(seeds)
+        for length in LENGTHS[scale]
+        for encoding, kind in designs
+        if (trainings := _trainings(kind, length, scale))
+    ]
+
+
+def _trainings(kind: str, length: int, scale: str) -> dict[str, dict[str, Any]]:
+    at_first = length == LENGTHS[scale][0]
+    if kind in VARIANTS:
+        chosen = {task: TRAININGS[task] for task in IDENTIFICATION} if at_first else {}
+    else:
+        chosen = TRAININGS if at_first else LONGER_TRAININGS
+    return {
+        task: {**training, "steps": round(training["steps"] * STEPS_FACTOR[scale])}
+        for task, training in chosen.items()
+    }
+
+
+def _job(
+    encoding: str, kind: str, length: int, seed: int, trainings: dict[str, dict[str, Any]]
+) -> Job:
+    steps = sum(training["steps"] for training in trainings.values())
+    tokens = length * sum(training["steps"] * training["batch"] for training in trainings.values())
+    seconds = 5e-3 * steps + 1.2e-5 * tokens
+    return Job(
+        f"{encoding}-{kind}-{length}-{seed}",
+        measure,
+        {
+            "encoding": encoding, "kind": kind, "length": length, "seed": seed,
+            "trainings": trainings,
+        },
+        seconds * (0.45 if encoding in REFERENCES else 0.8),
+    )  # fmt: skip
+
+
+def measure(
+    work: Path,
+    *,
+    encoding: str,
+    kind: str,
+    length: int,
+    seed: int,
+    trainings: Mapping[str, Mapping[str, Any]],
+) -> Record:
+    """Train and test a model on each task, and see how far identical tokens come apart in it.
+
+    Returns:
+        ``spread`` of the final hidden states of identical tokens by what the model was trained on, and of
+        each task the ``steps`` taken, the ``accuracy`` on fresh sequences, the same ``by_position`` in
+        sixteenths of the sequence, and on sequences of ``twice`` the length, each half apart; None for
+        learned positions, which end at the training length.
+    """
+    spread: dict[str, float] = {}
+    tasks: dict[str, Record] = {}
+    for name, training in trainings.items():
+        task = TASKS[name]
+        torch.manual_seed(seed)
+        model = build(encoding, kind, length, task.num_classes(2 * length))
+        spread.setdefault("untrained", identical_token_spread(model, length).spread)
+        steps = train(model, task, length, seed, **training)
+        if name in SPREAD_AFTER:
+            spread[name] = identical_token_spread(model, length).spread
+        tasks[name] = {"steps": steps, **examine(model, task, length, seed)}
+    return {"spread": spread, "tasks": tasks}
+
+
+def build(encoding: str, kind: str, length: int, vocab_size: int) -> StableMaskForCausalLM:
+    """A model of 0.12 million parameters besides its vocabulary."""
+    config = StableMaskConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=length,
+        position_encoding=encoding,
+        initializer_range=0.1,
+        use_cache=False,
+        **config_fields(kind, length),
+    )
+    return StableMaskForCausalLM(config)
+
+
+def train(
+    model: StableMaskForCausalLM,
+    task: Task,
+    length: int,
+    seed: int,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    grown: float,
+) -> int:
+    """Train with AdamW, a tenth of warm-up and a cosine to zero; returns the steps taken."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    data, check = _generator(seed, "train"), _generator(seed, "check")
+    checked = task.sample(check, CHECKED, length)
+    for step in range(1, steps + 1):
+        shown = length_at(step / steps, length, grown)
+        inputs, targets = task.sample(data, batch * length // shown, shown)
+        model(input_ids=inputs, shift_labels=targets).loss.backward()
+        clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % CHECK_EVERY == 0:
+            right = _right(model, *checked)[task.first_scored :]
+            if right.mean().item() >= LEARNT:
+                return step
+    return steps
+
+
+def length_at(done: float, length: int, grown: float) -> int:
+    """Tokens of the sequences when a share ``done`` of the steps has passed."""
+    if done >= grown:
+        return length
+    return min(length, SHORTEST << int(done / grown * math.log2(length / SHORTEST)))
+
+
+def examine(model: StableMaskForCausalLM, task: Task, length: int, seed: int) -> Record:
+    """Accuracies on fresh sequences, of the training length and of twice of it."""
+    data = _generator(seed, "test")
+    first = task.first_scored
+    right = _right(model, *task.sample(data, TESTED, length))
+    result: Record = {
+        "accuracy": right[first:].mean().item(),
+        "by_position": [round(part.mean().item(), 4) for part in right.chunk(PARTS)],
+        "twice": None,
+    }
+    if model.config.position_encoding != "learned":
+        right = _right(model, *task.sample(data, TESTED, 2 * length))
+        result["twice"] = [right[first:length].mean().item(), right[length:].mean().item()]
+    return result
+
+
+@torch.no_grad()
+def _right(model: StableMaskForCausalLM, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Share of right answers by position, (length,)."""
+    answers = model(input_ids=inputs).logits.argmax(-1)
+    return (answers == targets).float().mean(0)
+
+
+def _generator(seed: int, use: str) -> Generator:
+    uses = ("train", "check", "test")
+    return Generator().manual_seed(len(uses) * seed + uses.index(use))
+
+
+STUDY = Study(name="position", title="Absolute position", jobs=jobs, section=section)

@@ -1,0 +1,238 @@
+"""Runs the jobs of studies in processes of their own, and goes on with what is done already.
+
+OUT/NAME.json              a study: scale, seeds, hardware, versions, command, and a record of each job
+OUT/work/records/NAME/     the record of each job, written when it is done
+OUT/work/models/           what the jobs have trained
+OUT/work/jobs-*.log        what they have printed
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from benchmarks.environment import describe
+from stablemask import strict_json
+from stablemask.bars import progress_bar
+from stablemask.errors import InputError, RunError
+from stablemask.reading import parse_json, read_json
+
+from .study import Job, Record, Study
+
+
+class Stopped(BaseException):
+    """A signal has ended the studies; what was done is stored."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def run_studies(
+    studies: Sequence[Study], *, scale: str, seeds: int, workers: int, out: Path, command: str
+) -> None:
+    """Do all jobs of the studies and write the record of each study as its last job is done.
+
+    Args:
+        workers: processes at a time; on a CPU each computes on one thread.
+
+    Raises:
+        Stopped: by SIGINT or SIGTERM.
+        InputError, RunError: a job could not do its work; those done before are stored.
+    """
+    queue = [(study, job) for study in studies for job in study.jobs(scale, seeds)]
+    done = {id(job): _stored(out, study, job) for study, job in queue}
+    todo = [(study, job) for study, job in queue if done[id(job)] is None]
+    about = {"scale": scale, "seeds": seeds, "workers": workers}
+    here = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here["command"] = command
+
+    def finish(study: Study) -> None:
+        records = [done[id(job)] for of, job in queue if of is study]
+        if all(record is not None for record in records):
+            _write(out / f"{study.name}.json", _document(study, about | here, records))
+
+    for study in studies:
+        finish(study)
+    if not todo:
+        return
+    with (
+        _pool(workers, out / "work") as pool,
+        _stop_on_signals(pool),
+        progress_bar(
+            total=sum(job.cost for _, job in queue),
+            initial=sum(job.cost for _, job in queue) - sum(job.cost for _, job in todo),
+            bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",
+        ) as bar,
+    ):
+        running: dict[Future, tuple[Study, Job]] = {}
+        waiting = iter(todo)
+        failure: InputError | RunError | None = None
+        while True:
+            # No more than can begin at once, so that a stop leaves nothing half begun.
+            while len(running) < workers and (following := next(waiting, None)) is not None:
+                study, job = following
+                future = pool.submit(_run, job.run, out / "work", dict(job.arguments))
+                running[future] = following
+                bar.set_postfix_str(f"{study.name} {job.name}")
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                study, job = running.pop(future)
+                try:
+                    result = _result(future, study, job, out)
+                except (InputError, RunError) as error:
+                    # Nothing more begins; what runs beside it ends and is kept.
+                    failure, waiting = failure or error, iter(())
+                    bar.set_postfix_str(f"{study.name} {job.name} failed")
+                    continue
+                record = {"job": job.name, **job.arguments, **result, "hardware": here["hardware"]}
+                _write(_record_file(out, study, job), record)
+                done[id(job)] = record
+                bar.update(job.cost)
+                finish(study)
+        if failure is not None:
+            raise failure
+
+
+def load_study(out: Path, name: str) -> dict[str, Any] | None:
+    """What :func:`run_studies` has written of a study, None where it has not.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = out / f"{name}.json"
+    return read_json(path) if os.path.exists(path) else None
+
+
+def _run(run: Callable[..., Any], work: Path, arguments: dict[str, Any]) -> Record:
+    began, computed = time.perf_counter(), time.process_time()
+    record = dict(run(work, **arguments))
+    seconds = {
+        "seconds": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(time.process_time() - computed, 2),
+    }
+    return record | seconds
+
+
+def _result(future: Future, study: Study, job: Job, out: Path) -> Record:
+    try:
+        return future.result()
+    except (InputError, RunError) as error:
+        raise type(error)(f"{study.name}, {job.name}: {error}") from error
+    except BrokenProcessPool as error:
+        raise RunError(
+            f"the process of {study.name}, {job.name} died, perhaps for want of memory; "
+            f"{out / 'work'} holds its log"
+        ) from error
+
+
+@contextmanager
+def _pool(workers: int, work: Path) -> Iterator[ProcessPoolExecutor]:
+    """Processes that begin anew, with none of this one's threads."""
+    work.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_worker,
+        initargs=(str(work),),
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _stop_on_signals(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends the jobs, which save what they train, and raises :class:`Stopped`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once
+        for pid in pool._processes or ():
+            os.kill(pid, signal.SIGINT)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _begin_worker(work: str) -> None:
+    """What a job prints goes to a file; it ends with the process that began it."""
+    log = os.open(Path(work) / f"jobs-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.setpgid(0, 0)  # Ctrl-C comes from the parent, once
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _record_file(out: Path, study: Study, job: Job) -> Path:
+    return out / "work" / "records" / study.name / f"{job.name}.json"
+
+
+def _stored(out: Path, study: Study, job: Job) -> Record | None:
+    """The record of a job that was done with these arguments."""
+    try:
+        record = parse_json(_record_file(out, study, job).read_bytes())
+    except (OSError, ValueError):
+        return None
+    arguments = json.loads(json.dumps(dict(job.arguments)))
+    same = all(record.get(name) == value for name, value in arguments.items())
+    return record if same else None
+
+
+def _document(study: Study, about: dict[str, Any], records: list[Record | None]) -> dict[str, Any]:
+    done = [record for record in records if record is not None]
+    # Where a study was gone on with on another machine, both.
+    machines = dict.fromkeys(record.get("hardware", about["hardware"]) for record in done)
+    seconds = sum(record["seconds"] for record in done)
+    return {
+        "study": study.name, **about, "hardware": "; ".join(machines),
+        "job_seconds": round(seconds, 1), "records": done,
+    }  # fmt: skip
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(_as_json(content), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    """A line for each field and, at the end, each record, so that a study can be compared with an older one."""
+    fields = {name: value for name, value in content.items() if name != "records"}
+    text = strict_json.dumps(fields, indent=1)
+    if "records" in content:
+        lines = ",\n".join(map(strict_json.dumps, content["records"]))
+        text = f'{text[:-2]},\n "records": [\n{lines}\n]\n}}'
+    return text + "\n"
