@@ -29,6 +29,18 @@ def test_every_cell_has_a_ratio(capsys):
     assert all(re.fullmatch(r"(\s+\d+\.\d\d){2}", line[27:]) for line in lines)
 
 
+def test_only_a_backward_pass_is_timed_with_gradients(monkeypatch):
+    modes = []
+
+    def ratio(*given):
+        modes.append(torch.is_grad_enabled())
+        return 1.0
+
+    monkeypatch.setattr(bench, "_ratio", ratio)
+    assert main([*QUICK, "--lengths", "32", "--dtypes", "float32"]) == 0
+    assert modes == [False, True, False] * 3
+
+
 def test_the_ratio_is_ours_over_the_stock_calls(monkeypatch):
     taken = {"ours": 3.0, "stock": 2.0}
     monkeypatch.setattr(bench, "_seconds", lambda function, calls, device: taken[function()])
