@@ -241,7 +241,7 @@ def _ablation_claims(ablation: list[Record], grid: list[Record]) -> list[Claim]:
     if constant is not None:
         claims.append(
             Claim(
-                "The decay helps, and not only the outlet: StableMask is better than a constant mass of the same mean",
+                "The decay helps, and not the pseudo mass alone: StableMask is better than a constant mass of the same mean",
                 f"nats less the constant mass's: {constant.text(3)}",
                 verdict([constant.below(0, SAME)]),
             )
@@ -254,7 +254,7 @@ def _ablation_claims(ablation: list[Record], grid: list[Record]) -> list[Claim]:
     if floors:
         claims.append(
             Claim(
-                "A floor under the mass, so that late rows keep an outlet, is better than the default",
+                "A floor under the mass, so that late rows keep one, is better than the default",
                 "nats less the default's: "
                 + "; ".join(f"{k} {v.text(3)}" for k, v in floors.items()),
                 verdict([less.below(0, SAME) for less in floors.values()]),

@@ -35,7 +35,7 @@ IDENTIFICATION = {
     "random": "random tokens",
 }
 USES = ("even", "parity", "copy")  # tasks that use the position
-CONSTANT_OUTLETS = ("softmax1", "learned-sink")
+CONSTANT_MASSES = ("softmax1", "learned-sink")
 SAME = 1e-3  # hidden states, which the last norm brings to about 1, that differ by rounding alone
 
 T = TypeVar("T")
@@ -87,12 +87,12 @@ def _stablemask_sees(results: Results) -> Claim:
 
 def _decay_is_needed(results: Results) -> Claim:
     holds, measured = [], []
-    for kind in CONSTANT_OUTLETS:
+    for kind in CONSTANT_MASSES:
         found = results.of_kind("constant", kind)
         holds += [at_chance(value, "constant", length) for (_, length), value in found.items()]
         measured.append(f"{LABELS[kind]}: {_enumerated(found)}")
     return Claim(
-        "It takes the decay of the mass: an outlet of constant size does not tell the position.",
+        "It takes the decay of the mass: a pseudo mass of constant size does not tell the position.",
         "positions of identical tokens found with " + "; ".join(measured),
         verdict(holds),
     )
@@ -210,7 +210,7 @@ def _halves_table(results: Results, tasks: Sequence[str]) -> str:
 
 
 def _gap_table(results: Results, tasks: Sequence[str]) -> str:
-    others = ("stablemask-finite", *CONSTANT_OUTLETS)
+    others = ("stablemask-finite", *CONSTANT_MASSES)
     pairs = [("stablemask", "softmax"), *((kind, "stablemask") for kind in others)]
     head = ["", *(f"{LABELS[kind]} over {LABELS[other]}" for kind, other in pairs)]
     rows = [
@@ -232,10 +232,10 @@ def _gaps(gaps: dict[Column, Estimate]) -> str:
     return f"ahead in {sum(map(bool, in_front))}, behind in {sum(map(bool, at_back))} of {len(gaps)} ({extent})"
 
 
-def _outlets(results: Results) -> str:
-    """In how many cells an outlet of constant size tells positions of identical tokens."""
+def _constant_masses(results: Results) -> str:
+    """In how many cells a pseudo mass of constant size tells positions of identical tokens."""
     found = []
-    for kind in CONSTANT_OUTLETS:
+    for kind in CONSTANT_MASSES:
         accuracies = results.of_kind("constant", kind)
         chances = [TASKS["constant"].chance(length) for _, length in accuracies]
         above = [a.mean > chance + MARGIN for a, chance in zip(accuracies.values(), chances)]
@@ -287,8 +287,8 @@ def _body(records: Sequence[Record], results: Results) -> str:
             "that holds at every relative encoding and length is reproduced; at some, partly.",
             "**Identical tokens.** With relative positions every row of plain softmax averages equal values: the "
             "same output at every position, in every layer. A row with a sink logit c leaves its tokens the share "
-            "Z / (Z + exp c), and Z, a sum over the i + 1 tokens it sees, grows with i. So it is the outlet that breaks "
-            f"the symmetry, also one of constant size, and not the decay alone: {_outlets(results)}. What the decay "
+            "Z / (Z + exp c), and Z, a sum over the i + 1 tokens it sees, grows with i. So it is the pseudo mass that breaks "
+            f"the symmetry, also one of constant size, and not the decay alone: {_constant_masses(results)}. What the decay "
             "adds to that, tables below tell. Largest deviation of final hidden states from those of the first token, "
             "over seeds: untrained / trained on one token repeated / trained on random tokens.",
             _spread_table(records),

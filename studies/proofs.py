@@ -170,7 +170,7 @@ def late_rows_with_a_floor() -> bool:
     )
 
 
-def size_of_the_outlet() -> bool:
+def size_of_the_mass() -> bool:
     """In multiples k of 1 / gamma: M is e^-k / gamma there, the smaller gamma the closer."""
     multiple = sp.Symbol("k", positive=True)
     return sp.limit(_GAMMA * infinite_mass(multiple / _GAMMA), _GAMMA, 0, "+") == sp.exp(-multiple)
@@ -317,9 +317,9 @@ STATEMENTS = {
         "logit's gradient is $-M / (Z + M) \\cdot D$.",
         "symbolic", stock_backward_is_exact,
     ),
-    "outlet": Statement(
+    "size of the mass": Statement(
         "At row $k / \\gamma$ the mass is $e^{-k} / \\gamma$, in the limit of small $\\gamma$.",
-        "symbolic", size_of_the_outlet,
+        "symbolic", size_of_the_mass,
     ),
     "late rows": Statement(
         "Infinite horizon: the share tends to 1 in late rows, even of scores so low that $Z$ is bounded.",
@@ -327,7 +327,7 @@ STATEMENTS = {
     ),
     "late rows, floor": Statement(
         "With a floor, $M + c$, it tends to 1 with equal scores, and to $Z / (Z + c) < 1$ where $Z$ is "
-        "bounded: late rows keep an outlet.",
+        "bounded: late rows keep a pseudo mass.",
         "symbolic", late_rows_with_a_floor,
     ),
 }  # fmt: skip

@@ -44,7 +44,7 @@ def stable_mask_attention(
     enable_gqa: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """StableMask attention: causal attention whose masked upper triangle absorbs surplus attention.
+    """StableMask attention: causal attention that may leave a share of each row to its pseudo mass.
 
         out[i] = sum_{j<=i} exp(s_ij) v_j / (sum_{j<=i} exp(s_ij) + M_i)
 

@@ -117,7 +117,7 @@ def test_empty_file_gives_nothing(tmp_path):
         (["--model", "m", "--precision", "int8"], ["--precision", "'int8'", "float32, bfloat16"]),
         (["--model", "m", "--gamma", "steep"], ["--gamma", "a number or one of slopes or none"]),
         (["--model", "m", "--max-new", "3"], ["--max-new"]),  # no abbreviations
-        (["--model", "m", "surplus"], ["surplus"]),
+        (["--model", "m", "more"], ["more"]),
         (["--model"], ["--model"]),
     ],
 )

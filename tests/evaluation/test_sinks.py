@@ -49,7 +49,7 @@ def test_maps_sum_to_one_and_give_the_output_of_the_module(position, kind):
         torch.testing.assert_close(real @ value.detach(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_pseudo_share_is_the_mask_ratio_of_the_method():
+def test_the_mask_ratio_is_that_of_the_method():
     model = tiny_model(stablemask={"gamma": "slopes", "horizon": 30}, position_encoding="nope")
     for layer in model.model.layers:  # equal scores: Z is the number of visible tokens
         layer.self_attn.q_proj.weight.data.zero_()
@@ -60,7 +60,7 @@ def test_the_pseudo_share_is_the_mask_ratio_of_the_method():
     torch.testing.assert_close(maps.pseudo, expected.expand(2, 4, LENGTH))
 
 
-def test_softmax_has_no_pseudo_share():
+def test_softmax_has_a_mask_ratio_of_0():
     maps = attention_maps(tiny_model(attention="softmax"), random_ids(LENGTH))
     assert (maps.pseudo == 0).all()
     assert real_share(maps) == pytest.approx(1)

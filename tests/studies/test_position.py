@@ -34,7 +34,7 @@ def test_softmax_answers_alike_at_every_position_of_identical_tokens(encoding):
 
 
 @pytest.mark.parametrize("kind", ["stablemask", "stablemask-slopes", "softmax1", "learned-sink"])
-def test_an_outlet_teaches_positions_of_identical_tokens(kind):
+def test_a_pseudo_mass_or_a_sink_teaches_positions_of_identical_tokens(kind):
     training = {**FEW, "steps": 100}
     model = position.build("rope", kind, LENGTH, 2 * LENGTH)
     position.train(model, TASKS["constant"], LENGTH, seed=0, **training)
@@ -223,7 +223,7 @@ def test_a_verdict_follows_its_accuracies(records, claim, change):
     some = verdicts(changed(records, **change, encoding="rope"))
     assert some.pop(claim) == "partly reproduced"
     every = verdicts(changed(records, **change))
-    expected = "partly reproduced" if claim == DECAY else "not reproduced"  # one outlet of two
+    expected = "partly reproduced" if claim == DECAY else "not reproduced"  # one mass of two
     assert every.pop(claim) == expected
     if change["task"] != "constant":
         assert set(some) == set(every) == {"reproduced"}

@@ -28,7 +28,7 @@ SLIPS = [
     ("backward", "value.T - row_sum", "value.T - 2 * row_sum"),
     ("backward", "[sp.log(mass) for mass in masses]", "[sp.log(mass) for mass in real]"),
     ("backward", "[-sp.exp(sink[row] - joint", "[sp.exp(sink[row] - joint"),
-    ("outlet", "multiple / _GAMMA", "2 * multiple / _GAMMA"),
+    ("size of the mass", "multiple / _GAMMA", "2 * multiple / _GAMMA"),
     ("late rows", "(real, infinite_mass(_ROW))", "(real, infinite_mass(_ROW) + _CONSTANT)"),
     ("late rows, floor", "infinite_mass(_ROW) + _CONSTANT", "infinite_mass(_ROW)"),
 ]

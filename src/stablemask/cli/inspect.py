@@ -1,4 +1,4 @@
-"""Where a model's attention goes on a text, as one HTML page: sinks, pseudo share, attention maps."""
+"""Where a model's attention goes on a text, as one HTML page: sinks, mask ratio, attention maps."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path

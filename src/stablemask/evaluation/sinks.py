@@ -1,4 +1,4 @@
-"""What is read off attention: sinks, the pseudo share, what tokens receive, and lost positions.
+"""What is read off attention: sinks, the mask ratio, what tokens receive, and lost positions.
 
 Shapes: L layers, H heads, n tokens.
 """

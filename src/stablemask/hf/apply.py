@@ -46,7 +46,7 @@ def apply_stablemask(
     if isinstance(model, StableMaskPreTrainedModel):
         if config.attention == "learned-sink":
             raise ValueError(
-                "a model with learned sinks has its outlet already; retrain it instead"
+                "a model with learned sinks takes no pseudo mass beside them; retrain it instead"
             )
         config.attention = "stablemask"
     config.stablemask = settings

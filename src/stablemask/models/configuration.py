@@ -1,4 +1,4 @@
-"""What a model is: its sizes, how it knows positions, and where its surplus attention goes."""
+"""What a model is: its sizes, how it knows positions, and what sink its attention has."""
 
 from typing import Any, ClassVar
 

@@ -43,10 +43,9 @@ def complete_settings(
             - ``shift``: added to the log of the mass: a number, or a list for each layer of one number
               per query head; default 0. Far below 0 a head is plain softmax;
             - ``hold``: the last position at which the mass falls, later ones keep it; default with an
-              infinite horizon ``context - 1``, so that rows past the training context have the outlet
-              they were trained with. None: it falls for ever. With 0 every row has the mass of row 0;
-            - ``floor``: a constant added to the mass of every row, so that late ones keep an outlet;
-              default 0;
+              infinite horizon ``context - 1``, so that rows past the training context have a mass
+              that was trained. None: it falls for ever. With 0 every row has the mass of row 0;
+            - ``floor``: a constant added to the mass of every row, so that it never vanishes; default 0;
             - ``layers``: numbers of the layers that have a mass, in our own decoder; default all.
         num_heads: query heads of the model.
         context: its training context, or None where it names none.
