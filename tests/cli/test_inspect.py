@@ -86,7 +86,7 @@ def test_a_model_that_asks_for_stablemask_runs_it(run, llama_folder, tmp_path_fa
     (folder / "config.json").write_text(json.dumps({**config, "stablemask": {"gamma": 0.01}}))
     printed, _ = run("--model", str(folder))
     assert "stablemask: gamma 0.01, infinite horizon" in printed
-    assert "pseudo share                  0.0%" not in printed
+    assert "mask ratio                    0.0%" not in printed
 
 
 def test_what_is_cut_is_said(run):

@@ -25,9 +25,11 @@ from stablemask.report.drawing import COLORS
 from stablemask.report.inspection import SHADES, HeadMaps, Inspection, inspect_model
 from stablemask.report.inspection_figures import layer_figures
 from stablemask.report.inspection_page import (
+    MEANINGS,
     attention_in_words,
     render_inspection,
     summary_rows,
+    takeaway,
 )
 from stablemask.report.page import PAPER
 
@@ -117,7 +119,7 @@ def test_with_a_token_in_front_the_same_tokens_are_scored(tokenizer):
 def test_a_chart_by_layer_for_each_of_four_numbers(pair):
     charts = dict(layer_figures(pair))
     assert list(charts) == [
-        "Attention on the first token", "Pseudo share", "Largest activation", "Kurtosis",
+        "Attention on the first token", "Mask ratio", "Largest activation", "Kurtosis",
     ]  # fmt: skip
     text = render_inspection(pair)
     for title, uri in charts.items():
@@ -125,7 +127,7 @@ def test_a_chart_by_layer_for_each_of_four_numbers(pair):
         assert COLORS["softmax"] in svg
         assert COLORS["stablemask"] in svg
         assert f'alt="{title}, by layer" src="{uri}"' in text
-    assert "Pseudo share" not in dict(layer_figures(pair[:1]))
+    assert "Mask ratio" not in dict(layer_figures(pair[:1]))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_self_contained(page):
     assert outside == [PAPER]
 
 
-def test_every_layer_and_head_is_drawn_beside_its_pseudo_share(page, pair):
+def test_every_layer_and_head_is_drawn_beside_its_mask_ratio(page, pair):
     assert page.tags.count("details") == 3
     text = render_inspection(pair)
     drawn = images(text)
@@ -206,6 +208,32 @@ def test_the_table_holds_what_was_measured(page, pair):
         "constant from position 63",
     ]
     assert shown["layers × heads"] == ["3 × 4"] * 2
+
+
+def test_it_opens_with_where_attention_goes_and_what_that_does_not_show(pair):
+    def told(inspections, share):
+        layers = [
+            replace(one, first_token=torch.full((4,), share)) for one in inspections[0].layers
+        ]
+        return takeaway([replace(inspections[0], layers=layers), *inspections[1:]])
+
+    tokens = len(pair[0].tokens)
+    even = sum(1 / row for row in range(2, tokens + 1)) / (tokens - 1)
+    assert told(pair[:1], 2.1 * even) == (
+        f"plain gives its first token {2.1 * even:.1%} of its attention, where an even spread gives "
+        f"{even:.1%}, and makes it a sink in 3 of 3 layers."
+    )
+    assert told(pair[:1], 1.9 * even).endswith(f"{even:.1%}, and has no sink.")
+    assert told(pair, even).endswith(f"; {pair[1].pseudo:.1%} goes to its pseudo mass.")
+    text = html.unescape(render_inspection(pair))
+    lead = re.findall("<p.*?>(.*?)</p>", text)[:2]
+    assert lead[0] == takeaway(pair)
+    assert lead[1].startswith(f"This is one text of {tokens} tokens: it does not show")
+
+
+def test_every_number_says_what_it_means(pair):
+    assert MEANINGS.keys() < dict(summary_rows(pair)).keys()
+    assert render_inspection(pair).count("<small>") == len(MEANINGS)
 
 
 def test_what_was_cut_is_said(tokenizer, pair):

@@ -1,22 +1,36 @@
 """The page: whole, self-contained, and saying what the numbers say."""
 
 import base64
+import html
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import matplotlib
 import pytest
 
 from stablemask.evaluation import perplexity_of
+from stablemask.evaluation.sinks import even_first_token
 from stablemask.models.configuration import ATTENTION_KINDS
-from stablemask.report.drawing import COLORS, STYLE, svg_uri, visible_token
-from stablemask.report.figures import draw_all, mask_ratio, perplexity_by_length
-from stablemask.report.html import FIGURES, render
+from stablemask.report.comparison_page import FIGURES, render_comparison
+from stablemask.report.drawing import COLORS, svg_uri, visible_token
+from stablemask.report.figures import (
+    attention_of_heads,
+    draw_all,
+    mask_ratio,
+    perplexity_by_length,
+)
 from stablemask.report.page import PAPER
-from stablemask.report.summary import captions, table, text_table, what_differs
+from stablemask.report.summary import (
+    captions,
+    caveat,
+    sinks,
+    table,
+    takeaway,
+    text_table,
+    what_differs,
+)
 
 from .conftest import COMMAND
 
@@ -44,7 +58,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "td" in self.open or "th" in self.open:
+        if ("td" in self.open or "th" in self.open) and "small" not in self.open:
             self.rows[-1][-1] += data
         if "pre" in self.open:
             self.pre += data
@@ -52,7 +66,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(comparison) -> Reader:
-    return Reader(render(comparison))
+    return Reader(render_comparison(comparison))
 
 
 def test_self_contained(page):
@@ -64,12 +78,14 @@ def test_self_contained(page):
 
 def test_every_figure_is_a_drawing(page, comparison):
     images = [target for target in page.references if target.startswith("data:")]
-    assert len(images) == len(FIGURES) == len(captions(comparison))
+    assert page.tags.count("figure") == len(FIGURES) == len(captions(comparison))
+    assert len(images) == sum(map(len, draw_all(comparison).values())) >= len(FIGURES)
     for image in images:
         header, data = image.split(",")
         assert header == "data:image/svg+xml;base64"
         root = ElementTree.fromstring(base64.b64decode(data))
         assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 20
+        assert float(root.get("width").removesuffix("pt")) < 360  # legible on a telephone
 
 
 def test_the_table_is_that_of_the_results(page, comparison):
@@ -103,7 +119,9 @@ def test_generated_text_is_escaped(comparison):
     runs = {label: replace(run, sample=evil) for label, run in comparison.runs.items()}
     snippet = ["<b>", "$a$", "\u6f22", *comparison.snippet[3:]]
     page = Reader(
-        render(replace(comparison, runs=runs, prompt="<i>", snippet=snippet, identical_token="<u>"))
+        render_comparison(
+            replace(comparison, runs=runs, prompt="<i>", snippet=snippet, identical_token="<u>")
+        )
     )
     assert not {"script", "i", "u"} & set(page.tags)
     assert page.pre.count("<i>" + evil) == 2
@@ -146,7 +164,7 @@ def test_a_length_that_was_not_scored(comparison):
         **comparison.runs,
         "stablemask": replace(run, perplexity=[*run.perplexity[:2], missing]),
     }
-    page = render(replace(comparison, runs=runs))
+    page = render_comparison(replace(comparison, runs=runs))
     assert "stablemask, 128 tokens: too &lt;little&gt; text" in page
     assert table(replace(comparison, runs=runs))[2].text("stablemask") == "–"
 
@@ -160,7 +178,7 @@ def test_runs_that_differ_in_more_than_attention_are_not_said_to_be_alike(compar
 
 def test_three_runs_of_one_kind(comparison):
     runs = {**comparison.runs, "stablemask, again": comparison.runs["stablemask"]}
-    page = Reader(render(replace(comparison, runs=runs)))
+    page = Reader(render_comparison(replace(comparison, runs=runs)))
     assert len([row for row in page.rows if len(row) == 4]) > 8
 
 
@@ -197,7 +215,8 @@ def test_a_perplexity_past_all_bounds_is_told_and_spoils_nothing(comparison, nat
     assert "inf" not in caption
     assert "nan" not in caption
     assert len(caption) < 1000
-    drawn = base64.b64decode(svg_uri(perplexity_by_length(comparison)).split(",")[1]).decode()
+    [(_, figure)] = perplexity_by_length(comparison)
+    drawn = base64.b64decode(svg_uri(figure).split(",")[1]).decode()
     assert f"<!-- {shown} -->" in drawn
 
     def refuse(constant):
@@ -209,10 +228,8 @@ def test_a_perplexity_past_all_bounds_is_told_and_spoils_nothing(comparison, nat
     assert (row["perplexity"] is None) == (nats > 709.8)
 
 
-@pytest.mark.parametrize("layers", [1, 4, 5])
-def test_every_figure_of_any_number_of_layers_and_heads(comparison, layers):
-    heads = 3
-
+@pytest.mark.parametrize(("layers", "heads"), [(1, 3), (4, 3), (5, 9)])
+def test_every_figure_of_any_number_of_layers_and_heads(comparison, layers, heads):
     def resized(run):
         ratio = [[run.mask_ratio[0][0]] * heads] * layers
         return replace(
@@ -224,8 +241,74 @@ def test_every_figure_of_any_number_of_layers_and_heads(comparison, layers):
         )
 
     runs = {label: resized(run) for label, run in comparison.runs.items()}
-    with matplotlib.rc_context(STYLE):
-        panels = mask_ratio(replace(comparison, runs=runs, head=0)).axes
-    shown = [axes.get_title(loc="left") for axes in panels if axes.get_visible()]
-    assert shown == [f"layer {layer}" for layer in range(layers)]
-    assert draw_all(replace(comparison, runs=runs, head=0)).keys() == FIGURES.keys()
+    resized_comparison = replace(comparison, runs=runs, head=0)
+    assert [title for title, _ in mask_ratio(resized_comparison)] == [
+        f"layer {layer}" for layer in range(layers)
+    ]
+    for _, figure in attention_of_heads(resized_comparison):
+        shown = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+        assert shown == [f"head {head}" for head in range(heads)]
+    assert draw_all(resized_comparison).keys() == FIGURES.keys()
+
+
+def with_first_token(comparison, shares):
+    """The comparison with a share of the first token for each run, the same in all layers."""
+    return replace(
+        comparison,
+        runs={
+            label: replace(
+                run, **dict.fromkeys(("first_token", "first_token_of_real"), [share] * 2)
+            )
+            for (label, run), share in zip(comparison.runs.items(), shares)
+        },
+    )
+
+
+def test_it_opens_with_what_was_found_and_what_that_does_not_show(comparison):
+    def told(softmax, stablemask, gaps):
+        perplexities = {"softmax": softmax, "stablemask": stablemask}
+        losses = {"softmax": [0.0] * 3, "stablemask": gaps}
+        runs = {
+            label: replace(
+                run,
+                perplexity=[{**row, "perplexity": perplexities[label]} for row in run.perplexity],
+                validation=[
+                    {"step": 2 * i, "loss": 3 + loss} for i, loss in enumerate(losses[label])
+                ],
+            )
+            for label, run in comparison.runs.items()
+        }
+        return with_first_token(replace(comparison, runs=runs), [0.05, 0.05])
+
+    found = told(50.0, 40.0, [0.0, -0.3, -0.125])
+    assert takeaway(found) == (
+        "At the training length of 32 tokens the validation perplexity is 50.00 with softmax and 40.00 "
+        "with stablemask, 20.0% lower."
+    )
+    assert "largest at step 2, 0.300 nats a token, and is 0.125 at the end" in caveat(found)
+    assert "gap is largest at the end, 0.400 nats" in caveat(told(50.0, 60.0, [0.1, 0.2, 0.4]))
+    assert "60.00 with stablemask, 20.0% higher" in takeaway(told(50.0, 60.0, [0.1, 0.2, 0.4]))
+    text = html.unescape(render_comparison(found))
+    lead = re.findall("<p.*?>(.*?)</p>", text)[:2]
+    assert lead == [takeaway(found), caveat(found)]
+
+
+def test_a_sink_is_told_of_only_where_there_is_one(comparison):
+    even = even_first_token(32)  # 0.099, of 1/2, 1/3, ... 1/32
+    none = with_first_token(comparison, [even, 1.9 * even])
+    assert sinks(none) == []
+    told = re.sub("<[^>]*>", " ", render_comparison(none))
+    assert re.findall(r"[^.]*\bsinks?\b[^.]*", told) == [
+        " No layer of any run gives it more than twice as much, so none has made it a sink"
+    ]
+    one = with_first_token(comparison, [0.4, even])
+    assert sinks(one) == ["softmax"]
+    assert takeaway(one).endswith(
+        f"the first token is a sink in softmax (40.0% of all attention) and not in stablemask ({even:.1%})."
+    )
+    assert "their sink" in render_comparison(one)
+
+
+def test_every_number_says_what_it_means(comparison):
+    assert all(row.meaning for row in table(comparison))
+    assert render_comparison(comparison).count("<small>") == len(table(comparison))

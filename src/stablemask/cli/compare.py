@@ -9,8 +9,8 @@ from stablemask.cli.page import labels, where_it_is, whole_file
 from stablemask.errors import InputError
 from stablemask.options import option
 from stablemask.report.comparison import compare
-from stablemask.report.html import render
-from stablemask.report.summary import text_table, what_differs
+from stablemask.report.comparison_page import render_comparison
+from stablemask.report.summary import caveat, takeaway, text_table, what_differs
 
 SUMMARY = "runs of your own, side by side"
 
@@ -43,8 +43,10 @@ def run(options: CompareOptions) -> None:
             command=_command(options),
         )
         if page is not None:
-            page.write_text(render(comparison), encoding="utf-8")
-    print(f"{text_table(comparison)}\n\n{what_differs(comparison)}")
+            page.write_text(render_comparison(comparison), encoding="utf-8")
+    print(
+        f"{text_table(comparison)}\n\n{takeaway(comparison)}\n{caveat(comparison)}\n{what_differs(comparison)}"
+    )
     if options.out is not None:
         print(f"\n{where_it_is(options.out)}")
 

@@ -13,8 +13,8 @@ from stablemask.cli.page import where_it_is, whole_file
 from stablemask.errors import InputError
 from stablemask.options import option, option_fields
 from stablemask.report.comparison import compare
-from stablemask.report.html import render
-from stablemask.report.summary import text_table
+from stablemask.report.comparison_page import render_comparison
+from stablemask.report.summary import caveat, takeaway, text_table
 from stablemask.shell import runnable
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import OPTIONS_FILE, pretrain
@@ -59,10 +59,13 @@ def run(options: DemoOptions) -> int:
             seed=options.seed,
             command=_command(options),
         )
-        for name, text in {RESULTS: comparison.to_json(), REPORT: render(comparison)}.items():
+        for name, text in {
+            RESULTS: comparison.to_json(),
+            REPORT: render_comparison(comparison),
+        }.items():
             with whole_file(out / name) as partial:
                 partial.write_text(text, encoding="utf-8")
-    print(f"\n{text_table(comparison)}\n")
+    print(f"\n{text_table(comparison)}\n\n{takeaway(comparison)}\n{caveat(comparison)}\n")
     print(_what_next(options))
     return 0
 

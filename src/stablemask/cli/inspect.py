@@ -11,7 +11,7 @@ from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
 from stablemask.options import option
 from stablemask.report.inspection import MAP_BYTES, MAX_TOKENS, Inspection, inspect_model
-from stablemask.report.inspection_page import render_inspection, summary_rows
+from stablemask.report.inspection_page import render_inspection, summary_rows, takeaway
 
 SUMMARY = "where a model's attention goes on a text, as an HTML page"
 
@@ -53,7 +53,7 @@ def run(options: InspectOptions) -> None:
                 )
             )
         partial.write_text(render_inspection(inspections), encoding="utf-8")
-    print(_table(inspections))
+    print(f"{_table(inspections)}\n\n{takeaway(inspections)}")
     print(f"\n{where_it_is(Path(options.out))}")
 
 

@@ -1,16 +1,19 @@
-"""What the drawings of every report share: colours, style, labels, and the way into a page.
+"""What the drawings of every report share: colours, lines, style, labels, and the way into a page.
 
 An attention kind has the same colour everywhere; models of one kind differ by their line. The colours
-are from Okabe and Ito's palette, which the colour-blind can tell apart.
+are from Okabe and Ito's palette, which the colour-blind can tell apart. Legends stand in the page.
 """
 
 import base64
 import io
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLORS = {
     "softmax": "#d55e00",
@@ -19,8 +22,8 @@ COLORS = {
     "learned-sink": "#cc79a7",
 }
 MARKERS = {"softmax": "s", "stablemask": "o", "softmax1": "^", "learned-sink": "D"}
-LINES = ("-", "--", ":", "-.")
 GRAY = "#6b7280"
+WIDTH = 4.8  # inches: a drawing fits a telephone, and two stand side by side on a wider screen
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -40,6 +43,46 @@ STYLE: dict[Any, Any] = {
 # A square root keeps the many small shares of a row apart from zero.
 MAP_COLORS = matplotlib.colormaps["magma_r"].with_extremes(bad="#eceff3")
 MAP_NORM = PowerNorm(0.5, 0, 1)
+SCALE_TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class Line(NamedTuple):
+    """How a model is drawn: for Matplotlib, in the words of a legend, and for an SVG's path."""
+
+    color: str
+    marker: str
+    ls: str
+    word: str
+    dashes: str
+
+
+_PATTERNS = (("-", "", ""), ("--", "dashed", "5 3"), (":", "dotted", "1.5 2"),
+             ("-.", "dash-dotted", "5 2 1.5 2"))  # fmt: skip
+
+
+def lines(kinds: Sequence[str]) -> list[Line]:
+    """The line of each model: its kind's colour, another pattern where that kind came before."""
+    before = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
+    return [
+        Line(COLORS[kind], MARKERS[kind], *_PATTERNS[same % len(_PATTERNS)])
+        for kind, same in zip(kinds, before)
+    ]
+
+
+def chart(xlabel: str, ylabel: str = "", height: float = 3.1) -> tuple[Figure, Axes]:
+    """A figure of one panel, with whole numbers along it."""
+    figure = Figure((WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure, axes
+
+
+def shade(share: float) -> tuple[str, str]:
+    """Background and ink of a share from 0 to 1, as CSS colours."""
+    red, green, blue, _ = MAP_COLORS(float(MAP_NORM(share)))
+    ink = "#111827" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#fff"
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}", ink
 
 
 def visible_token(token: str, longest: int = 10) -> str:

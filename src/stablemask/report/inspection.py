@@ -87,7 +87,7 @@ class Inspection:
 
     @property
     def pseudo(self) -> float:
-        """Mean pseudo share over layers, heads and rows."""
+        """Mean mask ratio over layers, heads and rows."""
         return float(torch.cat([layer.pseudo for layer in self.layers]).mean())
 
 

@@ -1,4 +1,4 @@
-"""The figures of an inspection, as ``data:`` URIs and inline SVG.
+"""The figures of an inspection, as ``data:`` URIs and as the paths of small SVGs.
 
 Shapes: L layers, H heads, n tokens.
 """
@@ -13,21 +13,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image
 
-from .drawing import COLORS, GRAY, LINES, MAP_COLORS, MAP_NORM, STYLE, svg_uri
+from .drawing import (
+    COLORS,
+    MAP_COLORS,
+    MAP_NORM,
+    SCALE_TICKS,
+    STYLE,
+    WIDTH,
+    Line,
+    chart,
+    lines,
+    svg_uri,
+)
 from .inspection import SHADES, Inspection
 
-WIDTH = 5.0  # inches
-SCALE_TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
-# Of a panel of the pseudo share, in its own units.
+# Of a panel of the mask ratio, in its own units.
 PANEL_WIDTH, PANEL_HEIGHT = 120, 60
-DASHES = dict(zip(LINES, ("", "5 3", "1.5 2", "5 2 1.5 2")))
 
 
 def layer_figures(inspections: Sequence[Inspection]) -> Iterator[tuple[str, str]]:
     """A title, and a chart of all models by layer: attention, what carries no value, outliers."""
     shares = {"Attention on the first token": lambda layer: layer.first_token.mean()}
     if any(one.pseudo for one in inspections):
-        shares["Pseudo share"] = lambda layer: layer.pseudo.mean()
+        shares["Mask ratio"] = lambda layer: layer.pseudo.mean()
     charts: dict[str, list[tuple[Sequence[int], Sequence[float]]]] = {
         title: [
             ([layer.layer for layer in one.layers], [float(share(layer)) for layer in one.layers])
@@ -38,7 +46,7 @@ def layer_figures(inspections: Sequence[Inspection]) -> Iterator[tuple[str, str]
     for title, name in (("Largest activation", "largest"), ("Kurtosis", "kurtosis")):
         numbers = [getattr(one.outliers, name).tolist() for one in inspections]
         charts[title] = [(range(len(by_layer)), by_layer) for by_layer in numbers]
-    styles = [_style(inspections, index) for index in range(len(inspections))]
+    styles = lines([one.attention for one in inspections])
     with matplotlib.rc_context(STYLE):
         for title, curves in charts.items():
             yield title, svg_uri(_layer_figure(curves, styles, as_share=title in shares))
@@ -46,34 +54,28 @@ def layer_figures(inspections: Sequence[Inspection]) -> Iterator[tuple[str, str]
 
 def _layer_figure(
     curves: Sequence[tuple[Sequence[int], Sequence[float]]],
-    styles: Sequence[tuple[str, str]],
+    styles: Sequence[Line],
     as_share: bool,
 ) -> Figure:
-    figure = Figure((WIDTH, 2.6), layout="constrained")
-    axes = figure.subplots()
-    for (layers, numbers), (color, line) in zip(curves, styles, strict=True):
-        axes.plot(layers, numbers, color=color, ls=line, marker="o", markersize=3)
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    figure, axes = chart("layer", height=2.6)
+    for (layers, numbers), line in zip(curves, styles, strict=True):
+        axes.plot(layers, numbers, color=line.color, ls=line.ls, marker="o", markersize=3)
     if as_share:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
     else:
-        axes.set_yscale("log")
+        every = [number for _, numbers in curves for number in numbers]
+        if max(every) > 10 * min(every) > 0:  # less, and a logarithmic scale has one number on it
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
 def _plain(number: float, _: int | None = None) -> str:
     return f"{number:,.0f}" if number >= 1 else f"{number:.3g}"
-
-
-def _style(inspections: Sequence[Inspection], index: int) -> tuple[str, str]:
-    """Colour by kind of attention, and a line of its own where another of that kind came before."""
-    kind = inspections[index].attention
-    same = sum(other.attention == kind for other in inspections[:index])
-    return COLORS[kind], LINES[same]
 
 
 def sink_figures(inspections: Sequence[Inspection]) -> list[str]:
@@ -113,33 +115,23 @@ def _sink_figure(inspection: Inspection, highest: float) -> Figure:
     return figure
 
 
-def ratio_panels(inspections: Sequence[Inspection]) -> Iterator[tuple[int, str]]:
-    """Pseudo share by position, a panel for each layer number: median of the heads, 10 to 90 % pale."""
+def ratio_panels(
+    inspections: Sequence[Inspection],
+) -> list[tuple[int, list[tuple[Line, str, str]]]]:
+    """Mask ratio by position, a panel for each layer number.
+
+    For each model its line, the path of a band from the 10th to the 90th percentile of the heads, and that
+    of their median.
+    """
     longest = max(len(one.tokens) for one in inspections)
-    by_layer: dict[int, list[str]] = {}
-    for index, one in enumerate(inspections):
-        color, line = _style(inspections, index)
-        dash = DASHES[line]
+    by_layer: dict[int, list[tuple[Line, str, str]]] = {}
+    for one, line in zip(inspections, lines([one.attention for one in inspections])):
         for layer in one.layers:
             curves = np.quantile(layer.pseudo.numpy(), (0.1, 0.5, 0.9), axis=0)
             low, median, high = (_points(curve, longest) for curve in curves)
-            by_layer.setdefault(layer.layer, []).append(
-                f'<path d="M{" L".join(high + low[::-1])} Z" fill="{color}" opacity=".18"/>'
-                f'<path d="M{" L".join(median)}" fill="none" stroke="{color}" '
-                f'stroke-width="1.8" stroke-dasharray="{dash}" vector-effect="non-scaling-stroke"/>'
-            )
-    lines = "".join(
-        f'<path d="M0 {y} H{PANEL_WIDTH}" stroke="{GRAY}" stroke-width="1" opacity="{opacity}" '
-        'vector-effect="non-scaling-stroke"/>'
-        for y, opacity in ((0, 0.25), (PANEL_HEIGHT / 2, 0.25), (PANEL_HEIGHT, 0.7))
-    )
-    for number, drawn in sorted(by_layer.items()):
-        yield (
-            number,
-            f'<svg viewBox="0 -1 {PANEL_WIDTH} {PANEL_HEIGHT + 2}" preserveAspectRatio="none" '
-            f'role="img" aria-label="pseudo share of layer {number} by position">'
-            f"{lines}{''.join(drawn)}</svg>",
-        )
+            paths = (f"M{' L'.join(points)}" for points in (high + low[::-1], median))
+            by_layer.setdefault(layer.layer, []).append((line, *paths))
+    return sorted(by_layer.items())
 
 
 def _points(shares: np.ndarray, longest: int) -> list[str]:
@@ -153,7 +145,7 @@ def _points(shares: np.ndarray, longest: int) -> list[str]:
 
 
 def head_map(real: np.ndarray, pseudo: np.ndarray, with_pseudo: bool) -> str:
-    """A ``data:`` URI of a PNG: a map in shades, (s, s), and the pseudo share as columns beside it."""
+    """A ``data:`` URI of a PNG: a map in shades, (s, s), and the mask ratio as columns beside it."""
     if with_pseudo:
         width = max(2, len(real) // 16)
         gap = np.full((len(real), max(1, width // 2)), SHADES, dtype=np.uint8)
@@ -171,10 +163,3 @@ def _palette() -> bytes:
 
 
 _PALETTE = _palette()
-
-
-def shade(share: float) -> tuple[str, str]:
-    """Background and ink of a share from 0 to 1, as CSS colours."""
-    red, green, blue, _ = MAP_COLORS(float(MAP_NORM(share)))
-    ink = "#111827" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#fff"
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}", ink

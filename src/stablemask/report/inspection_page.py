@@ -1,8 +1,8 @@
 """The page of an inspection: one model on a text, or two side by side."""
 
 import unicodedata
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -12,57 +12,56 @@ from .. import __version__
 from ..evaluation.perplexity import perplexity_text
 from ..evaluation.sinks import even_first_token
 from ..models.settings import in_short
-from .inspection import HeadMaps, Inspection
+from .drawing import COLORS, lines, shade
+from .inspection import Inspection
 from .inspection_figures import (
+    PANEL_HEIGHT,
     PANEL_WIDTH,
-    SCALE_TICKS,
     head_map,
     layer_figures,
     ratio_panels,
-    shade,
     sink_figures,
 )
-from .page import PAPER, page, paragraphs, swatch
+from .page import SINK, listed, render
 
-_STYLE = """\
-.pair { display: grid; gap: 1.5rem 2.5rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-.pair > * { min-width: 0; max-width: 38rem; }
-.pair h4, .map h4 { font-size: .95rem; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-.pair img, .map img { min-width: 0; }
-.panels { display: grid; gap: .8rem 1.1rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); }
-.panels figcaption, .map figcaption { font-size: .78rem; margin: 0; line-height: 1.5; }
-.panels svg { display: block; width: 100%; height: 4.6rem; }
-.tokens { line-height: 1.95; margin: .3rem 0 1.2rem; }
-.tokens span { display: inline-block; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 100%;
-  line-height: 1.5; padding: 0 .12em; margin: 0 1px 1px 0; border-radius: .2em;
-  font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.scale { max-width: 24rem; margin: 1rem 0 .2rem; font-size: .78rem; color: var(--soft); }
-.scale i { display: block; height: .7rem; border-radius: .2rem; border: 1px solid var(--line); }
-.scale div { position: relative; height: 1.3rem; }
-.scale b { position: absolute; font-weight: 400; transform: translateX(-50%); }
-.scale b:first-child { transform: none; }
-.scale b:last-child { transform: translateX(-100%); white-space: nowrap; }
-details { border-bottom: 1px solid var(--line); }
-summary { cursor: pointer; padding: .45rem 0; font-variant-numeric: tabular-nums; }
-summary span { color: var(--soft); font-size: .88rem; display: inline-block;
-  margin-left: .6rem; }
-.heads { display: grid; gap: .9rem 1.6rem; padding: .4rem 0 1.2rem;
-  grid-template-columns: repeat(auto-fill, minmax(calc(var(--maps) * 6.6rem), 1fr)); }
-.map div { display: grid; gap: .35rem; grid-template-columns: repeat(var(--maps), 1fr); }
-.map img { width: 100%; image-rendering: pixelated; }
-#larger:checked ~ details .heads { grid-template-columns: repeat(auto-fill, minmax(min(100%,
-  calc(var(--maps) * 17rem)), 1fr)); }
-@media (max-width: 40rem) { #larger:checked ~ details .map div { grid-template-columns: 1fr; } }
-"""
+MEANINGS = {
+    "tokens read": "of the text, and the token in front of it; all that is below comes from these",
+    "perplexity of them": "among how many tokens the model is torn, on average; lower is better",
+    "attention on the first token": "share of a row, mean over layers, heads and the rows after the first, which sees "
+    "nothing else",
+    "mask ratio": "share of a row that goes to the pseudo mass, or to a learned sink, mean over layers, heads and rows",
+    "largest activation": "size of the largest hidden feature behind any layer, in the model's own units",
+    "... but for the first token": "the same without the first token, where massive activations live",
+    "largest kurtosis of a layer": "how heavy the tails of its hidden features are; 3 for a normal distribution",
+}
 
 
 def render_inspection(inspections: Sequence[Inspection]) -> str:
     """The whole page, of one model or two."""
-    title = "Inside " + " and ".join(one.label for one in inspections)
-    parts = (_lead, _table, _layers, _sinks, _ratio, _text, _maps, _made)
-    return page(title, [part(inspections) for part in parts], _STYLE)
+    has_pseudo = any(one.pseudo for one in inspections)
+    return render(
+        "inspection.html",
+        title=f"Inside {listed([one.label for one in inspections])}",
+        takeaway=takeaway(inspections),
+        caveat=_caveat(inspections),
+        notes=_notes(inspections),
+        legend=list(
+            zip([one.label for one in inspections], lines([one.attention for one in inspections]))
+        ),
+        rows=summary_rows(inspections),
+        meanings=MEANINGS,
+        charts=list(layer_figures(inspections)),
+        first_token=sink_figures(inspections),
+        first_token_text=" ".join(map(_most_on_first_token, inspections)),
+        panels=ratio_panels(inspections) if has_pseudo else [],
+        panel={"width": PANEL_WIDTH, "height": PANEL_HEIGHT},
+        longest=max(len(one.tokens) for one in inspections),
+        texts=[_text(one) for one in inspections],
+        map_notes=" ".join(_map_notes(inspections, has_pseudo)),
+        layers=list(_layers(inspections, has_pseudo)),
+        made=f"Made by stablemask {__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}.",
+    )
 
 
 def summary_rows(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]]]:
@@ -83,7 +82,7 @@ def summary_rows(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]
         ),
         row("perplexity of them", lambda one: perplexity_text(one.perplexity)),
         row("attention on the first token", lambda one: f"{one.first_token:.1%}"),
-        row("pseudo share", lambda one: f"{one.pseudo:.1%}"),
+        row("mask ratio", lambda one: f"{one.pseudo:.1%}"),
         row("largest activation", lambda one: _peak(one.outliers.largest)),
         row("... but for the first token", lambda one: _peak(one.outliers.largest_later)),
         row("largest kurtosis of a layer", lambda one: _peak(one.outliers.kurtosis)),
@@ -116,7 +115,34 @@ def attention_in_words(inspection: Inspection) -> str:
     return f"{inspection.attention}: {', '.join(words)}"
 
 
-def _lead(inspections: Sequence[Inspection]) -> str:
+def takeaway(inspections: Sequence[Inspection]) -> str:
+    """Where attention goes, in one sentence."""
+    found = []
+    for one in inspections:
+        above, even = _sink_layers(one), even_first_token(len(one.tokens))
+        found.append(
+            f"{one.label} gives its first token {one.first_token:.1%} of its attention, where an even spread gives "
+            f"{even:.1%}, and {f'makes it a sink in {above} of {len(one.layers)} layers' if above else 'has no sink'}"
+            + (f"; {one.pseudo:.1%} goes to its pseudo mass" if one.pseudo else "")
+        )
+    return "; ".join(found) + "."
+
+
+def _caveat(inspections: Sequence[Inspection]) -> str:
+    lengths = listed(list(dict.fromkeys(f"{len(one.text_tokens):,}" for one in inspections)))
+    return (
+        f"This is one text of {lengths} tokens: it does not show how others are read, how good a model is, or "
+        "what it does with what it attends to."
+    )
+
+
+def _sink_layers(inspection: Inspection) -> int:
+    """How many layers make the first token a sink."""
+    least = SINK * even_first_token(len(inspection.tokens))
+    return sum(float(layer.first_token.mean()) > least for layer in inspection.layers)
+
+
+def _notes(inspections: Sequence[Inspection]) -> list[str]:
     notes = [
         f"{one.label} reads the first {len(one.tokens):,} of the text's {one.total_tokens:,} tokens; "
         "the rest is cut off (--max-tokens)."
@@ -134,107 +160,32 @@ def _lead(inspections: Sequence[Inspection]) -> str:
             "The models cut the text into different tokens, so each is shown on its own; their "
             "perplexities do not compare."
         )
-    return f"""<p class="lead">Where the attention of a language model goes, token by token: to the
-tokens before it, to the first of them, which models use as a sink, and, in a
-<a href="{PAPER}">StableMask</a> model, to the <em>pseudo mass</em>, which takes part in the softmax and
-carries no value.</p>
-{paragraphs(notes, "soft")}"""
+    return notes
 
 
-def _table(inspections: Sequence[Inspection]) -> str:
-    heads = "".join(f'<th scope="col">{_name(one)}</th>' for one in inspections)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{escape(value)}</td>" for value in values)
-        + "</tr>"
-        for name, values in summary_rows(inspections)
+def _most_on_first_token(inspection: Inspection) -> str:
+    means = {layer.layer: float(layer.first_token.mean()) for layer in inspection.layers}
+    most = max(means, key=means.__getitem__)
+    return (
+        f"In {inspection.label} layer {most} gives the first token most, {means[most]:.1%}; "
+        f"{_sink_layers(inspection)} of {len(means)} layers give it more than {SINK} times the "
+        f"{even_first_token(len(inspection.tokens)):.1%} of an even spread."
     )
-    return f"""<h2>In numbers</h2>
-<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>
-<p class="soft">Attention on the first token: mean over layers, heads and the rows after the first, which
-sees nothing else. Pseudo share: what a row gives to the pseudo mass, or to a learned sink, mean over
-layers, heads and rows. Largest activation: of the hidden states behind each layer.</p>"""
 
 
-def _layers(inspections: Sequence[Inspection]) -> str:
-    charts = "".join(
-        f'<figure><h4>{title}</h4><img alt="{title}, by layer" src="{uri}"></figure>'
-        for title, uri in layer_figures(inspections)
+def _text(inspection: Inspection) -> dict[str, Any]:
+    """The tokens, shaded by the mask ratio of their rows, where there is one, and by what they receive."""
+    pseudo, received = (
+        torch.stack([getattr(layer, name).mean(0) for layer in inspection.layers]).mean(0).tolist()
+        for name in ("pseudo", "received")
     )
-    return f"""<section><h2>Layer by layer</h2>
-<p>{_names(inspections)}</p>
-<div class="pair">{charts}</div>
-<p class="soft">Shares are means over the heads of a layer and over rows. Activations are those of the
-hidden states behind a layer; their kurtosis is 3 for a normal distribution, and grows with outliers.</p>
-</section>"""
+    return {
+        "pseudo": _tokens(inspection.tokens, pseudo) if inspection.pseudo else [],
+        "received": _tokens(inspection.tokens, [*received, None]),
+    }
 
 
-def _sinks(inspections: Sequence[Inspection]) -> str:
-    sentences = []
-    for one in inspections:
-        means = {layer.layer: float(layer.first_token.mean()) for layer in one.layers}
-        most = max(means, key=means.__getitem__)
-        above = sum(mean > 2 * _even(one) for mean in means.values())
-        sentences.append(
-            f"In {one.label} layer {most} gives the first token most, {means[most]:.1%}; {above} of "
-            f"{len(means)} layers give it more than twice the {_even(one):.1%} of an even spread."
-        )
-    figures = sink_figures(inspections)
-    return f"""<section><h2>Attention on the first token</h2>
-{_pair(inspections, lambda one: _image(figures[inspections.index(one)], "first-token attention"))}
-<p class="soft">{escape(" ".join(sentences))} Colours follow the square root of the share.</p>
-</section>"""
-
-
-def _ratio(inspections: Sequence[Inspection]) -> str:
-    heading = "<section><h2>Pseudo share by position</h2>"
-    if not any(one.pseudo for one in inspections):
-        return (
-            f'{heading}<p class="soft">Softmax has no pseudo mass: the share is 0 everywhere.</p>'
-            "</section>"
-        )
-    longest = max(len(one.tokens) for one in inspections)
-    thinned = " Neighbouring positions are averaged." * (longest > PANEL_WIDTH)
-    panels = "".join(
-        f"<figure><figcaption>layer {layer}</figcaption>{svg}</figure>"
-        for layer, svg in ratio_panels(inspections)
-    )
-    return f"""{heading}
-<p>{_names(inspections)}</p>
-<div class="panels">{panels}</div>
-<p class="soft">What each row gives to the pseudo mass: median of the layer's heads, and a band from the
-10th to the 90th percentile. Every panel goes from position 0 to {longest - 1:,}, and from 0 (bottom) to
-100% (top).{thinned}</p>
-</section>"""
-
-
-def _text(inspections: Sequence[Inspection]) -> str:
-    return f"""<section><h2>The text, token by token</h2>
-{_scale()}
-<h3>Surplus</h3>
-{_pair(inspections, _surplus)}
-<p class="soft">The share that a token's own row gives to the pseudo mass, because nothing that it sees is
-of use.</p>
-<h3>Attention received</h3>
-{_pair(inspections, _received)}
-<p class="soft">What the rows after a token give it, mean over these rows; the last token has none. Both
-are means over layers and heads; point at a token to read its value.</p>
-</section>"""
-
-
-def _surplus(inspection: Inspection) -> str:
-    if not inspection.pseudo:
-        return '<p class="soft">None: without a pseudo mass every row spends itself on tokens.</p>'
-    shares = torch.stack([layer.pseudo.mean(0) for layer in inspection.layers]).mean(0)
-    return _tokens(inspection.tokens, shares.tolist())
-
-
-def _received(inspection: Inspection) -> str:
-    shares = torch.stack([layer.received.mean(0) for layer in inspection.layers]).mean(0)
-    return _tokens(inspection.tokens, [*shares.tolist(), None])
-
-
-def _tokens(tokens: Sequence[str], shares: Sequence[float | None]) -> str:
+def _tokens(tokens: Sequence[str], shares: Sequence[float | None]) -> list[dict[str, Any]]:
     spans = []
     for position, (token, share) in enumerate(zip(tokens, shares, strict=True)):
         style, value = "color:var(--soft)", "none"
@@ -242,10 +193,14 @@ def _tokens(tokens: Sequence[str], shares: Sequence[float | None]) -> str:
             background, ink = shade(share)
             style, value = f"background:{background};color:{ink}", f"{share:.1%}"
         spans.append(
-            f'<span style="{style}" title="position {position}: {value}">'
-            f"{escape(_visible(token))}</span>" + "<br>" * token.endswith("\n")
+            {
+                "text": _visible(token),
+                "style": style,
+                "value": f"position {position}: {value}",
+                "ends_line": token.endswith("\n"),
+            }
         )
-    return f'<div class="tokens">{"".join(spans)}</div>'
+    return spans
 
 
 def _visible(token: str) -> str:
@@ -259,121 +214,64 @@ def _visible(token: str) -> str:
     return "".join(shown) or "□"
 
 
-def _maps(inspections: Sequence[Inspection]) -> str:
-    with_pseudo = any(one.pseudo for one in inspections)
-    by_layer: dict[int, list[tuple[Inspection, int]]] = {}
-    for one in inspections:
-        for index, layer in enumerate(one.layers):
-            by_layer.setdefault(layer.layer, []).append((one, index))
-    most = max(
-        by_layer,
-        key=lambda number: max(
-            float(one.layers[index].first_token.mean()) for one, index in by_layer[number]
-        ),
-    )
-    details = "\n".join(
-        _layer(number, found, with_pseudo, number == most)
-        for number, found in sorted(by_layer.items())
-    )
-    notes = [
+def _map_notes(inspections: Sequence[Inspection], has_pseudo: bool) -> Iterator[str]:
+    yield (
         "Rows are the tokens that attend, from the top; columns the tokens attended to, from the left. "
         "Gray is the future, which no row sees."
-    ]
-    if with_pseudo:
-        notes.append("The strip at the right of a map is the pseudo share of each row.")
+    )
+    if has_pseudo:
+        yield "The strip at the right of a map is the mask ratio of each row."
     for block in sorted({one.block for one in inspections if one.block > 1}):
-        names = " and ".join(one.label for one in inspections if one.block == block)
-        notes.append(
+        names = listed([one.label for one in inspections if one.block == block])
+        yield (
             f"In {names} a pixel is the largest share among {block} × {block} tokens, to keep the page "
             "small."
         )
     if len(inspections) == 2:
-        notes.append(
+        yield (
             f"Left {inspections[0].label}, right {inspections[1].label}; heads of one number do the "
             "same work only where one model was trained from the other."
         )
-    return f"""<section><h2>Attention by layer and head</h2>
-<p class="soft">{escape(" ".join(notes))}</p>
-{_scale()}
-<input type="checkbox" id="larger"> <label for="larger">larger maps</label>
-{details}
-</section>"""
 
 
-def _layer(
-    number: int, found: Sequence[tuple[Inspection, int]], with_pseudo: bool, is_open: bool
-) -> str:
-    digests = []
-    for one, index in found:
-        layer = one.layers[index]
-        digest = f"first token {layer.first_token.mean():.0%}"
-        if one.pseudo:
-            digest += f", pseudo {layer.pseudo.mean():.0%}"
-        digests.append(f"<span>{swatch(one.attention)}{digest}</span>")
-    heads = max(len(one.maps[index].real) for one, index in found)
-    figures = "".join(
-        f'<figure class="map"><div>{"".join(_head(one, index, head, with_pseudo) for one, index in found)}'
-        f"</div><figcaption>head {head}</figcaption></figure>"
-        for head in range(heads)
-    )
-    return (
-        f"<details{' open' if is_open else ''}><summary>layer {number}{''.join(digests)}</summary>"
-        f'<div class="heads" style="--maps:{len(found)}">{figures}</div></details>'
-    )
+def _layers(inspections: Sequence[Inspection], has_pseudo: bool) -> Iterator[dict[str, Any]]:
+    """Each layer number with the maps of its heads; the one with most on a first token is open."""
+    by_layer: dict[int, list[tuple[Inspection, int]]] = {}
+    for one in inspections:
+        for index, layer in enumerate(one.layers):
+            by_layer.setdefault(layer.layer, []).append((one, index))
+    first = {
+        number: max(float(one.layers[index].first_token.mean()) for one, index in found)
+        for number, found in by_layer.items()
+    }
+    for number, found in sorted(by_layer.items()):
+        heads = max(len(one.maps[index].real) for one, index in found)
+        yield {
+            "number": number,
+            "is_open": number == max(first, key=first.__getitem__),
+            "digests": [(COLORS[one.attention], _digest(one, index)) for one, index in found],
+            "heads": [
+                [_map(one, index, head, has_pseudo) for one, index in found]
+                for head in range(heads)
+            ],
+        }
 
 
-def _head(inspection: Inspection, index: int, head: int, with_pseudo: bool) -> str:
-    maps: HeadMaps = inspection.maps[index]
-    if head >= len(maps.real):
-        return "<span></span>"
+def _digest(inspection: Inspection, index: int) -> str:
     layer = inspection.layers[index]
-    text = (
-        f"{inspection.label}, layer {layer.layer}, head {head}: first token "
-        f"{layer.first_token[head]:.1%}, pseudo {layer.pseudo[head].mean():.1%}"
-    )
-    image = head_map(maps.real[head], maps.pseudo[head], with_pseudo)
-    return f'<img alt="{escape(text)}" title="{escape(text)}" src="{image}">'
+    pseudo = f", pseudo mass {layer.pseudo.mean():.0%}" if inspection.pseudo else ""
+    return f"first token {layer.first_token.mean():.0%}{pseudo}"
 
 
-def _made(inspections: Sequence[Inspection]) -> str:
-    line = (
-        f"Made by stablemask {__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}. Weights computed densely in float32 from the "
-        "queries and keys of each layer."
-    )
-    return f"<h2>How it was made</h2>{paragraphs([line], 'soft')}"
-
-
-def _pair(inspections: Sequence[Inspection], content: Callable[[Inspection], str]) -> str:
-    columns = "".join(f"<div><h4>{_name(one)}</h4>{content(one)}</div>" for one in inspections)
-    return f'<div class="pair">{columns}</div>'
-
-
-def _names(inspections: Sequence[Inspection]) -> str:
-    """The models with their colours, and which of two of one kind is dashed."""
-    first, *others = inspections
-    dashed = (" (dashed)" * (one.attention == first.attention) for one in others)
-    return ", ".join([_name(first), *(_name(one) + word for one, word in zip(others, dashed))])
-
-
-def _name(inspection: Inspection) -> str:
-    return swatch(inspection.attention) + escape(inspection.label)
-
-
-def _image(uri: str, alt: str) -> str:
-    return f'<figure><img alt="{alt}" src="{uri}"></figure>'
-
-
-def _scale() -> str:
-    """The colours of a share."""
-    stops = ",".join(shade((i / 16) ** 2)[0] for i in range(17))
-    ticks = "".join(
-        f'<b style="left:{100 * tick**0.5:.1f}%">{tick:.0%}</b>' for tick in SCALE_TICKS
-    )
-    return (
-        f'<div class="scale"><i style="background:linear-gradient(to right,{stops})"></i>'
-        f"<div>{ticks}</div></div>"
-    )
+def _map(inspection: Inspection, index: int, head: int, has_pseudo: bool) -> dict[str, str] | None:
+    maps, layer = inspection.maps[index], inspection.layers[index]
+    if head >= len(maps.real):
+        return None
+    return {
+        "uri": head_map(maps.real[head], maps.pseudo[head], has_pseudo),
+        "text": f"{inspection.label}, layer {layer.layer}, head {head}: first token "
+        f"{layer.first_token[head]:.1%}, pseudo mass {layer.pseudo[head].mean():.1%}",
+    }
 
 
 def _sizes(inspection: Inspection) -> str:
@@ -390,7 +288,3 @@ def _peak(by_layer: Tensor) -> str:
     layer = int(by_layer.argmax())
     size = float(by_layer[layer])
     return f"{size:,.0f} (layer {layer})" if size >= 100 else f"{size:.3g} (layer {layer})"
-
-
-def _even(inspection: Inspection) -> float:
-    return even_first_token(len(inspection.tokens))

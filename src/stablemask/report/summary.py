@@ -9,6 +9,7 @@ from typing import Any
 from ..evaluation.perplexity import perplexity_text
 from ..evaluation.sinks import even_first_token
 from .comparison import Comparison, RunMeasurement
+from .page import SINK, listed
 
 # Outputs of unit scale that differ by less than this differ by the rounding of float32.
 ROUNDING = 1e-4
@@ -18,9 +19,10 @@ ATTENTION_OPTIONS = {"attention", "gamma", "horizon", "hold", "floor", "layers"}
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of every run; ``better`` is min or max where the best is to be marked."""
+    """One measure of every run, its unit and what it means; ``better`` is min or max where one end is."""
 
     name: str
+    meaning: str
     values: dict[str, float | None]
     show: Callable[[float], str]
     better: Callable | None = None
@@ -41,50 +43,43 @@ class Row:
 
 
 def table(comparison: Comparison) -> list[Row]:
-    def row(
-        name: str,
-        value: Callable[[RunMeasurement], float | None],
-        show: Callable[[float], str],
-        better: Callable | None = None,
-    ) -> Row:
-        return Row(name, {lab: value(run) for lab, run in comparison.runs.items()}, show, better)
-
+    even = even_first_token(comparison.context)
+    share = "{:.1%}".format
+    measures: list[tuple[str, str, Callable, Callable, Callable | None]] = [
+        ("training loss, the last logged",
+         "nats per token, the mean since the log line before; lower is better",
+         lambda run: run.training[-1]["loss"] if run.training else None, "{:.4f}".format, min),
+        ("validation loss at the end", "nats per token, on text it was not trained on; lower is better",
+         lambda run: run.record["result"]["eval_loss"], "{:.4f}".format, min),
+        ("training, tokens per second", "median over the log lines; what else the machine did weighs on it, and "
+         "stablemask bench is the fair race", lambda run: run.tokens_per_second, "{:,.0f}".format, None),
+        ("attention on the first token",
+         f"share of each later row, mean over layers, heads and rows; an even spread gives {even:.1%}",
+         lambda run: fmean(run.first_token), share, None),
+        ("... of what real tokens receive", "the same as a share of what the pseudo mass leaves",
+         lambda run: fmean(run.first_token_of_real), share, None),
+        ("attention that real tokens receive", "share of a row; the rest, the mask ratio, goes to the pseudo mass, "
+         "which carries no value", lambda run: fmean(run.real_share), share, None),
+        ("spread of identical tokens' output", "how far one token, repeated, moves the model's last features, which "
+         "are of unit scale; 0 up to rounding: it cannot tell positions apart",
+         lambda run: run.identical_spread, "{:.2g}".format, None),
+    ]  # fmt: skip
     lengths = [
-        row(
-            f"validation perplexity, {length['length']:,} tokens ({length['multiple']}x)",
-            lambda run, i=i: run.perplexity[i]["perplexity"],  # type: ignore[misc]
+        (
+            f"validation perplexity, {row['length']:,} tokens ({row['multiple']}x)",
+            "among how many tokens the model is torn, on average; lower is better"
+            if row["multiple"] == 1
+            else f"the same on texts {row['multiple']} times as long as those of the training",
+            lambda run, index=index: run.perplexity[index]["perplexity"],
             perplexity_text,
             min,
         )
-        for i, length in enumerate(comparison.runs[comparison.baseline].perplexity)
+        for index, row in enumerate(_base(comparison).perplexity)
     ]
     return [
-        *lengths,
-        row("training loss, the last logged", _last_loss, "{:.4f}".format, min),
-        row(
-            "validation loss at the end",
-            lambda run: run.record["result"]["eval_loss"],
-            "{:.4f}".format,
-            min,
-        ),
-        row("training, tokens per second", lambda run: run.tokens_per_second, "{:,.0f}".format),
-        row("attention on the first token", lambda run: fmean(run.first_token), "{:.1%}".format),
-        row(
-            "... of what real tokens receive",
-            lambda run: fmean(run.first_token_of_real),
-            "{:.1%}".format,
-        ),
-        row(
-            "attention that real tokens receive", lambda run: fmean(run.real_share), "{:.1%}".format
-        ),
-        row(
-            "spread of identical tokens' output", lambda run: run.identical_spread, "{:.2g}".format
-        ),
+        Row(name, meaning, {lab: value(run) for lab, run in comparison.runs.items()}, show, better)
+        for name, meaning, value, show, better in [*lengths, *measures]
     ]
-
-
-def _last_loss(run: RunMeasurement) -> float | None:
-    return run.training[-1]["loss"] if run.training else None
 
 
 def text_table(comparison: Comparison) -> str:
@@ -98,6 +93,66 @@ def text_table(comparison: Comparison) -> str:
         cells = [row.text(label).rjust(columns[label]) for label in labels]
         lines.append("  ".join([row.name.ljust(wide), *cells]))
     return "\n".join(lines)
+
+
+def takeaway(comparison: Comparison) -> str:
+    """What was found, in one sentence."""
+    base = _base(comparison).perplexity[0]
+    found = [
+        f"{perplexity_text(row['perplexity'])} with {label}, {change(row['perplexity'], base['perplexity'])}"
+        for label, run in _others(comparison)
+        if _is_finite(row := run.perplexity[0]) and _is_finite(base)
+    ]
+    where = f"At the training length of {comparison.context:,} tokens the validation perplexity"
+    told = f"{where} was not scored by all runs"
+    if found:
+        first = f"{perplexity_text(base['perplexity'])} with {comparison.baseline}"
+        told = f"{where} is {listed([first, *found])}"
+    shares = {label: f"{fmean(run.first_token):.1%}" for label, run in comparison.runs.items()}
+    if with_sink := sinks(comparison):
+        without = [f"{label} ({shares[label]})" for label in shares if label not in with_sink]
+        having = [f"{label} ({shares[label]} of all attention)" for label in with_sink]
+        told += f"; the first token is a sink in {listed(having)}"
+        told += f" and not in {listed(without)}" if without else ""
+    return told + "."
+
+
+def caveat(comparison: Comparison) -> str:
+    """What that does not show, in one sentence."""
+    chance = "one seed of each cannot tell a gap from chance"
+    if not is_short(comparison):
+        return f"This is one training of each: {chance}, and another size or text may turn it."
+    seen = min(trained_tokens(run) / run.parameters for run in comparison.runs.values())
+    trend = "Figure 1 shows how the gaps went; "
+    gaps = _gaps(_others(comparison)[0][1], _base(comparison))
+    if len(comparison.runs) == 2 and gaps:
+        (step, widest), (_, last) = max(gaps, key=lambda gap: abs(gap[1])), gaps[-1]
+        trend = (
+            f"the gap is largest at the end, {abs(last):.3f} nats a token, and may shrink; "
+            if widest == last
+            else f"the gap was largest at step {step:.0f}, {abs(widest):.3f} nats a token, and is "
+            f"{abs(last):.3f} at the end; "
+        )
+    return (
+        f"This is one short training of each ({seen:.2g} tokens a parameter, where 20 are usual): "
+        f"{trend}{chance}."
+    )
+
+
+def sinks(comparison: Comparison) -> list[str]:
+    """The runs that have a layer whose first token is a sink, of what real tokens receive."""
+    least = SINK * even_first_token(comparison.context)
+    return [label for label, run in comparison.runs.items() if max(run.first_token_of_real) > least]
+
+
+def _gaps(run: RunMeasurement, base: RunMeasurement) -> list[tuple[float, float]]:
+    """By step, how much the validation loss is above the baseline's."""
+    known = {point["step"]: point["loss"] for point in base.validation}
+    return [
+        (point["step"], point["loss"] - known[point["step"]])
+        for point in run.validation
+        if point["step"] in known
+    ]
 
 
 def captions(comparison: Comparison) -> dict[str, str]:
@@ -119,7 +174,7 @@ def what_differs(comparison: Comparison) -> str:
     differences = comparison.differences
     if not differences:
         return "The runs have the same options."
-    names = _listed([name.replace("_", " ") for name in differences])
+    names = listed([name.replace("_", " ") for name in differences])
     if set(differences) <= ATTENTION_OPTIONS:
         return (
             f"The runs differ in {names} and in nothing else: "
@@ -129,15 +184,12 @@ def what_differs(comparison: Comparison) -> str:
 
 
 def _loss(comparison: Comparison) -> list[str]:
-    base = {point["step"]: point["loss"] for point in _base(comparison).validation}
     sentences = [
         what_differs(comparison),
         "A point of the training loss (pale) is the mean since the one before.",
     ]
     for label, run in _others(comparison):
-        gaps = [
-            (p["step"], p["loss"] - base[p["step"]]) for p in run.validation if p["step"] in base
-        ]
+        gaps = _gaps(run, _base(comparison))
         if not gaps:
             continue
         below = sum(gap < 0 for _, gap in gaps)
@@ -147,11 +199,6 @@ def _loss(comparison: Comparison) -> list[str]:
             f"{len(gaps)} evaluations; at the last, step {step:.0f}, it is {abs(last):.3f} nats a "
             f"token {'lower' if last < 0 else 'higher'}."
         )
-    if is_short(comparison):
-        sentences.append(
-            "So short a training shows how a model gets going rather than where it would end."
-        )
-    sentences.append("How much of a difference is chance, only more seeds can tell.")
     return sentences
 
 
@@ -166,7 +213,7 @@ def _perplexity(comparison: Comparison) -> list[str]:
         ]
         if parts:
             sentences.append(
-                f"Against {comparison.baseline}, the perplexity of {label} is {_listed(parts)}."
+                f"Against {comparison.baseline}, the perplexity of {label} is {listed(parts)}."
             )
     known = {
         label: {row["length"]: row["perplexity"] for row in run.perplexity if _is_finite(row)}
@@ -183,14 +230,14 @@ def _perplexity(comparison: Comparison) -> list[str]:
             growth.append(f"{label}'s by {by}")
     if growth:
         sentences.append(
-            f"From {comparison.context:,} to {longest:,} tokens it changes: {_listed(growth)}."
+            f"From {comparison.context:,} to {longest:,} tokens it changes: {listed(growth)}."
         )
     everything = base.record["validation_tokens"]
     which = "all" if comparison.validation_tokens == everything else "the first"
     missing = sorted({row["length"] for run in comparison.runs.values() for row in run.perplexity
                       if row["perplexity"] is None})  # fmt: skip
     if missing:
-        lengths = _listed([f"{length:,}" for length in missing])
+        lengths = listed([f"{length:,}" for length in missing])
         sentences.append(f"Not scored by every run: {lengths} tokens (the reasons are below).")
     sentences.append(
         f"Scored on {which} {comparison.validation_tokens:,} validation tokens in windows that do not "
@@ -214,7 +261,7 @@ def _map(comparison: Comparison) -> list[str]:
         "A row shares exactly 1 among its own token, the tokens before it and, in the narrow last "
         "column, the pseudo mass, which carries no value; gray is the future, which no row sees.",
         f"Rows after the first give the first token and the pseudo mass, on average: "
-        f"{_listed(shares)}; spread evenly, the first token would have {even:.1%}.",
+        f"{listed(shares)}; spread evenly, the first token would have {even:.1%}.",
         "The models were trained apart, so a head need not do the same in all of them.",
     ]
 
@@ -226,7 +273,7 @@ def _heads(comparison: Comparison) -> list[str]:
         parts.append(f"from {min(by_head):.1%} to {max(by_head):.1%} in {label}")
     return [
         f"All heads of layer {comparison.layer} on the same text and the same colour scale.",
-        f"What they give the first token goes {_listed(parts)}.",
+        f"What they give the first token goes {listed(parts)}.",
     ]
 
 
@@ -266,22 +313,19 @@ def _ratio(comparison: Comparison) -> list[str]:
 def _layers(comparison: Comparison) -> list[str]:
     def means(values: Callable[[RunMeasurement], list[float]]) -> str:
         runs = comparison.runs.items()
-        return _listed([f"{fmean(values(run)):.1%} in {label}" for label, run in runs])
+        return listed([f"{fmean(values(run)):.1%} in {label}" for label, run in runs])
 
-    even = even_first_token(comparison.context)
-    sinks = [
-        label for label, run in comparison.runs.items() if max(run.first_token_of_real) > 2 * even
-    ]
+    even, with_sink = even_first_token(comparison.context), sinks(comparison)
     return [
-        f"The first token gets {means(lambda run: run.first_token)} (left; mean over layers).",
+        f"The first token gets {means(lambda run: run.first_token)} (mean over layers).",
         "Whatever the pseudo mass takes lowers every other share too; of what is left to real "
-        f"tokens, the first gets {means(lambda run: run.first_token_of_real)} (middle).",
-        f"Real tokens receive {means(lambda run: run.real_share)} (right).",
+        f"tokens, the first gets {means(lambda run: run.first_token_of_real)}.",
+        f"Real tokens receive {means(lambda run: run.real_share)}.",
         f"Spread evenly, attention would leave the first token {even:.1%} (dotted); row 0, which "
         "sees nothing else, is left out of these two.",
         (
-            f"A layer that gives it more than twice as much is found in {_listed(sinks)}."
-            if sinks
+            f"A layer that gives it more than twice as much is found in {listed(with_sink)}."
+            if with_sink
             else "No layer of any run gives it more than twice as much, so none has made it a sink."
         ),
         _averaged(comparison),
@@ -341,7 +385,3 @@ def _averaged(comparison: Comparison) -> str:
         f"Mean over {comparison.attention_blocks} blocks of {comparison.context:,} tokens, spread "
         "over the validation text."
     )
-
-
-def _listed(parts: list[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
