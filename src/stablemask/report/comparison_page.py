@@ -49,7 +49,7 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison,
         legend=list(zip(comparison.runs, lines([run.attention for run in runs]))),
         rows=table(comparison),
-        figures=[(title, drawings[name], texts[name]) for name, title in FIGURES.items()],
+        figures=[(name, title, drawings[name], texts[name]) for name, title in FIGURES.items()],
         trainings="\n".join(run.record["command"] for run in runs),
         provenance=_provenance(comparison, runs),
         settings=_settings(runs),

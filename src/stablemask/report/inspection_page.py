@@ -1,6 +1,5 @@
 """The page of an inspection: one model on a text, or two side by side."""
 
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from .. import __version__
 from ..evaluation.perplexity import perplexity_text
 from ..evaluation.sinks import even_first_token
 from ..models.settings import in_short
-from .drawing import COLORS, lines, shade
+from .drawing import COLORS, lines
 from .inspection import Inspection
 from .inspection_figures import (
     PANEL_HEIGHT,
@@ -22,7 +21,7 @@ from .inspection_figures import (
     ratio_panels,
     sink_figures,
 )
-from .page import SINK, listed, render
+from .page import SINK, listed, printable, render
 
 MEANINGS = {
     "tokens read": "of the text, and the token in front of it; all that is below comes from these",
@@ -44,7 +43,8 @@ def render_inspection(inspections: Sequence[Inspection]) -> str:
         title=f"Inside {listed([one.label for one in inspections])}",
         takeaway=takeaway(inspections),
         caveat=_caveat(inspections),
-        notes=_notes(inspections),
+        inspections=inspections,
+        has_pseudo=has_pseudo,
         legend=list(
             zip([one.label for one in inspections], lines([one.attention for one in inspections]))
         ),
@@ -56,8 +56,7 @@ def render_inspection(inspections: Sequence[Inspection]) -> str:
         panels=ratio_panels(inspections) if has_pseudo else [],
         panel={"width": PANEL_WIDTH, "height": PANEL_HEIGHT},
         longest=max(len(one.tokens) for one in inspections),
-        texts=[_text(one) for one in inspections],
-        map_notes=" ".join(_map_notes(inspections, has_pseudo)),
+        shares=[_shares(one) for one in inspections],
         layers=list(_layers(inspections, has_pseudo)),
         made=f"Made by stablemask {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}.",
@@ -78,7 +77,7 @@ def summary_rows(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]
         row("tokens read", _tokens_read),
         row(
             "in front of the text",
-            lambda one: _visible(one.prefix or "") if one.prefix else "nothing",
+            lambda one: printable(one.prefix) if one.prefix else "nothing",
         ),
         row("perplexity of them", lambda one: perplexity_text(one.perplexity)),
         row("attention on the first token", lambda one: f"{one.first_token:.1%}"),
@@ -142,27 +141,6 @@ def _sink_layers(inspection: Inspection) -> int:
     return sum(float(layer.first_token.mean()) > least for layer in inspection.layers)
 
 
-def _notes(inspections: Sequence[Inspection]) -> list[str]:
-    notes = [
-        f"{one.label} reads the first {len(one.tokens):,} of the text's {one.total_tokens:,} tokens; "
-        "the rest is cut off (--max-tokens)."
-        for one in inspections
-        if one.total_tokens > len(one.tokens)
-    ]
-    notes += [
-        f"{one.label} reads {_visible(one.prefix)} in front of the text, which is then its first token and "
-        "is not scored."
-        for one in inspections
-        if one.prefix is not None
-    ]
-    if len(inspections) == 2 and inspections[0].text_tokens != inspections[1].text_tokens:
-        notes.append(
-            "The models cut the text into different tokens, so each is shown on its own; their "
-            "perplexities do not compare."
-        )
-    return notes
-
-
 def _most_on_first_token(inspection: Inspection) -> str:
     means = {layer.layer: float(layer.first_token.mean()) for layer in inspection.layers}
     most = max(means, key=means.__getitem__)
@@ -173,65 +151,13 @@ def _most_on_first_token(inspection: Inspection) -> str:
     )
 
 
-def _text(inspection: Inspection) -> dict[str, Any]:
-    """The tokens, shaded by the mask ratio of their rows, where there is one, and by what they receive."""
+def _shares(inspection: Inspection) -> dict[str, list[float | None]]:
+    """Of each token: the mask ratio of its row, where there is one, and what it receives."""
     pseudo, received = (
         torch.stack([getattr(layer, name).mean(0) for layer in inspection.layers]).mean(0).tolist()
         for name in ("pseudo", "received")
     )
-    return {
-        "pseudo": _tokens(inspection.tokens, pseudo) if inspection.pseudo else [],
-        "received": _tokens(inspection.tokens, [*received, None]),
-    }
-
-
-def _tokens(tokens: Sequence[str], shares: Sequence[float | None]) -> list[dict[str, Any]]:
-    spans = []
-    for position, (token, share) in enumerate(zip(tokens, shares, strict=True)):
-        style, value = "color:var(--soft)", "none"
-        if share is not None:
-            background, ink = shade(share)
-            style, value = f"background:{background};color:{ink}", f"{share:.1%}"
-        spans.append(
-            {
-                "text": _visible(token),
-                "style": style,
-                "value": f"position {position}: {value}",
-                "ends_line": token.endswith("\n"),
-            }
-        )
-    return spans
-
-
-def _visible(token: str) -> str:
-    """The token with what would not be seen, or would upset the line, made visible."""
-    shown = (
-        {"\n": "↵", "\t": "→", "\r": "↵"}.get(
-            c, "□" if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c
-        )
-        for c in token
-    )
-    return "".join(shown) or "□"
-
-
-def _map_notes(inspections: Sequence[Inspection], has_pseudo: bool) -> Iterator[str]:
-    yield (
-        "Rows are the tokens that attend, from the top; columns the tokens attended to, from the left. "
-        "Gray is the future, which no row sees."
-    )
-    if has_pseudo:
-        yield "The strip at the right of a map is the mask ratio of each row."
-    for block in sorted({one.block for one in inspections if one.block > 1}):
-        names = listed([one.label for one in inspections if one.block == block])
-        yield (
-            f"In {names} a pixel is the largest share among {block} × {block} tokens, to keep the page "
-            "small."
-        )
-    if len(inspections) == 2:
-        yield (
-            f"Left {inspections[0].label}, right {inspections[1].label}; heads of one number do the "
-            "same work only where one model was trained from the other."
-        )
+    return {"pseudo": pseudo if inspection.pseudo else [], "received": [*received, None]}
 
 
 def _layers(inspections: Sequence[Inspection], has_pseudo: bool) -> Iterator[dict[str, Any]]:

@@ -3,13 +3,14 @@
 A page is one file that needs no other, and no script.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .drawing import COLORS, SCALE_TICKS, shade
+from .drawing import SCALE_TICKS, shade
 
 PAPER = "https://arxiv.org/abs/2402.04779"  # the one link out of a page
 # A layer makes the first token a sink where it gives it more than so many times an even spread's share.
@@ -32,13 +33,25 @@ def _templates() -> Environment:
     )
     environment.globals.update(
         paper=PAPER,
-        colors=COLORS,
+        shade=shade,
         scale_ticks=[(100 * tick**0.5, f"{tick:.0%}") for tick in SCALE_TICKS],
         scale_stops=",".join(shade((i / 16) ** 2)[0] for i in range(17)),
     )
+    environment.filters["printable"] = printable
     return environment
 
 
 def listed(parts: Sequence[str]) -> str:
     """Such as "one, two and three"."""
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else "".join(parts)
+
+
+def printable(token: str) -> str:
+    """The token with what would not be seen, or would upset the line, made visible."""
+    shown = (
+        {"\n": "↵", "\t": "→", "\r": "↵"}.get(
+            c, "□" if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c
+        )
+        for c in token
+    )
+    return "".join(shown) or "□"
