@@ -129,8 +129,8 @@ def ratio_panels(
         for layer in one.layers:
             curves = np.quantile(layer.pseudo.numpy(), (0.1, 0.5, 0.9), axis=0)
             low, median, high = (_points(curve, longest) for curve in curves)
-            paths = (f"M{' L'.join(points)}" for points in (high + low[::-1], median))
-            by_layer.setdefault(layer.layer, []).append((line, *paths))
+            band, middle = (f"M{' L'.join(points)}" for points in (high + low[::-1], median))
+            by_layer.setdefault(layer.layer, []).append((line, band, middle))
     return sorted(by_layer.items())
 
 
