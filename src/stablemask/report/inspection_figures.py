@@ -10,7 +10,13 @@ from collections.abc import Iterator, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 from PIL import Image
 
 from .drawing import (
@@ -67,6 +73,7 @@ def _layer_figure(
         every = [number for _, numbers in curves for number in numbers]
         if max(every) > 10 * min(every) > 0:  # less, and a logarithmic scale has one number on it
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
