@@ -103,9 +103,8 @@ def _first_of_template(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         rendered: Any = tokenizer.apply_chat_template(messages, tokenize=False)
         return tokenizer.encode(rendered, add_special_tokens=False)[:1]
-    except (
-        Exception
-    ):  # a template is a program, and raises what it likes; then it gives no candidate
+    # A template is a program, and raises what it likes; then it gives no candidate.
+    except Exception:
         return []
 
 

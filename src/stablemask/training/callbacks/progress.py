@@ -22,12 +22,8 @@ from ...models.cost import flops_per_token
 from ...reading import parse_json
 
 _LOSS = ("loss", "grad_norm", "learning_rate")
-_DISTILLED = (
-    "kl",
-    "first_token",
-    "excess",
-    "alpha",
-)  # what the loss is made of where a model is adapted
+# What the loss is made of where a model is adapted.
+_DISTILLED = ("kl", "first_token", "excess", "alpha")
 
 
 class Record(TrainerCallback):
