@@ -90,14 +90,15 @@ def test_each_head_has_the_median_of_its_own_scores_over_real_rows(name):
 
 
 def test_it_is_kept_to_the_bit(tmp_path):
-    made = Calibration(
-        torch.randn(2, 4), {0: torch.randn(2, 8), 1: torch.randn(2, 8)}, torch.rand(2), {"steps": 7}
-    )
+    values, keys = ({0: torch.randn(2, 8), 1: torch.randn(2, 8)} for _ in range(2))
+    made = Calibration(torch.randn(2, 4), values, keys, torch.rand(2), {"steps": 7})
     made.save(tmp_path)
     found = Calibration.load(tmp_path)
     assert torch.equal(found.shifts, made.shifts)
     assert torch.equal(found.ordinary, made.ordinary)
-    assert all(torch.equal(found.values[layer], made.values[layer]) for layer in (0, 1))
+    for layer in (0, 1):
+        assert torch.equal(found.values[layer], made.values[layer])
+        assert torch.equal(found.keys[layer], made.keys[layer])
     assert found.notes == {"steps": 7}
     (tmp_path / FILE).write_bytes(b"else")
     with pytest.raises(InputError, match="is damaged"):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stablemask.data import load_tokenizer
-from stablemask.training.adapting.prefix import candidates, choose_prefix, sample_text
+from stablemask.training.adapting.prefix import TEXTS, candidates, choose_prefix, sample_text
 from stablemask.training.adapting.reading import Reading, Texts, front_tokens, in_front
 
 
@@ -55,7 +55,7 @@ def test_the_candidate_after_which_the_loss_is_lowest_is_chosen(sharpness, chose
 
 def test_there_is_text_to_try_candidates_on(base):
     text = sample_text(load_tokenizer(str(base)), 40)
-    assert text.shape == (4, 40)
+    assert text.shape == (TEXTS, 40)
 
 
 def test_the_teacher_reads_the_prefix_in_front_unless_it_is_there():

@@ -18,6 +18,7 @@ from ...models import StableMaskConfig
 from ..options import FinetuneOptions
 from ..run import given
 from ..self_written import write_texts
+from .biases import give_biases, steady_dimensions
 from .calibration import FILE, Calibration, calibrate
 from .prefix import LENGTH, TEXTS, Prefix, choose_prefix, sample_text
 from .reading import InFront, Texts, front_tokens, spread
@@ -139,7 +140,8 @@ def calibrated(
         batches = [pad_conversations(examples[i : i + 4], pad) for i in range(0, len(examples), 4)]
         try:
             with _precision(model, options):
-                calibration = calibrate(model, Watch(model), batches, prefix.token)
+                steady = None if options.lora else steady_dimensions(model, given(options.context))
+                calibration = calibrate(model, Watch(model), batches, prefix.token, steady)
         except ValueError as error:
             raise InputError(f"{options.model} cannot be adapted: {error}") from error
         before: dict[str, int | None] = {"as it was": None}
@@ -155,9 +157,11 @@ def calibrated(
 
 
 def settle(model: PreTrainedModel, calibration: Calibration) -> None:
-    """Give the model the calibrated mass."""
+    """Give the model the calibrated mass, and the biases."""
     config: Any = model.config.get_text_config(decoder=True)
     config.stablemask = {**config.stablemask, "shift": calibration.shifts.tolist()}
+    if calibration.keys:
+        give_biases(model, calibration)
 
 
 def distillation(teacher: Any, calibration: Calibration) -> Distillation:

@@ -31,6 +31,8 @@ class Calibration:
         shifts: by layer and query head, what added to log M makes the mass as large as the prefix: the
             median over rows of (score on the prefix - log M), (L, H), float32.
         values: the prefix's value in each layer that attends, mean over texts, (KV, value_dim), float32.
+        keys: of its key there the dimensions that biases take over, the others 0, (KV, head_dim), float32;
+            empty where they take over nothing.
         ordinary: of each decoder layer the largest hidden value of an ordinary token, the median over
             tokens, (L,).
         notes: what else is kept with them, for JSON.
@@ -38,12 +40,14 @@ class Calibration:
 
     shifts: Tensor
     values: dict[int, Tensor]
+    keys: dict[int, Tensor]
     ordinary: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         tensors = {"shifts": self.shifts, "ordinary": self.ordinary}
         tensors |= {f"value.{layer}": value for layer, value in self.values.items()}
+        tensors |= {f"key.{layer}": key for layer, key in self.keys.items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         partial = folder / f".{FILE}"
         save_file(tensors, partial, metadata={"notes": json.dumps(self.notes)})
@@ -59,12 +63,15 @@ class Calibration:
             with safe_open(folder / FILE, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 notes = json.loads(file.metadata()["notes"])
-            values = {
-                int(name.partition(".")[2]): tensor
-                for name, tensor in tensors.items()
-                if name.startswith("value.")
-            }
-            return cls(tensors["shifts"], values, tensors["ordinary"], notes)
+            values, keys = (
+                {
+                    int(name.partition(".")[2]): tensor
+                    for name, tensor in tensors.items()
+                    if name.startswith(kind)
+                }
+                for kind in ("value.", "key.")
+            )
+            return cls(tensors["shifts"], values, keys, tensors["ordinary"], notes)
         except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
             raise InputError(
                 f"{folder / FILE} is damaged; begin the run anew in another --out"
@@ -72,7 +79,11 @@ class Calibration:
 
 
 def calibrate(
-    model: PreTrainedModel, watch: Watch, batches: Iterable[dict[str, Tensor]], prefix: int | None
+    model: PreTrainedModel,
+    watch: Watch,
+    batches: Iterable[dict[str, Tensor]],
+    prefix: int | None,
+    steady: Tensor | None = None,
 ) -> Calibration:
     """Read texts with the prefix in front, as the softmax model that it was.
 
@@ -81,6 +92,8 @@ def calibrate(
     Args:
         model: with ``config.stablemask``, whose shift is left out of log M.
         batches: ``input_ids`` and ``attention_mask``, padded on the right.
+        steady: which dimensions of a key biases take over (see biases.py), (head_dim,), bool; None without
+            biases.
 
     Raises:
         ValueError: the settings leave no row a mass, or a layer cannot attend by the stock kernels.
@@ -90,11 +103,12 @@ def calibrate(
     heads = config.num_attention_heads
     scores: dict[int, list[Tensor]] = {}
     values: dict[int, list[Tensor]] = {}
+    keys: dict[int, list[Tensor]] = {}
     largest: dict[int, list[Tensor]] = {}
     for batch in batches:
         ids, real = batch["input_ids"].to(model.device), batch["attention_mask"].bool()
         reading = Reading.of(ids, prefix)
-        with evaluating(model), watch.over(record, Recorded()) as seen:
+        with evaluating(model), watch.over(record, Recorded(steady)) as seen:
             model.get_decoder()(input_ids=reading.teacher, use_cache=False)
         positions = torch.arange(ids.shape[1], device=ids.device)
         log_mass = pseudo_sink_logits(settings, heads, positions)
@@ -105,14 +119,21 @@ def calibrate(
             by_head = over.transpose(0, 1)[:, counted]
             scores.setdefault(layer, []).append(by_head.float().cpu())
             values.setdefault(layer, []).append(seen.values[layer].float().cpu())
+            keys.setdefault(layer, []).append(seen.keys[layer].float().cpu())
         for layer, found in seen.largest.items():
             largest.setdefault(layer, []).append(reading.rows(found)[counted].cpu())
     shifts = torch.zeros(config.num_hidden_layers, heads)
     for layer, parts in scores.items():
         shifts[layer] = torch.stack([_median(head) for head in torch.cat(parts, 1)])
+    taken = (
+        {}
+        if steady is None
+        else {layer: torch.cat(parts) * steady.cpu() for layer, parts in keys.items()}
+    )
     return Calibration(
         shifts,
         {layer: torch.cat(parts).mean(0) for layer, parts in values.items()},
+        {layer: key.mean(0) for layer, key in taken.items()},
         torch.stack([torch.cat(parts).median() for _, parts in sorted(largest.items())]),
     )
 

@@ -14,7 +14,7 @@ from ...data.sources import BUILTIN, read_documents
 from ...inference.model import evaluating
 from .reading import front_tokens
 
-TEXTS, LENGTH = 4, 128  # that candidates are tried on
+TEXTS, LENGTH = 8, 128  # that candidates are tried on
 MOST = 32  # candidates
 MARGIN = 0.1  # nats
 
@@ -63,10 +63,10 @@ def candidates(
 def choose_prefix(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Tensor
 ) -> Prefix:
-    """The candidate after which the model reads texts best, if better than without any.
+    """The candidate after which the model reads texts best.
 
     One that no text begins with by itself has to be better by ``MARGIN``, for it may say what kind of text
-    follows.
+    follows. So has none at all: then the sink is on a token that says something.
 
     Args:
         model: that attends by softmax.
@@ -78,7 +78,7 @@ def choose_prefix(
     tried: list[int | None] = [None, *usual, *others]
     bar = progress_bar(tried, desc="finding the prefix", unit=" tokens", delay=1, leave=False)
     losses = {token: _loss(model, texts, token) for token in bar}
-    best = min(tried, key=lambda token: losses[token] + MARGIN * (token in others))
+    best = min(tried, key=lambda token: losses[token] + MARGIN * (token not in usual))
     names = {
         token: "" if token is None else str(tokenizer.convert_ids_to_tokens(token))
         for token in losses
@@ -109,14 +109,18 @@ def _first_of_template(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def sample_text(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    """Text that is on every machine, Python's manual and its library's sources, ``(TEXTS, length)``."""
+    """Text that is on every machine, Python's manual and its library's sources, ``(TEXTS, length)``.
+
+    From inside of documents: where one begins, a token that says so is rewarded for that.
+    """
     texts: list[list[int]] = []
     sources = (document.text for document in read_documents(BUILTIN))
     for documents in (iter(topics.values()), sources):
         wanted = len(texts) + TEXTS // 2
         while len(texts) < wanted:
-            text = next(documents)[: 16 * length]
-            ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            text = next(documents)
+            middle = text[len(text) // 2 :][: 16 * length]
+            ids: Any = tokenizer(middle, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) >= length:
                 texts.append(ids[:length])
     return torch.tensor(texts)

@@ -157,12 +157,17 @@ class DistillingTrainer(LanguageModelTrainer):
         bound = schedule.bound(step)
         seen = Pass(
             real,
-            schedule.alpha(step),
+            self._alpha(),
             self._values,
             {layer: (bound * ordinary[layer], UNIT * ordinary[layer]) for layer in watched},
         )
         self._watch.set(with_fading_value, seen)
         return seen
+
+    def _alpha(self) -> float:
+        distillation = self.distillation
+        biased = bool(distillation.calibration.keys)
+        return 0.0 if biased else distillation.schedule.alpha(self.state.global_step)
 
     def _student(self, model: Any, ids: Tensor) -> Tensor:
         """Hidden states, or logits where those are not the output layer's alone."""
@@ -206,7 +211,7 @@ class DistillingTrainer(LanguageModelTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._counted:
             logs |= {name: (total / self._counted).item() for name, total in self._sums.items()}
-            logs["alpha"] = self.distillation.schedule.alpha(self.state.global_step)
+            logs["alpha"] = self._alpha()
             for total in self._sums.values():
                 total.zero_()
             self._counted = 0

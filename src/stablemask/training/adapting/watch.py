@@ -28,12 +28,15 @@ class Recorded:
     """What a softmax model does with the first token, by layer.
 
     Attributes:
+        steady: which dimensions of its key to leave out of the scores, (head_dim,); None for none.
         scores: of each row on the first token, (B, H, n), -inf where the row does not see it.
-        values: of the first token, (B, KV, value_dim).
+        keys, values: of the first token, (B, KV, head_dim), (B, KV, value_dim).
         largest: largest magnitude of each token's hidden states, (B, n).
     """
 
+    steady: Tensor | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     largest: dict[int, Tensor] = field(default_factory=dict)
 
@@ -137,7 +140,9 @@ def record(
     **masks: Any,
 ) -> Tensor:
     """The same, with what each row thinks of the first token."""
-    seen.scores[layer] = first_scores(query, key, **masks)
+    scored = key if seen.steady is None else key.masked_fill(seen.steady, 0.0)
+    seen.scores[layer] = first_scores(query, scored, **masks)
+    seen.keys[layer] = key[:, :, 0].to(seen.scores[layer].dtype)
     seen.values[layer] = value[:, :, 0].to(seen.scores[layer].dtype)
     return softmax(None, layer, query, key, value, sink, **masks)
 
