@@ -28,9 +28,9 @@ FREE_ON_RESUME = {
 # that is resumed.
 KEPT_ON_RESUME = ("steps", "global_batch_size", "warmup", "eval_every", "save_every", "texts")
 # What the sink is taken out of a model with, where nothing else is given.
-ADAPTING: dict[str, Any] = {
-    "steps": 400, "context": 256, "batch_size": 4, "learning_rate": 2e-4, "beta2": 0.99,
-}  # fmt: skip
+ADAPTING: dict[str, Any] = {"steps": 120, "context": 256, "batch_size": 4, "beta2": 0.99}
+# Where no biases can stand for the prefix, there is more to learn.
+WITHOUT_BIASES: dict[str, Any] = {"steps": 400, "learning_rate": 2e-4}
 
 
 @dataclass(kw_only=True)
@@ -281,7 +281,8 @@ class FinetuneOptions(TrainingOptions):
     command: ClassVar[str] = "finetune"
 
     steps: int | None = option(
-        None, "optimizer steps; only --adapt, by default 400, and --dry-run go without"
+        None,
+        "optimizer steps; only --adapt, by default 120 (with --lora 400), and --dry-run go without",
     )
     data: str | None = option(  # type: ignore[assignment]  # of a run that has no text of its own
         None, "text or conversations: builtin, a file or folder, or hub:OWNER/NAME[:CONFIG]; --adapt goes "
@@ -299,7 +300,7 @@ class FinetuneOptions(TrainingOptions):
     )
     learning_rate: float | None = option(  # type: ignore[assignment]
         None,
-        "peak learning rate of AdamW; by default 5e-5, and 2e-4 with --adapt; --lora wants about 2e-4",
+        "peak learning rate of AdamW; by default 5e-5; --lora wants about 2e-4, and has it with --adapt",
     )
     min_learning_rate: float = option(0.0, "where the cosine ends, as a share of the peak")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
@@ -350,9 +351,12 @@ class FinetuneOptions(TrainingOptions):
     def resolved(self) -> Self:
         defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999}
         if self.adapt:
+            defaults |= ADAPTING
+            if self.lora or not _can_have_biases(self.model):
+                defaults |= WITHOUT_BIASES
             # Evaluating often would take as long as the training, which is short.
-            quarter = max(1, (self.steps or ADAPTING["steps"]) // 4)
-            defaults |= ADAPTING | {"eval_every": quarter, "save_every": quarter}
+            quarter = max(1, (self.steps or defaults["steps"]) // 4)
+            defaults |= {"eval_every": quarter, "save_every": quarter}
         if self.context is None:
             longest = _context_of(self.model)
             # The teacher reads one token more.
@@ -397,11 +401,18 @@ class FinetuneOptions(TrainingOptions):
                 raise InputError(f"{name} goes with --{switch}")
 
 
-def _context_of(model: str) -> int:
+def _config_of(model: str) -> Any:
     from ..hf.loading import load_config
 
-    config: Any = load_config(model).get_text_config(decoder=True)
-    return min(getattr(config, "max_position_embeddings", None) or 1024, 1024)
+    return load_config(model).get_text_config(decoder=True)
+
+
+def _context_of(model: str) -> int:
+    return min(getattr(_config_of(model), "max_position_embeddings", None) or 1024, 1024)
+
+
+def _can_have_biases(model: str) -> bool:
+    return isinstance(getattr(_config_of(model), "attention_bias", None), bool)
 
 
 def _check_least(options: TrainingOptions, **least: int) -> None:

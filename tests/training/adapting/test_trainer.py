@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from stablemask.errors import InputError, RunError
 from stablemask.evaluation import reduce_attention
-from stablemask.hf import read_shifts
 from stablemask.models.settings import SHIFT_PARAMETER
 from stablemask.training.adapting.prefix import Prefix
 from stablemask.training.adapting.trainer import SHIFT_RATE, DistillingTrainer, Schedule
@@ -90,7 +89,7 @@ def test_without_its_adapter_and_shifts_the_student_is_its_teacher(options, tmp_
     ids = padded(full.distillation.prefix)["input_ids"]
     torch.testing.assert_close(low._goal(ids), full._goal(ids))
     assert low.distillation.prefix == full.distillation.prefix
-    assert read_shifts(low.model) == read_shifts(full.model)
+    assert not low._bare.config.attention_bias  # an adapter cannot change the model it is for
     trained = {name for name, p in low.model.named_parameters() if p.requires_grad}
     assert all("lora" in name or name.endswith(SHIFT_PARAMETER) for name in trained)
     low._watch.set(None, None)
@@ -105,16 +104,16 @@ def test_shifts_learn_faster_than_weights_and_do_not_decay(options, tmp_path):
     assert {id(p) for p in shifts["params"]} == {
         id(p) for name, p in trainer.model.named_parameters() if name.endswith(SHIFT_PARAMETER)
     }
-    assert (shifts["lr"], shifts["weight_decay"]) == (SHIFT_RATE * 2e-4, 0.0)
+    assert (shifts["lr"], shifts["weight_decay"]) == (SHIFT_RATE * 5e-5, 0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
         list(trainer.model.parameters())
     )
-    assert {group["lr"] for group in weights} == {2e-4}
+    assert {group["lr"] for group in weights} == {5e-5}
 
 
 def test_a_value_that_is_kept_leaves_the_first_loss_small(options, tmp_path):
     """At step 0 the sink stands for the prefix: what is left is that a constant replaces its scores."""
-    trainer = trainer_of(options, tmp_path / "run")
+    trainer = trainer_of(replace(options, lora=True), tmp_path / "run")
     batch = padded(trainer.distillation.prefix)
     losses = []
     for step in (0, 4):

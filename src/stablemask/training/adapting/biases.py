@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ...hf.guard import numbered_layers
 from .calibration import Calibration
 
-BIASES = ("q_proj", "k_proj", "v_proj", "o_proj")
+BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
 STEADY = 0.5  # radians that a dimension may rotate within the context
 SWITCH = "attention_bias"  # of a configuration
 
@@ -83,7 +83,7 @@ def _takes_biases(model: PreTrainedModel) -> bool:
         biased = type(model)(config)  # type: ignore[call-arg]
     names = {id(module): name for name, module in model.named_modules()}
     layers = numbered_layers(model, model.config.get_text_config(decoder=True)).values()
-    wanted = {f"{names[id(layer)]}.{name}.bias" for layer in layers for name in BIASES}
+    wanted = {f"{names[id(layer)]}.{name}" for layer in layers for name in BIASES}
     had = {name for name, _ in model.named_parameters()}
     has = {name for name, _ in biased.named_parameters()}
     return wanted <= has and has == had | wanted

@@ -3,8 +3,9 @@
     loss = KL(teacher || student) + first_token / 2 + excess
 
 ``first_token`` is the mean attention on the first token, over layers and the rows from the eighth on;
-``excess`` sums up how far hidden states lie over a bound (see watch.py). The prefix's value, which the sink
-still carries at first, fades, and the bound tightens; both follow from the number of the step alone.
+``excess`` sums up how far hidden states lie over a bound (see watch.py). The bound tightens. Where no biases
+stand for the prefix (biases.py), the sink still carries its value at first, which fades. Both follow from the
+number of the step alone.
 """
 
 import copy
@@ -165,9 +166,13 @@ class DistillingTrainer(LanguageModelTrainer):
         return seen
 
     def _alpha(self) -> float:
-        distillation = self.distillation
-        biased = bool(distillation.calibration.keys)
-        return 0.0 if biased else distillation.schedule.alpha(self.state.global_step)
+        step = self.state.global_step
+        return self.distillation.schedule.alpha(step) if self._fading else 0.0
+
+    @property
+    def _fading(self) -> bool:
+        """Whether no biases stand for the prefix's value."""
+        return not self.distillation.calibration.keys
 
     def _student(self, model: Any, ids: Tensor) -> Tensor:
         """Hidden states, or logits where those are not the output layer's alone."""
@@ -211,7 +216,8 @@ class DistillingTrainer(LanguageModelTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._counted:
             logs |= {name: (total / self._counted).item() for name, total in self._sums.items()}
-            logs["alpha"] = self._alpha()
+            if self._fading:
+                logs["alpha"] = self._alpha()
             for total in self._sums.values():
                 total.zero_()
             self._counted = 0
