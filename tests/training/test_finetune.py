@@ -24,6 +24,7 @@ from stablemask.data.chat import prepare_chat
 from stablemask.errors import InputError, RunError
 from stablemask.training import checkpoints
 from stablemask.training.adapting import adapt
+from stablemask.training.adapting.trainer import FIRST_TOKEN_WEIGHT
 from stablemask.training.callbacks import StopOnSignal
 from stablemask.training.finetune import describe_finetuning, finetune
 from stablemask.training.options import FinetuneOptions
@@ -81,7 +82,7 @@ def test_the_student_learns_from_its_teacher(adapted, base):
     rows = metrics(adapted)
     training = [row for row in rows if "loss" in row]
     for row in training:
-        total = row["kl"] + 2 * row["first_token"] + row["excess"]
+        total = row["kl"] + FIRST_TOKEN_WEIGHT * row["first_token"] + row["excess"]
         assert row["loss"] == pytest.approx(total, rel=1e-4)
     assert training[-1]["first_token"] < training[0]["first_token"]
     assert [row["tokens"] for row in training] == [step * 4 * 32 for step in (5, 10, 15, 20)]

@@ -11,7 +11,12 @@ from stablemask.errors import InputError, RunError
 from stablemask.evaluation import reduce_attention
 from stablemask.models.settings import SHIFT_PARAMETER
 from stablemask.training.adapting.prefix import Prefix
-from stablemask.training.adapting.trainer import SHIFT_RATE, DistillingTrainer, Schedule
+from stablemask.training.adapting.trainer import (
+    FIRST_TOKEN_WEIGHT,
+    SHIFT_RATE,
+    DistillingTrainer,
+    Schedule,
+)
 from stablemask.training.finetune import _build_trainer, _prepare, finetune
 from stablemask.training.options import FinetuneOptions
 
@@ -70,7 +75,7 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_texts_alone(options, tmp_path
     tokens = int(batch["attention_mask"].sum())
     assert sums["kl"] == pytest.approx(kl / tokens, rel=1e-4)
     assert found.item() == pytest.approx(
-        sums["kl"] + 0.5 * sums["first_token"] + sums["excess"], rel=1e-5
+        sums["kl"] + FIRST_TOKEN_WEIGHT * sums["first_token"] + sums["excess"], rel=1e-5
     )
     for text in texts:  # the dense maps of each layer
         real = reduce_attention(model, text[0], lambda layer: layer.real[0, :, 8:, 0])

@@ -56,9 +56,10 @@ def give_biases(model: PreTrainedModel, calibration: Calibration) -> None:
     """Have the biases of each layer's attention stand for the prefix."""
     config: Any = model.config.get_text_config(decoder=True)
     setattr(config, SWITCH, True)
-    for number, layer in numbered_layers(model, config).items():
+    layers: dict[int, Any] = numbered_layers(model, config)
+    for number, layer in layers.items():
         value, key = (of[number].to(model.device) for of in (calibration.values, calibration.keys))
-        output: Any = layer.o_proj
+        output = layer.o_proj
         by_head = value.repeat_interleave(output.in_features // value.numel(), 0)
         added = {
             "q_proj": torch.zeros(layer.q_proj.out_features, device=model.device),
@@ -67,9 +68,10 @@ def give_biases(model: PreTrainedModel, calibration: Calibration) -> None:
             "o_proj": output.weight.detach().to(value.dtype) @ by_head.flatten(),
         }
         for name, bias in added.items():
-            linear: Any = getattr(layer, name)
+            linear = getattr(layer, name)
             before = 0.0 if linear.bias is None else linear.bias.detach()
-            linear.bias = nn.Parameter((before + bias).to(linear.weight.dtype))
+            bias = (before + bias).to(linear.weight.dtype)
+            linear.bias = nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
 
 
 def _takes_biases(model: PreTrainedModel) -> bool:
@@ -80,7 +82,7 @@ def _takes_biases(model: PreTrainedModel) -> bool:
         return False
     setattr(text, SWITCH, True)
     with torch.device("meta"):
-        biased = type(model)(config)  # type: ignore[call-arg]
+        biased = type(model)(config)
     names = {id(module): name for name, module in model.named_modules()}
     layers = numbered_layers(model, model.config.get_text_config(decoder=True)).values()
     wanted = {f"{names[id(layer)]}.{name}" for layer in layers for name in BIASES}
