@@ -20,8 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from stablemask.models.modeling import StableMaskForCausalLM
 from stablemask.models.presets import preset_config
+from stablemask.training.assembly import build_trainer
 from stablemask.training.options import PretrainOptions
-from stablemask.training.run import build_trainer
 
 from .workload import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY, Clock, Workload
 

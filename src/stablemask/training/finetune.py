@@ -1,6 +1,6 @@
 """Finetuning of any causal language model, and adapting one to StableMask.
 
-What it shares with pretraining is in run.py; how the sink is taken out of a model, in adapting/.
+What it shares with pretraining is in run.py and assembly.py; how the sink is taken out of a model, in adapting/.
 """
 
 import math
@@ -41,22 +41,11 @@ from .adapting.calibration import Calibration
 from .adapting.reading import front_tokens
 from .adapting.table import measure, table
 from .adapting.trainer import DistillingTrainer, frozen_copy
+from .assembly import METRICS_FILE, build_trainer, finish_run, train
 from .card import write_finetune_card
 from .options import FinetuneOptions
 from .processes import is_main, main_first, on_main
-from .run import (
-    METRICS_FILE,
-    RunResult,
-    alone,
-    begin_run,
-    build_trainer,
-    claim,
-    command_line,
-    finish_run,
-    given,
-    start,
-    train,
-)
+from .run import RunResult, alone, begin_run, claim, command_line, given, start
 from .sharding import shard
 from .trainer import LanguageModelTrainer
 

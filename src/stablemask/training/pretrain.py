@@ -1,4 +1,4 @@
-"""Pretraining: from options to a folder with a model. What it shares with other runs is in run.py."""
+"""Pretraining: from options to a folder with a model. What it shares with other runs is in run.py and assembly.py."""
 
 import math
 from functools import partial
@@ -10,22 +10,11 @@ from ..data import Corpus, prepare_corpus, prepare_mixture
 from ..data.mixture import parse_mixture
 from ..data.stream import StreamedCorpus, prepare_stream
 from ..models.modeling import StableMaskForCausalLM
+from .assembly import METRICS_FILE, build_trainer, finish_run, train
 from .card import write_pretrain_card
 from .options import PretrainOptions
 from .processes import main_first
-from .run import (
-    METRICS_FILE,
-    RUN_FILE,
-    RunResult,
-    alone,
-    begin_run,
-    build_trainer,
-    command_line,
-    finish_run,
-    given,
-    start,
-    train,
-)
+from .run import RUN_FILE, RunResult, alone, begin_run, command_line, given, start
 from .sequences import share_sequences
 from .sharding import shard
 

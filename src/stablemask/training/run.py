@@ -1,6 +1,6 @@
-"""What all training runs share: the run folder, the Trainer, stopping, and the finished model.
+"""The run folder: begun, gone on with, or finished; assembly.py makes the Trainer that works in it.
 
-The run folder, ``--out``::
+``--out`` holds::
 
     pretrain.yaml or finetune.yaml                    the resolved options
     run.json                                          versions, data, command, result
@@ -13,56 +13,33 @@ The run folder, ``--out``::
 import dataclasses
 import functools
 import json
-import math
 import platform
 import shlex
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import transformers
-from torch.utils.data import Subset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback
-from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 from .. import __version__
-from ..data.batches import TrainBatches
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity_of
-from ..models.devices import peak_flops
 from ..options import load_yaml, option_fields, save_yaml
 from ..reading import parse_json, read_json
 from ..versions import tell_newer
 from ..writing import only_writer
 from . import checkpoints
-from .callbacks import Probe, Record, SkipBadSteps, StopOnSignal, training_flops
-from .machine import world_size
 from .options import FREE_ON_RESUME, KEPT_ON_RESUME, TrainingOptions
-from .processes import is_main, join_processes, on_main, rank
-from .sequences import SequenceGroup
-from .sharding import is_sharded
-from .trainer import LanguageModelTrainer
+from .processes import join_processes, on_main
 
 RUN_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
 Value = TypeVar("Value")
 Options = TypeVar("Options", bound=TrainingOptions)
-
-
-class TrainingData(Protocol):
-    """Examples to train on and held out, both datasets with a length."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: Any
-    validation: Any
-    key: str  # another one wherever a token is
 
 
 @dataclass(frozen=True)
@@ -237,190 +214,13 @@ def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[st
     _write_json(folder / RUN_FILE, {"corpus": key, **record, "versions": versions})
 
 
-def build_trainer(
-    options: TrainingOptions,
-    folder: Path,
-    model: torch.nn.Module,
-    data: TrainingData,
-    checkpoint: Path | None,
-    *,
-    callbacks: tuple[TrainerCallback, ...] = (),
-    collate: Callable | None = None,
-    sequences: SequenceGroup | None = None,
-    make: Callable[..., LanguageModelTrainer] = LanguageModelTrainer,
-    **arguments: Any,
-) -> LanguageModelTrainer:
-    """The Trainer of a run.
-
-    Args:
-        make: makes it, from what :class:`LanguageModelTrainer` takes.
-        callbacks: they come before the record of a log, and may add to it.
-        collate: makes a batch of a list of examples; by default they are stacked.
-        sequences: who shares sequences with this process.
-        arguments: of the TrainingArguments, in place of ours.
-    """
-    if options.gradient_checkpointing:
-        # Transformers has renamed it; older versions know only the second name.
-        enable: Any = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})  # type: ignore[operator]
-    # A sharded model is compiled by the layer, and casts by itself.
-    own = {"torch_compile": False, "bf16": False} if is_sharded(model) else {}
-    together = 1 if sequences is None else sequences.size
-    trainer = make(
-        model=model,
-        args=TrainingArguments(**(_arguments(options, folder) | own | arguments)),
-        batches=lambda step, state: TrainBatches(
-            data.train,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            accumulation=given(options.gradient_accumulation),
-            rank=rank() // together,
-            ranks=world_size() // together,
-            step=step,
-            collate=collate,
-            state=state,
-        ),
-        collate=collate,
-        eval_dataset=_first_tokens(data.validation, options.eval_tokens, options),
-        processing_class=data.tokenizer,
-        keep=options.keep_checkpoints,
-        async_save=options.async_save,
-        sequences=sequences,
-    )
-    trainer.remove_callback(PrinterCallback)
-    for callback in _callbacks(options, folder, trainer, data, callbacks):
-        trainer.add_callback(callback)
-    if options.tensorboard and is_main():
-        from torch.utils.tensorboard import SummaryWriter
-
-        begin = checkpoints.step_of(checkpoint) + 1 if checkpoint else None
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin)
-        trainer.add_callback(TensorBoardCallback(writer))
-    if options.wandb:
-        trainer.add_callback(WandbCallback())
-    return trainer
-
-
-def _callbacks(
-    options: TrainingOptions,
-    folder: Path,
-    trainer: LanguageModelTrainer,
-    data: TrainingData,
-    more: tuple[TrainerCallback, ...],
-) -> Iterator[TrainerCallback]:
-    """In an order in which each finds in a log what those before it have added."""
-    context = given(options.context)
-    device = trainer.args.device
-    record = Record(
-        folder / METRICS_FILE,
-        flops_per_token=training_flops(trainer.model, context),
-        peak_flops=options.peak_flops or peak_flops(device, getattr(torch, options.dtype)),
-        data_seconds=lambda: trainer.data_seconds,
-    )
-    yield SkipBadSteps(
-        lambda: trainer.step_loss,
-        lambda: trainer.grad_norm,
-        limit=options.skip_limit,
-        spikes=options.skip_spikes,
-        record=record.add,
-    )
-    if options.probe_tokens:
-        yield Probe(data.validation[0]["input_ids"][: options.probe_tokens])
-    yield from more
-    yield record
-
-
-def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available()
-    return {
-        "output_dir": str(folder / "checkpoints"),
-        "max_steps": given(options.steps),
-        "per_device_train_batch_size": options.batch_size,
-        "per_device_eval_batch_size": options.batch_size,
-        "gradient_accumulation_steps": options.gradient_accumulation,
-        "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": options.min_learning_rate},
-        "warmup_steps": given(options.warmup),
-        "weight_decay": options.weight_decay,
-        "adam_beta1": options.beta1,
-        "adam_beta2": options.beta2,
-        "max_grad_norm": options.clip,
-        "use_cpu": not on_gpu,
-        "bf16": options.dtype == "bfloat16",
-        "torch_compile": options.compile,
-        "logging_steps": options.log_every,
-        "logging_nan_inf_filter": False,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "ignore_data_skip": True,  # our batches begin where they should
-        "dataloader_num_workers": options.workers or 0,
-        "ddp_find_unused_parameters": False,
-        "eval_strategy": "steps",
-        "eval_steps": options.eval_every,
-        "save_strategy": "steps",
-        "save_steps": given(options.save_every),
-        "seed": options.seed,
-        "data_seed": options.seed,
-        "dataloader_pin_memory": on_gpu,
-        "remove_unused_columns": False,
-        "prediction_loss_only": True,
-        "label_names": ["labels"],
-        "disable_tqdm": True,
-        "report_to": [],
-        "run_name": folder.name,
-    }
-
-
-def train(trainer: LanguageModelTrainer, checkpoint: Path | None) -> signal.Signals | None:
-    """Run the training; the signal that stopped it before its last step, or None."""
-    transformers_logging.disable_progress_bar()  # one for each file saved, beside ours
-    with StopOnSignal() as stop:
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return stop.received if trainer.state.global_step < trainer.args.max_steps else None
-
-
-def _first_tokens(validation: Any, tokens: int | None, options: TrainingOptions) -> Any:
-    if tokens is None:
-        return validation
-    blocks = min(len(validation), math.ceil(tokens / given(options.context)))
-    return Subset(validation, range(blocks))
-
-
-def finish_run(
-    folder: Path,
-    options: TrainingOptions,
-    trainer: LanguageModelTrainer,
-    data: TrainingData,
-    save: Callable[[str], object],
-    write_card: Callable[[dict[str, Any]], None],
-    more: dict[str, Any] | None = None,
-) -> RunResult:
-    """Evaluate on the validation split and write the model.
-
-    Args:
-        save: writes the model into a folder.
-        write_card: writes the model card from the run's record.
-        more: what else the record is to hold.
-    """
-    trainer.remove_callback(TensorBoardCallback)  # its writer has closed with the training
-    validation = _first_tokens(data.validation, options.final_eval_tokens, options)
-    metrics = trainer.evaluate(eval_dataset=validation)
-    result = RunResult(folder, trainer.state.global_step, metrics["eval_loss"])
-    partial = folder / "checkpoints" / checkpoints.INCOMPLETE
-    on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-    save(str(partial))
-    on_main(lambda: _put_in_place(partial, result, write_card, more or {}))
-    return result
-
-
-def _put_in_place(
+def put_in_place(
     partial: Path,
     result: RunResult,
     write_card: Callable[[dict[str, Any]], None],
     more: dict[str, Any],
 ) -> None:
+    """Move a model saved in ``partial`` into the run folder, and write its card and the result."""
     folder = result.folder
     for path in partial.iterdir():
         if path.name != "training_args.bin":  # a pickle, which nothing of ours reads
