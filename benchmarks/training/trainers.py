@@ -79,7 +79,7 @@ def ours(workload: Workload, folder: Path, attention: str) -> OnTrainer:
     options = PretrainOptions(
         preset=workload.preset, attention=attention, steps=NEVER, out=str(folder),
         batch_size=workload.batch_size, dtype=workload.dtype, compile=workload.compile,
-        learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY,
+        learning_rate=LEARNING_RATE, beta2=BETAS[1], weight_decay=WEIGHT_DECAY,
         clip=CLIP, warmup=0, tensorboard=False,
     ).resolved()  # fmt: skip
     with torch.device(workload.device):

@@ -17,6 +17,7 @@ import stablemask.hf
 from stablemask.errors import InputError, RunError
 from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
+from stablemask.training.callbacks import SkipBadSteps
 from stablemask.training.dry_run import describe_cost
 from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
@@ -85,8 +86,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(poisoned, options, tmp
     assert [r["skipped"] for r in metrics(tmp_path / "run") if "loss" in r] == [0, 1, 1, 1]
 
 
-def test_too_many_of_them_stop_the_run_before_the_weights(poisoned, options, tmp_path):
-    options = replace(options, out=str(tmp_path / "run"), eval_every=1000, skip_limit=1)
+def test_too_many_of_them_stop_the_run_before_the_weights(poisoned, options, tmp_path, monkeypatch):
+    monkeypatch.setitem(SkipBadSteps.__init__.__kwdefaults__, "limit", 1)
+    options = replace(options, out=str(tmp_path / "run"), eval_every=1000)
     with pytest.raises(RunError, match="not finite at step 10"):
         pretrain(options)
     last = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -208,7 +210,7 @@ def test_other_kinds_of_attention_train(attention, options, tmp_path):
     result = pretrain(
         replace(
             options, out=str(tmp_path / "run"), attention=attention, position="alibi", steps=4,
-            gradient_accumulation=2, gradient_checkpointing=True, dtype="bfloat16",
+            global_batch_size=2 * options.batch_size, gradient_checkpointing=True, dtype="bfloat16",
         )
     )  # fmt: skip
     assert result.step == 4

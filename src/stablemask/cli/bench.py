@@ -25,6 +25,7 @@ HEADS, HEAD_DIM = 8, 64
 TOKENS = (
     2048  # of all sequences of a cell; the definition stores every score, and checks no longer ones
 )
+SECONDS = 2.5  # for each cell
 ROUNDS = 5  # at least
 BLOCK_SECONDS = 0.005  # a sample is as many calls as fill this, far above the clock's noise
 
@@ -37,14 +38,11 @@ class BenchOptions:
     dtypes: list[str] | None = option(
         None, "by default all that the device is made for", choices=DTYPES["cuda"]
     )
-    seconds: float = option(2.5, "for each cell")
 
 
 def run(options: BenchOptions) -> None:
     if min(options.lengths, default=0) < 2:
         raise InputError(f"lengths must be at least 2 each, got {options.lengths}")
-    if not options.seconds > 0:
-        raise InputError(f"seconds must be above 0, got {options.seconds}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = available_devices()[device]
     if device == "cpu":
@@ -58,7 +56,7 @@ def run(options: BenchOptions) -> None:
             for kind, ours, stock in _cells(length, getattr(torch, dtype), device):
                 # Inference is as a user runs it, which lets the compiled library serve.
                 with torch.set_grad_enabled("backward" in kind):
-                    ratio = _ratio(ours, stock, options.seconds, device)
+                    ratio = _ratio(ours, stock, device)
                 lines[kind] = lines.get(kind, "") + f"{ratio:>8.2f}"
         for kind, ratios in lines.items():
             print(f"{dtype:<10}{kind:<17}{ratios}", flush=True)
@@ -103,13 +101,13 @@ def _check(ours: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tenso
         raise RunError(f"our output in {query.dtype} is {error:.1e} off, {allowed:.1e} are allowed")
 
 
-def _ratio(ours: Function, stock: Function, seconds: float, device: str) -> float:
+def _ratio(ours: Function, stock: Function, device: str) -> float:
     """The median over rounds, each of which begins with the other one."""
     for function in (ours, stock):  # warm
         function()
     calls = max(1, round(BLOCK_SECONDS / _seconds(stock, 1, device)))
     ratios: list[float] = []
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + SECONDS
     while len(ratios) < ROUNDS or time.perf_counter() < end:
         order = (ours, stock) if len(ratios) % 2 else (stock, ours)
         taken = {function: _seconds(function, calls, device) for function in order}

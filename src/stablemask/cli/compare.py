@@ -27,7 +27,6 @@ class CompareOptions:
     prompt: str | None = option(
         None, "what the samples go on with; by default the validation text's beginning"
     )
-    seed: int = option(0, "of the samples")
 
 
 def run(options: CompareOptions) -> None:
@@ -39,7 +38,6 @@ def run(options: CompareOptions) -> None:
             dict(zip(labels(options.runs), folders, strict=True)),
             max_tokens=options.max_tokens,
             prompt=options.prompt,
-            seed=options.seed,
             command=_command(options),
         )
         if page is not None:

@@ -29,7 +29,6 @@ RESULTS, REPORT = "results.json", "report.html"
 class DemoOptions:
     out: str = option("runs/demo", "folder for both runs, the results and the report")
     steps: int = option(300, "optimizer steps of each training")
-    seed: int = option(0, "of the weights and the order of the data")
     data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
     resume: bool = option(False, "go on with the demo in --out; what is finished is used again")
 
@@ -56,7 +55,6 @@ def run(options: DemoOptions) -> int:
         comparison = compare(
             {kind: out / kind for kind in KINDS},
             prompt="def " if options.data == "builtin" else None,
-            seed=options.seed,
             command=_command(options),
         )
         for name, text in {
@@ -78,7 +76,6 @@ def _training(options: DemoOptions, kind: str) -> PretrainOptions:
         out=str(folder),
         data=options.data,
         attention=kind,
-        seed=options.seed,
         batch_size=8,  # more steps for the same tokens: softmax is slow to get going
         eval_tokens=16384,
         resume=options.resume and (folder / OPTIONS_FILE).exists(),

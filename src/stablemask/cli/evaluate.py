@@ -51,7 +51,6 @@ class EvaluateOptions:
     )
     dtype: str = dtype_option()
     device: str | None = device_option()
-    json: bool = option(False, "print the JSON line alone, without the table")
 
 
 def run(options: EvaluateOptions) -> None:
@@ -119,8 +118,7 @@ def _run_tasks(options: EvaluateOptions, model: PreTrainedModel) -> None:
         num_fewshot=options.num_fewshot,
         batch_size=1 if options.batch_size is None else options.batch_size,
     )
-    if not options.json:
-        print(results_table(results))
+    print(results_table(results))
     summary = {
         "model": options.model,
         "results": results["results"],
@@ -137,13 +135,13 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel, text: Trai
     tokenizer = load_tokenizer(options.model)
     documents = _documents(options, text)
     sources = ", ".join(text.sources)
-    if options.data is None and not options.json:
+    if options.data is None:
         part = "all" if options.split == "all" else f"the {options.split} part"
         print(f"{part} of {sources}, which {options.model} was trained on")
     tokens = tokenize_documents(documents, tokenizer)
     bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
 
-    table = _Table(model, quiet=options.json)
+    table = _Table(model)
     results: list[dict[str, Any]] = []
     refused: list[InputError] = []
     for length in lengths:
@@ -215,20 +213,19 @@ class _Table:
     names = ("length", "trained", "perplexity", "nats/token", "bits/byte", "tokens", "tokens/s")
     columns = "{:>8}  {:>8}  {:>11}  {:>10}  {:>9}  {:>10}  {:>8}"
 
-    def __init__(self, model: PreTrainedModel, *, quiet: bool):
+    def __init__(self, model: PreTrainedModel):
         self.trained = trained_length(model)
-        self.quiet = quiet
         self.empty = True
 
     def print_row(self, row: dict[str, Any]) -> None:
         if self.empty:
-            self._print(self.columns.format(*self.names))
+            print(self.columns.format(*self.names), flush=True)
             self.empty = False
         multiple = f"{row['length'] / self.trained:.4g}x" if self.trained else "-"
         if "error" in row:
-            self._print(f"{row['length']:>8}  {multiple:>8}  not scored: {row['error']}")
+            print(f"{row['length']:>8}  {multiple:>8}  not scored: {row['error']}", flush=True)
             return
-        self._print(
+        print(
             self.columns.format(
                 row["length"],
                 multiple,
@@ -237,9 +234,6 @@ class _Table:
                 f"{row['bits_per_byte']:.4f}",
                 row["tokens"],
                 f"{row['tokens'] / row['seconds']:.0f}",
-            )
+            ),
+            flush=True,
         )
-
-    def _print(self, line: str) -> None:
-        if not self.quiet:
-            print(line, flush=True)

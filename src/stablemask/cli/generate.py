@@ -36,7 +36,6 @@ class GenerateOptions:
     top_p: float = option(1.0, "sample among the likeliest tokens that hold this probability")
     top_k: int | None = option(None, "sample among so many likeliest tokens")
     seed: int | None = option(None, "makes sampling repeatable")
-    prefill_chunk_size: int | None = option(None, "read the prompt so many tokens at a time")
     window: int | None = option(
         None, "let a token see so many tokens, and keep no more: a text may then go on for ever"
     )
@@ -88,7 +87,7 @@ def _check(options: GenerateOptions) -> None:
 
 
 def _settings(options: GenerateOptions) -> dict[str, Any]:
-    names = "max_new_tokens temperature top_p top_k prefill_chunk_size window"
+    names = "max_new_tokens temperature top_p top_k window"
     return {name: getattr(options, name) for name in names.split()}
 
 

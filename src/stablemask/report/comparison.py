@@ -54,7 +54,7 @@ RECORDED = {
     "train_tokens": int | None,
     "validation_tokens": int,
 }
-RESOLVED = ("steps", "context", "vocab_size", "gradient_accumulation", "global_batch_size")
+RESOLVED = ("steps", "context", "vocab_size", "global_batch_size")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ FIGURES = {
 # Options of a run that a reader wants to see, beside what is measured.
 SHOWN_OPTIONS = (
     "preset", "attention", "position", "data", "context", "vocab_size", "steps",
-    "batch_size", "gradient_accumulation", "learning_rate", "dtype", "seed",
+    "global_batch_size", "learning_rate", "dtype", "seed",
 )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from ..models.devices import peak_flops
 from .options import PretrainOptions
 from .run import given, tokens_per_step
 
+UTILIZATION = 0.4  # the share of its FLOP/s that a device reaches, where much goes right
+
 
 def describe_cost(options: PretrainOptions) -> str:
     """The size of a run, a line for each figure.
@@ -37,7 +39,7 @@ def describe_cost(options: PretrainOptions) -> str:
         getattr(torch, options.dtype),
         options.gradient_checkpointing,
         chunked_loss=options.chunked_loss,
-        devices=_devices(options),
+        devices=options.placing()[0],
         fsdp=options.fsdp,
         context_parallel=options.context_parallel,
     )
@@ -54,24 +56,19 @@ def describe_cost(options: PretrainOptions) -> str:
     return "\n".join(f"{name:<16}  {value}" for name, value in lines)
 
 
-def _devices(options: PretrainOptions) -> int:
-    together = given(options.global_batch_size) // given(options.gradient_accumulation)
-    return together // options.batch_size * options.context_parallel
-
-
 def _batches(options: PretrainOptions) -> str:
-    devices, sharing = _devices(options), options.context_parallel
+    devices, sharing = options.placing()
     where = "one device" if devices == 1 else f"each of {devices} devices"
     if sharing > 1:
         where = f"each {sharing} of {devices} devices"
     return (
-        f"{options.gradient_accumulation} x {options.batch_size} blocks of {options.context} on {where}"
+        f"{options.accumulation} x {options.batch_size} blocks of {options.context} on {where}"
         + ", FSDP2" * options.fsdp
     )
 
 
 def _time(options: PretrainOptions, flops: float) -> str:
-    devices = _devices(options)
+    devices, _ = options.placing()
     where = "one device" if devices == 1 else f"{devices} devices"
     peak = options.peak_flops
     if peak is None and torch.cuda.is_available():
@@ -83,8 +80,8 @@ def _time(options: PretrainOptions, flops: float) -> str:
             "an H100"
         )
     return (
-        f"{_duration(flops / (devices * peak * options.utilization))} on {where} at "
-        f"{100 * options.utilization:g} % of {peak / 1e12:,.4g} TFLOP/s each"
+        f"{_duration(flops / (devices * peak * UTILIZATION))} on {where} at "
+        f"{100 * UTILIZATION:g} % of {peak / 1e12:,.4g} TFLOP/s each"
     )
 
 

@@ -21,8 +21,7 @@ from .machine import default_dtype, world_size
 # number of steps, by which a run goes on where it had ended.
 FREE_ON_RESUME = {
     "steps", "out", "resume", "dry_run", "tensorboard", "wandb", "keep_checkpoints", "async_save", "workers",
-    "batch_size", "gradient_accumulation", "peak_flops", "utilization", "devices",
-    "final_eval_tokens",
+    "batch_size", "peak_flops", "devices", "final_eval_tokens",
 }  # fmt: skip
 # Options whose defaults follow from others or from the model: left out, they stay what they were in a run
 # that is resumed.
@@ -47,19 +46,14 @@ class TrainingOptions:
     )
     context: int | None = option(None, "tokens in a training block; by default the model's")
     batch_size: int = option(16, "blocks in a batch, on each device")
-    gradient_accumulation: int | None = option(
-        None,
-        "batches in a step, on each device; by default 1, or as many as fill global_batch_size",
-    )
     global_batch_size: int | None = option(
         None,
-        "blocks in a step, over all devices; a run that is resumed keeps it on any number of them",
+        "blocks in a step, over all devices, by as many batches as it takes; by default one on each",
     )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     min_learning_rate: float = option(0.1, "where the cosine ends, as a share of the peak")
     warmup: int | None = option(None, "steps of linear warm-up; by default a tenth of the steps")
     weight_decay: float = option(0.1, "decoupled weight decay of AdamW")
-    beta1: float = option(0.9, "decay of AdamW's first moment")
     beta2: float = option(0.98, "decay of AdamW's second moment")
     clip: float = option(1.0, "largest norm of the gradients")
     dtype: str = option(
@@ -79,8 +73,6 @@ class TrainingOptions:
         0.0,
         "skip a step whose loss lies this many standard deviations above the last ones', 0: none",
     )
-    skip_limit: int = option(10, "skipped steps in a row, for spikes or gradients that are not finite, "
-        "that end the run")  # fmt: skip
     probe_tokens: int = option(
         512, "validation tokens whose attention is looked at with each evaluation, 0: none"
     )
@@ -99,7 +91,7 @@ class TrainingOptions:
     resume: bool = option(False, "go on with the run in --out, also to more --steps than it had")
     dry_run: bool = option(False, "print what the run would cost, and stop")
     peak_flops: float | None = option(
-        None, "FLOP/s of one device in this dtype, for utilization; by default known from its name"
+        None, "FLOP/s of one device in this dtype; by default known from its name"
     )
 
     def __post_init__(self) -> None:
@@ -132,50 +124,44 @@ class TrainingOptions:
         }
         options = dataclasses.replace(self, **unset)
         options._check()
-        return dataclasses.replace(options, **options._batches())
+        return options._with_whole_batches()
 
-    def _batches(self) -> dict[str, Any]:
-        """How a step is cut into batches, consistent with each other and the number of devices."""
-        devices, sharing = self._devices()
+    def _with_whole_batches(self) -> Self:
+        """A copy whose global batch is filled by whole batches of the devices there are."""
+        devices, sharing = self.placing()
         if self.fsdp and devices == 1:
             raise InputError(
-                "fsdp shards over several devices, and there is one; start them with torchrun, or leave "
-                "it out"
+                "fsdp shards over several devices, and there is one; start them with torchrun"
             )
         if devices % sharing:
             raise InputError(f"context_parallel must divide the {devices} devices, got {sharing}")
         together = self.batch_size * (devices // sharing)
-        if self.global_batch_size is None:
-            accumulation = self.gradient_accumulation or 1
-        elif self.global_batch_size % together:
+        size = together if self.global_batch_size is None else self.global_batch_size
+        if size % together:
             raise InputError(
                 f"global_batch_size must be a multiple of the {together} blocks that the devices take "
-                f"at a time, got {self.global_batch_size}; another --batch-size may fit"
+                f"at a time, got {size}; another --batch-size may fit"
             )
-        else:
-            accumulation = self.global_batch_size // together
-            if self.gradient_accumulation not in (None, accumulation):
-                raise InputError(
-                    f"a global_batch_size of {self.global_batch_size} needs a gradient_accumulation of "
-                    f"{accumulation} here, got {self.gradient_accumulation}; leave it out"
-                )
-        return {
-            "gradient_accumulation": accumulation,
-            "global_batch_size": accumulation * together,
-        }
+        return dataclasses.replace(self, global_batch_size=size)
 
-    def _devices(self) -> tuple[int, int]:
+    @property
+    def accumulation(self) -> int:
+        """Batches in a step, on each device, once resolved."""
+        devices, sharing = self.placing()
+        assert self.global_batch_size is not None
+        return self.global_batch_size // (self.batch_size * (devices // sharing))
+
+    def placing(self) -> tuple[int, int]:
         """How many there are, and how many share a sequence."""
         return world_size(), 1
 
     def _check(self) -> None:
         _check_least(
-            self, steps=1, batch_size=1, gradient_accumulation=1, log_every=1, eval_every=1,
-            save_every=1, eval_tokens=1, keep_checkpoints=1, context=2, warmup=0, seed=0,
-            global_batch_size=1, workers=0, skip_limit=1, skip_spikes=0,
+            self, steps=1, batch_size=1, log_every=1, eval_every=1, save_every=1, eval_tokens=1,
+            keep_checkpoints=1, context=2, warmup=0, seed=0, global_batch_size=1, workers=0, skip_spikes=0,
             probe_tokens=0, final_eval_tokens=1,
         )  # fmt: skip
-        for name in ("min_learning_rate", "beta1", "beta2"):
+        for name in ("min_learning_rate", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("learning_rate", "clip", "peak_flops"):
@@ -215,9 +201,6 @@ class PretrainOptions(TrainingOptions):
     )
     floor: float | None = option(None, "a constant added to the mass of every row")
     layers: list[int] | None = option(None, "the layers that have a mass; by default all")
-    utilization: float = option(
-        0.4, "with --dry-run, the share of the devices' FLOP/s that the model reaches"
-    )
     devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
     def resolved(self) -> Self:
@@ -228,7 +211,7 @@ class PretrainOptions(TrainingOptions):
             workers=int(self.streaming),
         )
 
-    def _devices(self) -> tuple[int, int]:
+    def placing(self) -> tuple[int, int]:
         there_are = (self.devices if self.dry_run else None) or world_size()
         return there_are, self.context_parallel
 
@@ -242,8 +225,6 @@ class PretrainOptions(TrainingOptions):
         if self.streaming and self.tokenizer is None:
             raise InputError("streaming needs a tokenizer, for it trains none: --tokenizer")
         _check_least(self, shuffle_buffer=1, context_parallel=1, devices=1)
-        if not 0 < self.utilization <= 1:
-            raise InputError(f"utilization must be in (0, 1], got {self.utilization}")
         assert self.context is not None
         if self.context_parallel > 1 and self.context % (2 * self.context_parallel):
             raise InputError(

@@ -61,7 +61,7 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         step_loss: Callable[[], Tensor],
         grad_norm: Callable[[], Tensor],
         *,
-        limit: int,
+        limit: int = 10,
         spikes: float = 0.0,
         record: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
