@@ -41,9 +41,7 @@ class TrainingOptions:
     steps: int | None = option(None, "optimizer steps; only --dry-run goes without")
     out: str | None = option(None, "folder for the run and its model; only --dry-run goes without")
     data: str = option(MISSING, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
-    text_column: str = option(
-        "text", "column that holds a record's text; messages, for conversations"
-    )
+    text_column: str = option("text", "column of a record's text; messages, for conversations")
     context: int | None = option(None, "tokens in a training block; by default the model's")
     batch_size: int = option(16, "blocks in a batch, on each device")
     global_batch_size: int | None = option(
@@ -63,25 +61,16 @@ class TrainingOptions:
     )
     compile: bool = option(False, "run the model through torch.compile")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
-    fsdp: bool = option(
-        False, "shard weights, gradients and optimizer over the devices (FSDP2); by default DDP"
-    )
+    fsdp: bool = option(False, "shard weights, gradients and optimizer (FSDP2); by default DDP")
     workers: int | None = option(
         None, "processes that load data, for each device; by default none, or one for streams"
     )
-    skip_spikes: float = option(
-        0.0,
-        "skip a step whose loss lies this many standard deviations above the last ones', 0: none",
-    )
-    probe_tokens: int = option(
-        512, "validation tokens whose attention is looked at with each evaluation, 0: none"
-    )
+    skip_spikes: float = option(0.0, "skip a loss so many deviations above the last ones, 0: none")
+    probe_tokens: int = option(512, "tokens whose attention each evaluation looks at, 0: none")
     log_every: int = option(10, "steps between log lines")
     eval_every: int | None = option(None, "steps between evaluations; by default a tenth of all")
     eval_tokens: int = option(65536, "validation tokens of an evaluation during training")
-    final_eval_tokens: int | None = option(
-        None, "validation tokens of the last evaluation; by default all"
-    )
+    final_eval_tokens: int | None = option(None, "of the last evaluation; by default all")
     save_every: int | None = option(None, "steps between checkpoints; by default a tenth of all")
     keep_checkpoints: int = option(2, "how many of the latest checkpoints stay")
     async_save: bool = option(False, "write checkpoints in the background, while training goes on")
