@@ -65,7 +65,7 @@ $(DIST)/.ready: Makefile
 MATRIX := .matrix
 MATRIX_TESTS := tests/test_private.py tests/test_versions.py tests/models tests/hf tests/inference \
   tests/evaluation tests/test_attention.py tests/backends tests/test_merging.py tests/test_native.py
-MATRIX_EXTRAS := train,report,export,eval
+MATRIX_EXTRAS := build,train,report,export,eval
 MATRIX_TOOLS := hypothesis pytest pytest-xdist
 
 matrix: oldest newest
@@ -107,13 +107,15 @@ reproduce: setup
 clean:
 	rm -rf $(VENV) $(MATRIX) $(DIST) dist site .mypy_cache .pytest_cache .ruff_cache .coverage
 
+# What is compiled lies in the user's cache, which may have gone, or the sources changed: asked each time, in seconds.
 setup: $(VENV)/.ready
+	@$(BIN)/stablemask build || echo "Decoding and short sequences on the CPU will take longer."
 
 # A machine without an NVIDIA driver takes PyTorch's CPU build, which is a tenth of the download;
-# where that index cannot be reached, the default one serves. A C++ compiler is used where there is one.
+# where that index cannot be reached, the default one serves.
 # What is installed is compiled by all cores at the end, not by pip package after package.
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile
-$(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablemask/native/*.cpp src/stablemask/native/*.h src/stablemask/native/setup.py)
+$(VENV)/.ready: pyproject.toml src/stablemask/__init__.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stablemask needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -125,5 +127,4 @@ $(VENV)/.ready: pyproject.toml src/stablemask/__init__.py $(wildcard src/stablem
 	fi
 	$(PIP_INSTALL) --editable ".[dev]"
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
-	$(BIN)/stablemask build || echo "Decoding and short sequences on the CPU will take longer."
 	touch $@

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -62,6 +63,7 @@ cpp_compiler = pytest.mark.skipif(
     flex.cpu_problem() is not None, reason=flex.cpu_problem() or "FlexAttention works on this CPU"
 )
 
+compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 native_library = pytest.mark.skipif(
     native.load() is None, reason="needs the library that `stablemask build` compiles"
 )

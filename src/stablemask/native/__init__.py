@@ -5,8 +5,8 @@ what a sink takes of its output (``sink.h``); a row of decoding (``row.h``); wha
 (``plain.h``), and what Python calls (``library.cpp``).
 
 A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
-build`` compiles ``library.cpp`` beside its source, and the next process finds it there. Without it the same
-is computed from Python, by PyTorch's own kernels.
+build`` compiles ``library.cpp``, with PyTorch's own tools, into the folder where PyTorch keeps extensions, and
+the next process finds it there. Without it the same is computed from Python, by PyTorch's own kernels.
 """
 
 import hashlib
@@ -14,9 +14,10 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
-import subprocess
-import sys
+import stat
+import sysconfig
 import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -26,27 +27,37 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..shell import pip_install
+from ..writing import FULL_DISK
 
-FOLDER = Path(__file__).parent
+SOURCES = Path(__file__).parent
 _NAME = "_native"
-_SOURCES = ("library.cpp", "plain.h", "row.h", "causal.h", "tiles.h", "sink.h", "setup.py")
+_FILES = ("library.cpp", "plain.h", "row.h", "causal.h", "tiles.h", "sink.h")
+
+# As PyTorch compiles its own kernels for what this processor can do.
+_VECTORS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
 
 
 def library_path() -> Path:
     """Where the library for this source, PyTorch, Python and processor is, or would be."""
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update((FOLDER / name).read_bytes())
-    digest.update(f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()}".encode())
-    return FOLDER / f"{_NAME}-{digest.hexdigest()[:12]}{EXTENSION_SUFFIXES[0]}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    digest = hashlib.sha256(" ".join(_flags()).encode())
+    for name in _FILES:
+        digest.update((SOURCES / name).read_bytes())
+    kept = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    name = f"torch{torch.__version__}-{capability.replace(' ', '_')}-{digest.hexdigest()[:12]}"
+    return Path(kept, "stablemask", name + EXTENSION_SUFFIXES[0]).absolute()
 
 
 def load() -> ModuleType | None:
-    """The library, or None where it was not compiled or does not load."""
+    """The library, or None where it was not compiled, does not load, or others could have put it there."""
     path = library_path()
     try:
-        return _import(path) if path.exists() else None
-    except ImportError:
+        return _import(path) if _is_ours(path.parent) and _is_ours(path) else None
+    except (ImportError, OSError):
         return None
 
 
@@ -56,11 +67,11 @@ def language() -> str:
 
 
 def build() -> Path:
-    """Compile the library and put it in its place.
+    """Compile the library and put it in its place, unless it is there.
 
     Raises:
-        InputError: the processor is too old to gain by it, there is no working C++ compiler with OpenMP,
-            what it makes cannot be loaded, or the package's folder cannot be written.
+        InputError: the processor is too old to gain by it, ninja or a working C++ compiler with OpenMP is
+            missing, what it makes cannot be loaded, or there is no folder of the user's own to keep it in.
     """
     path = library_path()
     if (
@@ -70,24 +81,80 @@ def build() -> Path:
         raise InputError(
             "this processor has no AVX2, without which PyTorch's own kernels are faster"
         )
-    if not os.access(FOLDER, os.W_OK):
-        raise InputError(f"{FOLDER} cannot be written; run `stablemask build` as its owner")
-    with tempfile.TemporaryDirectory() as work:
-        for name in _SOURCES:
-            shutil.copy(FOLDER / name, work)
-        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-        built = next(Path(work).glob(f"{_NAME}.*"), None)
-        if done.returncode or built is None:
-            raise InputError(f"library.cpp does not compile here: {_reason(done.stderr)}")
-        try:
-            _import(built)
-        except ImportError as error:
-            raise InputError(f"what library.cpp compiles to does not load here: {error}") from error
-        staged = path.with_suffix(f".{os.getpid()}")
-        shutil.copy(built, staged)
-        os.replace(staged, path)
+    try:
+        from filelock import FileLock
+
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(path.parent):
+            raise InputError(
+                f"others than you can write to '{path.parent}', and what is there is run; "
+                "name another folder by $TORCH_EXTENSIONS_DIR"
+            )
+        with FileLock(path.parent / ".lock"):
+            if load() is None:  # another process may have been waited for
+                for killed in path.parent.glob("unfinished-*"):
+                    shutil.rmtree(killed, ignore_errors=True)
+                with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as work:
+                    os.replace(_compile(work), path)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"compiling takes the package {error.name!r}: {pip_install('build')}"
+        ) from error
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise InputError(
+            f"cannot keep the library in '{path.parent}': {error.strerror or error}; "
+            "name another folder by $TORCH_EXTENSIONS_DIR"
+        ) from error
     return path
+
+
+def _compile(work: str) -> Path:
+    """The library, in the empty folder ``work``, whole on the disk and writable by nobody else."""
+    from torch.utils import cpp_extension  # which imports setuptools, in older versions
+
+    before = os.environ.get("PATH", os.defpath)
+    # An environment's programs, ninja among them, are found without activating it too.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), before])
+    try:
+        for program in (*shlex.split(os.environ.get("CXX", "c++"))[:1], "ninja"):
+            if shutil.which(program) is None:
+                raise InputError(f"compiling takes a C++ compiler and ninja: no '{program}' here")
+        cpp_extension.load(
+            _NAME,
+            str(SOURCES / "library.cpp"),
+            extra_cflags=_flags(),
+            extra_ldflags=["-fopenmp"],
+            build_directory=work,
+            is_python_module=False,
+        )
+        built = next(Path(work).glob("*.so"))
+        _import(built)
+    except RuntimeError as error:
+        raise InputError(f"library.cpp does not compile here: {_reason(str(error))}") from error
+    except (ImportError, OSError) as error:
+        reason = error.__cause__ or error
+        raise InputError(f"what library.cpp compiles to does not load here: {reason}") from error
+    finally:
+        os.environ["PATH"] = before
+    with built.open("rb+") as file:
+        os.fchmod(file.fileno(), 0o700)
+        os.fsync(file.fileno())
+    return built
+
+
+def _flags() -> list[str]:
+    found = torch.backends.cpu.get_cpu_capability()
+    capability = found if found in _VECTORS else "DEFAULT"
+    macros = ["-DNDEBUG", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    return ["-O3", "-g0", "-fopenmp", *macros, *_VECTORS.get(capability, ())]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody but this user, and root, may write there."""
+    status = path.stat()
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _import(path: Path) -> ModuleType:
