@@ -1,6 +1,6 @@
 """The Trainer that distils: the student learns from its teacher, and away from its first token.
 
-    loss = KL(teacher || student) + first_token + excess
+    loss = KL(teacher || student) + first_token / 2 + excess
 
 ``first_token`` is the mean attention on the first token, over layers and the rows from the eighth on;
 ``excess`` sums up how far hidden states lie over a bound (see watch.py). The bound tightens. Where no biases
@@ -30,7 +30,7 @@ from .divergence import kl_of_hidden, kl_of_logits, linear_head
 from .reading import Reading
 from .watch import Pass, Watch, softmax, with_fading_value
 
-FIRST_TOKEN_WEIGHT = 1.0
+FIRST_TOKEN_WEIGHT = 0.5
 EXCESS_WEIGHT = 1.0
 SHIFT_RATE = 30  # times the learning rate of the weights
 FADED = 0.4  # share of the steps after which the sink has no value
