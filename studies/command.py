@@ -15,16 +15,33 @@ from stablemask.errors import InputError
 from stablemask.options import option, option_fields
 from stablemask.writing import only_writer
 
-from . import cost, extrapolation, language, position, sinks, theory
-from .page import differing_verdicts, load_documents, write_page
+from . import (
+    cost,
+    extrapolation,
+    language,
+    language_section,
+    position,
+    position_section,
+    sinks,
+    sinks_section,
+    theory,
+)
+from .page import load_documents, text_of, verdicts, write_page
 from .runner import Stopped, run_studies
 from .study import SCALES, Study
 
 PAGE = "page"
 # In the order they are run and told.
 STUDIES = {
-    study.STUDY.name: study.STUDY
-    for study in (theory, position, language, extrapolation, sinks, cost)
+    name: Study(name, title, measured.jobs, told.section, text_of(name))
+    for name, title, measured, told in (
+        ("theory", "Theory", theory, theory),
+        ("position", "Absolute position", position, position_section),
+        ("language", "Language modelling", language, language_section),
+        ("extrapolation", "Past the training length", extrapolation, extrapolation),
+        ("sinks", "Attention sinks", sinks, sinks_section),
+        ("cost", "Cost", cost, cost),
+    )
 }
 
 
@@ -79,16 +96,21 @@ def run(options: StudyOptions) -> int:
 
 
 def _compare(out: Path, other: Path) -> int:
-    claims, lines = differing_verdicts(STUDIES, out, other)
-    for line in lines:
-        print(f"differs  {line}")
-    print(f"verdicts {claims - len(lines)} of {claims} as in {other}")
-    return 1 if lines else 0
+    here, there = (verdicts(STUDIES, folder) for folder in (out, other))
+    both = [key for key in here if key in there]
+    if not both:
+        raise InputError(f"{out} and {other} have no claim in common")
+    differing = [key for key in both if here[key] != there[key]]
+    for name, statement in differing:
+        found = here[name, statement], there[name, statement]
+        print(f"differs  {name}: {statement}: {found[0]}, there {found[1]}")
+    print(f"verdicts {len(both) - len(differing)} of {len(both)} as in {other}")
+    return 1 if differing else 0
 
 
 def _study(name: str, options: StudyOptions) -> Study:
     study = STUDIES[name]
-    if study is language.STUDY:
+    if name == "language":
         return replace(study, jobs=partial(language.jobs, text=options.text))
     return study
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from stablemask.reading import parse_json
 from stablemask.report.drawing import COLORS
 
 from .kinds import line_style
-from .page import table
-from .study import Claim, Job, Record, Section, Study, verdict
+from .study import Claim, Job, Record, Section
+from .tables import joined, records_table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +46,20 @@ _OTHERS = {
 }
 _SDPA = "softmax, stock SDPA"
 _TITLES = {"ratio": "forward and backward", "mib": "peak memory"}
+_SOURCE = (
+    ("measured", "{benchmark}"), ("date", "{date}"), ("machine", "{hardware}"),
+    ("PyTorch", "{torch}"), ("command", "`{command}`"),
+)  # fmt: skip
+_TRAINED = (
+    ("", "{device}, {preset}, {dtype}"), ("", "{name}"), ("tokens/s", "{tokens_per_second:,.0f}"),
+    ("of our softmax", "{of_softmax:.3f}"), ("of the best other", "{of_best_other:.3f}"),
+    ("peak MiB", "{mib:,.0f}"),
+)  # fmt: skip
+_GENERATED = (
+    ("prompts", "{device}, {batch} x {prompt:,} tokens"), ("", "{dtype}"),
+    ("tokens/s", "{tokens_per_second:,.1f}"), ("of stock SDPA's speed", "{of_sdpa:.3f}"),
+    ("prompt, ms", "{prompt_ms:,.0f}"), ("of stock SDPA's speed", "{prompt_of_sdpa:.3f}"),
+)  # fmt: skip
 _TRAINING_ROWS = {
     "stablemask": "ours, StableMask",
     "softmax": "ours, softmax",
@@ -107,75 +120,57 @@ def section(records: list[Record]) -> Section:
     attention, training, generation = (
         [part for part in measured if part["benchmark"] == name] for name in _PARTS
     )
-    attention = [part for part in attention if part["time"] or part["memory"]]
-    figures = {}
-    body = [
-        "Ratios are to `F.scaled_dot_product_attention(is_causal=True)`, the fastest of its kernels, in "
-        "the same rounds. Every row was checked against float64 on the tensors that were timed. A claim "
-        "holds where it does in every precision and shape and on every kind of device: attention, from "
-        f"{SHORTEST:,} tokens on, in at most {MOST_TIME:.2f} of the time and {MOST_MEMORY:.2f} of the peak "
-        f"memory; training and generating at {LEAST_SPEED:.2f} of the speed or more. Partly, where it "
-        "does in some."
-    ]
-    for part in attention:
-        name = part["device"]
-        figures[name] = (
-            _figure(part),
-            f"Time of forward and backward, and peak memory, by sequence length on {part['hardware']}",
-        )
-        body += [_origin(part), f"{{{name}}}", _time_text(part), _memory_text(part)]
-    body += [text for part in training for text in (_origin(part), _training_text(part))]
-    body += [text for part in generation for text in (_origin(part), _generation_text(part))]
+    timed, held = ([part for part in attention if part[what]] for what in ("time", "memory"))
+    drawn = [part for part in attention if part["time"] or part["memory"]]
     return Section(
-        _claims(attention, training, generation), "\n\n".join(filter(None, body)), figures
+        _claims(attention, training, generation),
+        {
+            "sources": records_table(
+                ({**part, "command": _command(part)} for part in (*drawn, *training, *generation)),
+                _SOURCE,
+            ),
+            "time": joined(map(_time_table, timed)),
+            "shapes": joined(filter(None, map(_shapes_table, timed))),
+            "memory": joined(map(_memory_table, held)),
+            "training": joined(records_table(_rows(part), _TRAINED) for part in training),
+            "generation": joined(records_table(_rows(part), _GENERATED) for part in generation),
+        },
+        {part["device"]: _figure(part) for part in drawn},
+        {
+            "devices": {part["device"]: part["hardware"] for part in drawn},
+            "shortest": f"{SHORTEST:,}",
+            "most_time": MOST_TIME,
+            "most_memory": MOST_MEMORY,
+            "least_speed": LEAST_SPEED,
+        },
     )
-
-
-STUDY = Study("cost", "Cost", jobs, section)
 
 
 def _claims(
     attention: list[Record], training: list[Record], generation: list[Record]
 ) -> list[Claim]:
-    time = [record["ratio"] for part in attention for record in _long(part["time"])]
-    memory = [record["ratio"] for part in attention for record in _long(part["memory"])]
-    dense = [record["ratio"] for part in attention for record in _long(part["time"], "definition")]
+    time, memory = (
+        [record["ratio"] for part in attention for record in _long(part[what])]
+        for what in ("time", "memory")
+    )
     trained = [
         r["of_softmax"] for part in training for r in part["rows"] if r["row"] == "stablemask"
     ]
     generated = [r["of_sdpa"] for part in generation for r in part["rows"]]
     fast = [ratio <= MOST_TIME for ratio in time]
     small = [ratio <= MOST_MEMORY for ratio in memory]
-    time_text = f"forward + backward {_range(time)} of stock SDPA's time"
-    claims = [
-        Claim(
-            "It integrates easily with existing attention optimisation (FlashAttention).",
-            f"{time_text}, peak memory {_range(memory)}; the formula as "
-            f"written, dense: {_range(dense, 1)} of the time",
-            verdict([*fast, *small] if small else []),
+    quick, generates = (
+        [speed >= LEAST_SPEED for speed in speeds] for speeds in (trained, generated)
+    )
+    found = {
+        "It integrates easily with existing attention optimisation (FlashAttention).": (
+            [*fast, *small] if small else []
         ),
-        Claim(
-            "It costs nothing in training.",
-            f"{time_text}; training {_range(trained)} of softmax's tokens per second",
-            verdict([*fast, *(speed >= LEAST_SPEED for speed in trained)] if trained else []),
-        ),
-    ]
-    if generated:
-        claims.append(
-            Claim(
-                "It costs nothing in generating (a question of ours).",
-                f"{_range(generated)} of stock SDPA's tokens per second",
-                verdict([speed >= LEAST_SPEED for speed in generated]),
-            )
-        )
-    return claims
-
-
-def _range(values: Sequence[float], digits: int = 2) -> str:
-    if not values:
-        return "(not measured)"
-    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
+        "It costs nothing in training.": [*fast, *quick] if quick else [],
+    }
+    if generates:
+        found["It costs nothing in generating (a question of ours)."] = generates
+    return [Claim(statement, holds) for statement, holds in found.items()]
 
 
 def _long(records: Iterable[Record], row: str = "stablemask") -> list[Record]:
@@ -202,41 +197,25 @@ def _attention(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training(result: dict[str, Any]) -> dict[str, Any]:
-    rows = [
-        record
-        for record in result["training"]
-        if record["row"] in _TRAINING_ROWS and record["of_softmax"] is not None
-    ]
+    rows = [r for r in result["training"] if r["row"] in _TRAINING_ROWS and r["of_softmax"]]
     kept = ("row", "preset", "dtype", "tokens_per_second", "of_softmax", "of_best_other", "mib")
     return {"rows": _keep(rows, *kept)}
 
 
 def _generation(result: dict[str, Any]) -> dict[str, Any]:
-    rows = [
-        record
-        for record in result["generation"]
-        if record["row"] == "stablemask" and record["of_sdpa"] is not None
-    ]
-    kept = (
-        "dtype",
-        "batch",
-        "prompt",
-        "tokens_per_second",
-        "of_sdpa",
-        "prompt_ms",
-        "prompt_of_sdpa",
-    )
-    return {"rows": _keep(rows, *kept)}
+    rows = [r for r in result["generation"] if r["row"] == "stablemask" and r["of_sdpa"]]
+    kept = "dtype batch prompt tokens_per_second of_sdpa prompt_ms prompt_of_sdpa"
+    return {"rows": _keep(rows, *kept.split())}
 
 
 _PARTS = {"attention": _attention, "training": _training, "generation": _generation}
 
 
-def _origin(part: Record) -> str:
-    return (
-        f"**{part['benchmark'].capitalize()}**: `{_command(part)}`, {part['date']}, "
-        f"{part['hardware']}, PyTorch {part['torch']}."
-    )
+def _rows(part: Record) -> list[Record]:
+    return [
+        {**row, "device": part["device"], "name": _TRAINING_ROWS.get(row.get("row", ""))}
+        for row in part["rows"]
+    ]
 
 
 def _command(part: Record) -> str:
@@ -251,72 +230,38 @@ def _main_shape(records: list[Record]) -> list[Record]:
     return [record for record, its in zip(records, shape) if its == shape[0]]
 
 
-def _by_length(records: list[Record], digits: int, field: str, rows: Iterable[str]) -> str:
+def _by_length(head: str, records: list[Record], label: str, cell: str) -> str:
+    """A row for each label and precision, a column for each length; ``label`` and ``cell`` are formats."""
     lengths = sorted({record["kv_len"] for record in records})
-    dtypes = dict.fromkeys(record["dtype"] for record in records)
-    cells = {(r["dtype"], r["row"], r["kv_len"]): f"{r[field]:,.{digits}f}" for r in records}
-    lines = [
-        [_label(row), dtype, *(cells.get((dtype, row, length), "") for length in lengths)]
-        for row, dtype in product(rows, dtypes)
-        if any((dtype, row, length) in cells for length in lengths)
-    ]
-    return table(["", "", *(f"{length:,}" for length in lengths)], lines)
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for record in records:
+        cells = found.setdefault((label.format_map(record), record["dtype"]), {})
+        cells[record["kv_len"]] = cell.format_map(record)
+    rows = [[*names, *(cells.get(n, "") for n in lengths)] for names, cells in found.items()]
+    return table([head, "", *(f"{length:,}" for length in lengths)], rows)
 
 
-def _time_text(part: Record) -> str:
-    if not part["time"]:
-        return ""
+def _in_order(records: list[Record], rows: Iterable[str]) -> list[Record]:
+    return [r | {"name": _label(row)} for row in rows for r in records if r["row"] == row]
+
+
+def _time_table(part: Record) -> str:
+    main = _in_order(_main_shape(part["time"]), ("stablemask", *_OTHERS))
+    head = f"{part['device']}, heads of {main[0]['head_dim']}"
+    return _by_length(head, main, "{name}", "{ratio:.2f}")
+
+
+def _shapes_table(part: Record) -> str:
+    """StableMask in the other shapes."""
     main = _main_shape(part["time"])
-    others = [record["ratio"] for record in _long(part["time"]) if record not in main]
-    text = (
-        f"Forward and backward, time over stock SDPA's by tokens, heads of {main[0]['head_dim']}:\n\n"
-        f"{_by_length(main, 2, 'ratio', ('stablemask', *_OTHERS))}"
-    )
-    if others:
-        text += f"\n\nStableMask with other sizes or groups of heads: {_range(others)}."
-    return text
+    others = [record for record in _long(part["time"]) if record not in main]
+    label = "heads of {head_dim}, {groups} to a key's"
+    return _by_length(part["device"], others, label, "{ratio:.2f}") if others else ""
 
 
-def _memory_text(part: Record) -> str:
-    if not part["memory"]:
-        return ""
-    return (
-        "Peak memory of one sequence above its inputs, MiB, by tokens:\n\n"
-        f"{_by_length(part['memory'], 1, 'mib', ('sdpa', 'stablemask', 'definition'))}"
-    )
-
-
-def _training_text(part: Record) -> str:
-    rows = [
-        [
-            f"{record['preset']}, {record['dtype']}",
-            _TRAINING_ROWS[record["row"]],
-            f"{record['tokens_per_second']:,.0f}",
-            *(
-                "" if record[key] is None else f"{record[key]:.3f}"
-                for key in ("of_softmax", "of_best_other")
-            ),
-            "" if record["mib"] is None else f"{record['mib']:,.0f}",
-        ]
-        for record in part["rows"]
-    ]
-    return table(["", "", "tokens/s", "of our softmax", "of the best other", "peak MiB"], rows)
-
-
-def _generation_text(part: Record) -> str:
-    rows = [
-        [
-            f"{record['batch']} x {record['prompt']:,} tokens",
-            record["dtype"],
-            f"{record['tokens_per_second']:,.1f}",
-            f"{record['of_sdpa']:.3f}",
-            f"{record['prompt_ms']:,.0f}",
-            f"{record['prompt_of_sdpa']:.3f}",
-        ]
-        for record in part["rows"]
-    ]
-    speed = "of stock SDPA's speed"
-    return table(["prompts", "", "tokens/s", speed, "prompt, ms", speed], rows)
+def _memory_table(part: Record) -> str:
+    shown = _in_order(part["memory"], ("sdpa", "stablemask", "definition"))
+    return _by_length(part["device"], shown, "{name}", "{mib:,.1f}")
 
 
 def _figure(part: Record) -> Figure:

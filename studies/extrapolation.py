@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,12 @@ from stablemask.hf.settings import changed_settings
 from stablemask.inference.streaming import window_cache
 from stablemask.report.drawing import GRAY
 
-from .kinds import KINDS, LABELS, line_style
-from .language import PAIR, PLANS, model_name, training_options
+from .kinds import KINDS, kinds_legend, line_style
+from .language import GRID, PAIR, PLANS, model_name, training_options
 from .language import jobs as language_jobs
-from .language_section import GRID
 from .models import corpus_of, trained
-from .page import table
-from .study import Claim, Job, Record, Section, Study, verdict
+from .study import Claim, Job, Record, Section
+from .tables import joined, kinds_table, table
 
 POSITIONS = ("rope", "alibi", "nope")
 FACTOR = 16  # times the training length
@@ -87,21 +87,12 @@ def read_past_the_context(
     return {"bins": _bins(context), "nats": nats}
 
 
-def _full(model: PreTrainedModel, context: int) -> tuple[Cache, int]:
-    return DynamicCache(config=model.config), context
-
-
-def _window(model: PreTrainedModel, context: int) -> tuple[Cache, int]:
-    return window_cache(model, context), context
-
-
-def _streaming(model: PreTrainedModel, context: int) -> tuple[Cache, int]:
-    return sink_cache(model, context, num_sinks=SINKS), 1
-
-
+# What is kept of a text, and how many tokens are read at once.
 _CACHES: dict[str, Callable[[PreTrainedModel, int], tuple[Cache, int]]] = {
-    ALL: _full, WINDOW: _window, STREAMING: _streaming,
-}  # fmt: skip
+    ALL: lambda model, context: (DynamicCache(config=model.config), context),
+    WINDOW: lambda model, context: (window_cache(model, context), context),
+    STREAMING: lambda model, context: (sink_cache(model, context, num_sinks=SINKS), 1),
+}
 
 
 def _bins(context: int) -> list[tuple[int, int]]:
@@ -119,26 +110,55 @@ def _texts(run: Record, count: int, length: int) -> Tensor:
 
 
 def section(records: list[Record]) -> Section:
-    """A table a cache and size, a figure by position, and the paper's claim about extrapolation."""
+    """A table a cache and size, a figure by position, and who loses less far out."""
     presets = dict.fromkeys(record["preset"] for record in records)
     found = [_Found([r for r in records if r["preset"] == preset]) for preset in presets]
-    first = records[0]
-    parts = [
-        f"The models of the study of language modelling, trained at {first['context']} tokens, read "
-        f"{first['texts']} texts of {FACTOR * first['context']:,} tokens from their first token on: with all keys; "
-        f"from a cache of the latest {first['context']} keys (*window*); with StreamingLLM's recipe, {SINKS} first "
-        f"tokens and the latest keys, {first['context']} in all, positions counted within the cache. Past the training "
-        "length a pseudo mass stays what it was at its end, or goes on *falling* (`hold` None). Each text is read "
-        "once, and every token is scored.",
-        f"Perplexity within the training length, and at {_STEPS} of it:",
-        *(text for of in found for text in of.tables()),
-        "{positions}",
+    gaps = [_gaps(found, *comparison) for _, *comparison, _ in _COMPARISONS]
+    cells = list(dict.fromkeys(cell for gap in gaps for cell in gap))
+    rows = [
+        [statement, *(gap[cell].text(3) if cell in gap else "" for cell in cells)]
+        for (statement, *_), gap in zip(_COMPARISONS, gaps, strict=True)
     ]
-    alt = "Perplexity by position, a panel for each position encoding and cache, softmax and StableMask"
-    return Section(_claims(found), "\n\n".join(parts), {"positions": (_draw(found[0]), alt)})
+    return Section(
+        [
+            Claim(statement, [less.below(limit, SAME) for less in gap.values()])
+            for (statement, *_, limit), gap in zip(_COMPARISONS, gaps, strict=True)
+        ],
+        {
+            "gaps": table([f"nats at {_STEPS}", *cells], rows),
+            "perplexities": joined(text for of in found for text in of.tables()),
+        },
+        {"positions": _draw(found[0])},
+        {
+            "context": found[0].context,
+            "factor": FACTOR,
+            "far": _STEPS,
+            "same": SAME,
+            "sinks": SINKS,
+            "texts": records[0]["texts"],
+        },
+    )
 
 
 _STEPS = f"{FACTOR // 2}x to {FACTOR}x"
+_HELD, _FALLS = (ALL, "stablemask"), (ALL + FALLING, "stablemask")
+_AS_PUBLISHED, _OURS = "its mass falling on, as published", "its mass held, our default"
+_BETTER = "StableMask extrapolates better than softmax, all keys kept"
+_AS_WELL = "StableMask with a plain window does as well as softmax with StreamingLLM's first tokens"
+# A statement, whose loss is to be lower than whose (a cache and a kind), and than theirs by how much more.
+_COMPARISONS = (
+    (f"{_BETTER}, {_AS_PUBLISHED}", _FALLS, (ALL, "softmax"), 0.0),
+    (f"{_BETTER}, {_OURS}", _HELD, (ALL, "softmax"), 0.0),
+    ("Holding the mass is better than letting it fall on", _HELD, _FALLS, 0.0),
+    (f"{_AS_WELL}, {_AS_PUBLISHED}", (WINDOW + FALLING, "stablemask"), (STREAMING, "softmax"), SAME),
+    (f"{_AS_WELL}, {_OURS}", (WINDOW, "stablemask"), (STREAMING, "softmax"), SAME),
+    (
+        "With its mass held StableMask needs no first tokens: they gain it nothing",
+        (WINDOW, "stablemask"),
+        (STREAMING, "stablemask"),
+        SAME,
+    ),
+)  # fmt: skip
 
 
 class _Found:
@@ -152,21 +172,18 @@ class _Found:
         self.positions = [name for name in POSITIONS if any(r["position"] == name for r in records)]
 
     def tables(self) -> list[str]:
-        """Markdown, one a cache."""
-        head = ["", *(f"{name}, {part}" for name in self.positions for part in ("1x", _STEPS))]
-        tables = []
-        for cache in SHOWN:
-            rows = [
-                [LABELS[kind], *(self.text(cache, kind, *place) for place in self._places())]
-                for kind in KINDS
-            ]
-            shown = [row for row in rows if any(row[1:])]
-            if shown:
-                tables.append(f"**{self.preset}, {cache}**\n\n{table(head, shown)}")
-        return tables
-
-    def _places(self) -> Iterator[tuple[str, bool]]:
-        return product(self.positions, (False, True))
+        """Perplexities, a table a cache."""
+        places = list(product(self.positions, (False, True)))
+        return [
+            kinds_table(
+                f"{self.preset}, {cache}",
+                places,
+                partial(self.text, cache),
+                lambda place: f"{place[0]}, {_STEPS if place[1] else '1x'}",
+            )
+            for cache in SHOWN
+            if any(cache in record["nats"] for record in self.records)
+        ]
 
     def curves(self, cache: str, kind: str, position: str) -> list[list[float]]:
         """Of each seed."""
@@ -191,8 +208,8 @@ class _Found:
             for curve in self.curves(cache, kind, position)
         ]
 
-    def text(self, cache: str, kind: str, position: str, last: bool) -> str:
-        nats = self.nats(cache, kind, position, last)
+    def text(self, cache: str, kind: str, place: tuple[str, bool]) -> str:
+        nats = self.nats(cache, kind, *place)
         return estimate([perplexity_of(value) for value in nats]).text(1) if nats else ""
 
     def difference(self, ours: tuple[str, str], theirs: tuple[str, str], position: str) -> Estimate:
@@ -203,46 +220,16 @@ class _Found:
         return estimate([a - b for a, b in pairs])
 
 
-def _claims(found: list[_Found]) -> list[Claim]:
-    held, falling = (ALL, "stablemask"), (ALL + FALLING, "stablemask")
-    window, window_falling = (WINDOW, "stablemask"), (WINDOW + FALLING, "stablemask")
-    softmax, recipe = (ALL, "softmax"), (STREAMING, "softmax")
-    as_published, ours = "its mass falling on, as published", "its mass held, our default"
-    better = "StableMask extrapolates better than softmax, all keys kept"
-    as_well = (
-        "StableMask with a plain window does as well as softmax with StreamingLLM's first tokens"
-    )
-    return [
-        _claim(f"{better}, {as_published}", found, falling, softmax, 0),
-        _claim(f"{better}, {ours}", found, held, softmax, 0),
-        _claim("Holding the mass is better than letting it fall on", found, held, falling, 0),
-        _claim(f"{as_well}, {as_published}", found, window_falling, recipe, SAME),
-        _claim(f"{as_well}, {ours}", found, window, recipe, SAME),
-        _claim(
-            "With its mass held StableMask needs no first tokens: they gain it nothing",
-            found,
-            window,
-            (STREAMING, "stablemask"),
-            SAME,
-        ),
-    ]
-
-
-def _claim(
-    statement: str,
-    found: list[_Found],
-    ours: tuple[str, str],
-    theirs: tuple[str, str],
-    limit: float,
-) -> Claim:
-    holds, measured = [], []
-    for of in found:
-        if of.curves(*theirs, of.positions[0]):
-            differences = {name: of.difference(ours, theirs, name) for name in of.positions}
-            holds += [difference.below(limit, SAME) for difference in differences.values()]
-            texts = (f"{name} {difference.text(3)}" for name, difference in differences.items())
-            measured.append(f"{of.preset}: {', '.join(texts)}")
-    return Claim(statement, f"nats at {_STEPS}, less theirs: {'; '.join(measured)}", verdict(holds))
+def _gaps(
+    found: list[_Found], ours: tuple[str, str], theirs: tuple[str, str]
+) -> dict[str, Estimate]:
+    """By size and position encoding."""
+    return {
+        f"{of.preset} {position}": of.difference(ours, theirs, position)
+        for of in found
+        if of.curves(*theirs, of.positions[0])
+        for position in of.positions
+    }
 
 
 def _draw(found: _Found) -> Figure:
@@ -272,13 +259,5 @@ def _draw(found: _Found) -> Figure:
             axes.set_title(f"{position}, {cache}")
     figure.supxlabel("position (tokens from the start); dotted: the training length", fontsize=10)
     figure.supylabel("perplexity of the validation text", fontsize=10)
-    figure.legend(
-        list(handles.values()),
-        [LABELS[kind] for kind in handles],
-        loc="outside upper center",
-        ncols=3,
-    )
+    kinds_legend(figure, handles)
     return figure
-
-
-STUDY = Study("extrapolation", "Past the training length", jobs, section)

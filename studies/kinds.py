@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from stablemask.report.drawing import COLORS, MARKERS
 
 # Yin et al.'s training form has a finite horizon; their code draws ALiBi's slopes.
@@ -53,3 +55,9 @@ def line_style(kind: str) -> dict[str, str]:
     """Colour, marker and line of a kind, the same in every figure."""
     color, marker, line = _VARIANTS.get(kind) or (COLORS[kind], MARKERS[kind], "-")
     return {"color": color, "marker": marker, "ls": line}
+
+
+def kinds_legend(figure: Figure, handles: dict[str, Any]) -> None:
+    """Above the panels, of what has been drawn of each kind."""
+    labels = [LABELS[kind] for kind in handles]
+    figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=3)

@@ -6,25 +6,19 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stablemask.models.presets import PRESETS
 
 from .kinds import KINDS, settings_of
-from .language_section import (
-    ABLATION,
-    CURVE_TOKENS,
-    FINAL_TOKENS,
-    GAMMA,
-    GRID,
-    POSITIONS,
-    RATE,
-    TEXT,
-    section,
-)
 from .models import evaluations, final_loss, trained
-from .study import SOURCE, Job, Record, Study
+from .study import SOURCE, Job, Record
+
+POSITIONS = ("rope", "alibi", "nope", "learned")
+GRID, TEXT, RATE, GAMMA, ABLATION = "grid", "text", "rate", "gamma", "ablation"
+CURVE_TOKENS, FINAL_TOKENS = 8192, 65536  # of validation, during a training and after it
 
 GAMMA_X_CONTEXT = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
@@ -87,44 +81,46 @@ def jobs(scale: str, seeds: int, text: str | None = None) -> list[Job]:
 
 def _runs(plan: Plan, seeds: int, text: str | None) -> Iterator[tuple[Size, Record]]:
     first = plan.sizes[0]
-    context = PRESETS[first.preset]["max_position_embeddings"]
+    context = _context(first.preset)
     for seed in range(seeds):  # all comparisons of a seed before the next one, for early news
-        base: Record = {"source": SOURCE, "position": "rope", "seed": seed}
+        run = partial(_run, seed)
         for size in plan.sizes:
-            own = PRESETS[size.preset]["max_position_embeddings"]
+            own = _context(size.preset)
             for position, kinds in plan.grid[size.preset].items():
                 for kind in kinds:
-                    place = {"position": position, "label": kind, "context": own}
-                    yield size, base | place | {"group": GRID, "settings": settings_of(kind, own)}
+                    yield size, run(GRID, kind, settings_of(kind, own), own, position=position)
         if text is not None:
             for kind in PAIR:
-                place = {"source": text, "label": kind, "context": context}
-                yield first, base | place | {"group": TEXT, "settings": settings_of(kind, context)}
+                yield first, run(TEXT, kind, settings_of(kind, context), context, source=text)
         for length in plan.contexts:
             for product in GAMMA_X_CONTEXT:
                 settings = {"attention": "stablemask", "gamma": product / length}
-                place = {"label": f"{product:g}", "context": length}
-                yield first, base | place | {"group": GAMMA, "settings": settings}
-            place = {"label": "softmax", "context": length}
-            yield first, base | place | {"group": GAMMA, "settings": {"attention": "softmax"}}
+                yield first, run(GAMMA, f"{product:g}", settings, length)
+            yield first, run(GAMMA, "softmax", {"attention": "softmax"}, length)
         if plan.contexts:
             for label, settings in ablations(first.preset).items():
-                place = {"label": label, "context": context}
-                settings = {"attention": "stablemask", **settings}
-                yield first, base | place | {"group": ABLATION, "settings": settings}
+                yield first, run(ABLATION, label, {"attention": "stablemask", **settings}, context)
         for size in plan.sizes:
-            own = PRESETS[size.preset]["max_position_embeddings"]
-            for factor in plan.rates:
+            own = _context(size.preset)
+            for rate in (factor * size.learning_rate for factor in plan.rates):
                 for kind in PAIR:
-                    place = {"label": kind, "context": own}
-                    rate = {"learning_rate": factor * size.learning_rate}
-                    settings = {"settings": settings_of(kind, own)}
-                    yield size, base | place | rate | {"group": RATE} | settings
+                    yield size, run(RATE, kind, settings_of(kind, own), own, learning_rate=rate)
+
+
+def _run(
+    seed: int, group: str, label: str, settings: dict[str, Any], context: int, **others: Any
+) -> Record:
+    run = {"source": SOURCE, "position": "rope", "seed": seed, "label": label, "context": context}
+    return {**run, "group": group, "settings": settings, **others}
+
+
+def _context(preset: str) -> int:
+    return PRESETS[preset]["max_position_embeddings"]
 
 
 def ablations(preset: str) -> dict[str, dict[str, Any]]:
     """Settings of the pseudo mass by what they try, beside those of the grid."""
-    context = PRESETS[preset]["max_position_embeddings"]
+    context = _context(preset)
     layers = PRESETS[preset]["num_hidden_layers"]
     return {
         "constant mass": {"hold": 0, "gamma": math.log1p(1 / mean_mass(1 / context, context))},
@@ -198,6 +194,3 @@ def model_name(run: Record) -> str:
     ]
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
     return "-".join([*map(str, words), digest[:8]])
-
-
-STUDY = Study("language", "Language modelling", jobs, section)

@@ -1,8 +1,8 @@
-"""What the page says of the study of language modelling."""
+"""Language modelling: claims, tables and figures, all from the records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,66 +12,66 @@ from stablemask.evaluation.perplexity import perplexity_of
 from stablemask.evaluation.statistics import Estimate, estimate
 from stablemask.report.drawing import GRAY
 
-from .kinds import KINDS, LABELS, line_style
-from .page import table
-from .study import Claim, Record, Section, verdict
-
-POSITIONS = ("rope", "alibi", "nope", "learned")
-GRID, TEXT, RATE, GAMMA, ABLATION = "grid", "text", "rate", "gamma", "ablation"
-CURVE_TOKENS, FINAL_TOKENS = 8192, 65536  # of validation, during a training and after it
-
-_ByRate = dict[float, dict[int, float]]
+from .kinds import KINDS, LABELS, kinds_legend, line_style
+from .language import ABLATION, CURVE_TOKENS, FINAL_TOKENS, GAMMA, GRID, POSITIONS, RATE, TEXT
+from .study import Claim, Record, Section
+from .tables import joined, kinds_table, records_table, table
 
 # Two losses closer than this are called the same, in nats per token.
 SAME = 0.01
+_TRAINING = (
+    ("size", "{preset}"), ("steps", "{steps}"), ("tokens a step", "{tokens:,}"),
+    ("context", "{context}"), ("learning rate", "{learning_rate:g}"),
+)  # fmt: skip
+
+_Losses = dict[int, float]  # by seed
+_Best = tuple[float, float, Estimate]  # the rates of StableMask and softmax, and the difference
 
 
 def section(records: list[Record]) -> Section:
-    """Tables, figures and claims of the records of ``language.jobs``."""
-    grid = [record for record in records if record["group"] == GRID]
-    presets = list(dict.fromkeys(record["preset"] for record in grid))
-    parts = [_setup(records, presets)]
-    figures: dict[str, tuple[Figure, str]] = {}
-    claims = [_better(grid, presets)]
-    for preset in presets:
-        of_size = [record for record in grid if record["preset"] == preset]
-        parts.append(f"**{preset}**, validation perplexity:\n\n{_perplexities(of_size)}")
-    parts.append("{difference}")
-    figures["difference"] = (
-        _differences_figure(grid, presets),
-        "Validation loss less softmax's, by position encoding, attention kind and size",
+    """Of the records of ``language.jobs``; the grid is always there, the other groups may not be."""
+    grid, text, gamma, ablation, rate = (
+        [record for record in records if record["group"] == group]
+        for group in (GRID, TEXT, GAMMA, ABLATION, RATE)
     )
-    parts.append("{curves}")
-    figures["curves"] = (
-        _curves_figure(grid, presets),
-        "Validation loss over training, by attention kind and size, with RoPE",
-    )
-    text = [record for record in records if record["group"] == TEXT]
-    if text:
-        parts.append(
-            f"On another text ({text[0]['source']}), {text[0]['preset']}:\n\n{_perplexities(text)}"
-        )
-        claims.append(_better_on_text(text))
-    gamma = [record for record in records if record["group"] == GAMMA]
+    presets = _unique(grid, "preset")
+    best_rates = _best_rates(rate, grid)
+    best_gammas = _best_gammas(gamma)
+    figures = {
+        "difference": _differences_figure(grid, presets),
+        "curves": _curves_figure(grid, presets),
+    }
     if gamma:
-        parts += [_gamma_table(gamma), "{gamma}"]
-        figures["gamma"] = (
-            _gamma_figure(gamma),
-            "Validation loss less softmax's by gamma times context, at two contexts",
-        )
-        claims.append(_default_gamma(gamma))
-    ablation = [record for record in records if record["group"] == ABLATION]
-    if ablation:
-        parts.append(_ablation_table(ablation, grid))
-        claims += _ablation_claims(ablation, grid)
-    rate = [record for record in records if record["group"] == RATE]
-    if rate:
-        parts.append(_rate_table(rate, grid))
-        claims.insert(1, _better_at_the_best_rates(rate, grid))
-    return Section(claims, "\n\n".join(parts), figures)
+        figures["gamma"] = _gamma_figure(gamma)
+    return Section(
+        _claims(grid, text, ablation, best_rates, best_gammas),
+        {
+            "trainings": records_table(({r["preset"]: r for r in grid}).values(), _TRAINING),
+            "perplexities": joined(_perplexities(grid, preset) for preset in presets),
+            "text": joined(_perplexities(text, preset) for preset in _unique(text, "preset")),
+            "gamma": _gamma_table(gamma) if gamma else "",
+            "best_gamma": _best_gamma_table(best_gammas) if gamma else "",
+            "ablation": _ablation_table(ablation, grid) if ablation else "",
+            "rates": joined(_rate_table(rate, grid, preset) for preset in _unique(rate, "preset")),
+            "best_rates": _best_rates_table(best_rates) if rate else "",
+        },
+        figures,
+        {
+            "source": grid[0]["source"],
+            "text_source": text[0]["source"] if text else None,
+            "smallest": presets[0],
+            "curve_tokens": f"{CURVE_TOKENS:,}",
+            "final_tokens": f"{FINAL_TOKENS:,}",
+            "same": SAME,
+        },
+    )
 
 
-def by_seed(records: Sequence[Record], **wanted: Any) -> dict[int, float]:
+def _unique(records: Iterable[Record], field: str) -> list[Any]:
+    return list(dict.fromkeys(record[field] for record in records))
+
+
+def by_seed(records: Sequence[Record], **wanted: Any) -> _Losses:
     """Validation loss of the records that match, by seed."""
     return {
         record["seed"]: record["loss"]
@@ -80,234 +80,190 @@ def by_seed(records: Sequence[Record], **wanted: Any) -> dict[int, float]:
     }
 
 
-def difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate | None:
+def difference(ours: _Losses, theirs: _Losses) -> Estimate | None:
     """Of two losses, seed by seed; None where no seed has both."""
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return estimate(pairs) if pairs else None
 
 
-def _setup(records: list[Record], presets: list[str]) -> str:
-    sizes = []
-    for preset in presets:
-        one = next(r for r in records if r["preset"] == preset and r["group"] == GRID)
-        sizes.append(
-            f"{preset}: {one['steps']} steps of {one['tokens']:,} tokens, context {one['context']}, learning rate "
-            f"{one['learning_rate']:g}"
-        )
-    return (
-        f"Trained from scratch on `{records[0]['source']}`, the source text of Python's standard library, by "
-        f"`stablemask pretrain`, all kinds alike but for their attention ({'; '.join(sizes)}). The loss is that of up "
-        f"to {FINAL_TOKENS:,} validation tokens of documents held out, in the curves of the first {CURVE_TOKENS:,}. A seed decides the weights and the order of the text. This is the very beginning of a training, in which a kind that gets "
-        "going sooner is far ahead. One is better than another where the whole interval of the difference is below 0; "
-        f"where only the mean is, by more than {SAME} nats, that stays open."
-    )
-
-
-def _perplexities(records: list[Record]) -> str:
-    positions = [p for p in POSITIONS if any(r["position"] == p for r in records)]
-    kinds = [k for k in KINDS if any(r["label"] == k for r in records)]
-    rows = []
-    for kind in kinds:
-        cells = []
-        for position in positions:
-            ours = by_seed(records, position=position, label=kind)
-            less = difference(ours, by_seed(records, position=position, label="softmax"))
-            cell = estimate([perplexity_of(v) for v in ours.values()]).text(2) if ours else ""
-            if ours and less is not None and kind != "softmax":
-                cell += f" ({less.text(3)})"
-            cells.append(cell)
-        rows.append([LABELS[kind], *cells])
-    return table(["", *positions], rows) + "\n\nIn brackets: nats per token, less softmax's."
-
-
-def _better(grid: list[Record], presets: list[str]) -> Claim:
+def _claims(
+    grid: list[Record],
+    text: list[Record],
+    ablation: list[Record],
+    best_rates: dict[str, _Best],
+    best_gammas: dict[int, tuple[float, Estimate]],
+) -> list[Claim]:
+    """Each holds where the difference is below 0; :meth:`Estimate.below` says when that is open."""
     found = {
-        (preset, position): difference(
-            by_seed(grid, preset=preset, position=position, label="stablemask"),
-            by_seed(grid, preset=preset, position=position, label="softmax"),
-        )
-        for preset in presets
-        for position in POSITIONS
+        "StableMask lowers the perplexity of language models of different sizes and position encodings": [
+            difference(
+                by_seed(grid, preset=preset, position=position, label="stablemask"),
+                by_seed(grid, preset=preset, position=position, label="softmax"),
+            )
+            for preset in _unique(grid, "preset")
+            for position in POSITIONS
+        ]
     }
-    cells = {key: less for key, less in found.items() if less is not None}
-    wins = [less.below(0, SAME) for less in cells.values()]
-    won, lost = sum(map(bool, wins)), sum(less.low > 0 for less in cells.values())
-    each = ", ".join(f"{p} {e} {less.text(3)}" for (p, e), less in cells.items())
-    return Claim(
-        "StableMask lowers the perplexity of language models of different sizes and position encodings",
-        f"better than softmax beyond doubt in {won} of {len(wins)} designs, worse in {lost}; nats less "
-        f"softmax's: {each}",
-        verdict(wins),
-    )
+    if best_rates:
+        statement = "It does so where either has the best of three learning rates"
+        found[statement] = [less for *_, less in best_rates.values()]
+    if text:
+        pair = (by_seed(text, label=kind) for kind in ("stablemask", "softmax"))
+        found["It does so on another text"] = [difference(*pair)]
+    claims = [Claim(statement, _lower(differences)) for statement, differences in found.items()]
+    if best_gammas:
+        worse = [less.below(-SAME, SAME) for _, less in best_gammas.values()]
+        holds = [
+            True if best == 1.0 else None if beaten is None else not beaten
+            for (best, _), beaten in zip(best_gammas.values(), worse, strict=True)
+        ]
+        claims.append(Claim("The best gamma is 1 / context, our default", holds))
+    if ablation:
+        losses = _ablations(ablation, grid)
+        default = losses["default"]
+        floors = [losses[label] for label in losses if label.startswith("floor")]
+        claims += [
+            Claim(
+                "The decay helps, and not the pseudo mass alone: StableMask is better than a constant mass of the same mean",
+                _lower([difference(default, losses["constant mass"])]),
+            ),
+            Claim(
+                "A floor under the mass, so that late rows keep one, is better than the default",
+                _lower(difference(floor, default) for floor in floors),
+            ),
+        ]
+    return claims
 
 
-def _better_on_text(text: list[Record]) -> Claim:
-    less = difference(by_seed(text, label="stablemask"), by_seed(text, label="softmax"))
-    assert less is not None
-    return Claim(
-        f"It does so on other text ({text[0]['source']})",
-        f"nats less softmax's: {less.text(3)}",
-        verdict([less.below(0, SAME)]),
-    )
+def _lower(differences: Iterable[Estimate | None]) -> list[bool | None]:
+    return [less.below(0, SAME) for less in differences if less is not None]
 
 
-def _gamma_points(gamma: list[Record], context: int) -> dict[float, Estimate]:
-    """Loss less softmax's, by gamma x context."""
-    here = [record for record in gamma if record["context"] == context]
-    base = by_seed(here, label="softmax")
-    labels = dict.fromkeys(r["label"] for r in here if r["label"] != "softmax")
-    points = {float(label): difference(by_seed(here, label=label), base) for label in labels}
-    return {product: less for product, less in sorted(points.items()) if less is not None}
+def _perplexities(records: list[Record], preset: str) -> str:
+    """Perplexity and, in brackets, the loss less softmax's."""
+    of_size = [record for record in records if record["preset"] == preset]
+    positions = [p for p in POSITIONS if any(r["position"] == p for r in of_size)]
+
+    def cell(kind: str, position: str) -> str:
+        ours = by_seed(of_size, position=position, label=kind)
+        if not ours:
+            return ""
+        less = difference(ours, by_seed(of_size, position=position, label="softmax"))
+        text = estimate([perplexity_of(loss) for loss in ours.values()]).text(2)
+        return text if less is None or kind == "softmax" else f"{text} ({less.text(3)})"
+
+    return kinds_table(preset, positions, cell)
 
 
-def _contexts(records: list[Record]) -> list[int]:
-    return sorted({record["context"] for record in records})
+def _gamma_losses(gamma: list[Record]) -> dict[int, tuple[_Losses, dict[float, _Losses]]]:
+    """By context: softmax's, and those of each gamma x context."""
+    found = {}
+    for context in sorted(_unique(gamma, "context")):
+        here = [record for record in gamma if record["context"] == context]
+        labels = [label for label in _unique(here, "label") if label != "softmax"]
+        by_product = {float(label): by_seed(here, label=label) for label in labels}
+        found[context] = by_seed(here, label="softmax"), dict(sorted(by_product.items()))
+    return found
+
+
+def _gamma_points(base: _Losses, by_product: dict[float, _Losses]) -> dict[float, Estimate]:
+    """Loss less softmax's."""
+    points = {product: difference(losses, base) for product, losses in by_product.items()}
+    return {product: less for product, less in points.items() if less is not None}
 
 
 def _gamma_table(gamma: list[Record]) -> str:
-    contexts = _contexts(gamma)
-    points = {context: _gamma_points(gamma, context) for context in contexts}
+    points = {n: _gamma_points(*losses) for n, losses in _gamma_losses(gamma).items()}
     products = sorted({product for found in points.values() for product in found})
     rows = [
-        [
-            f"{context} tokens",
-            *(points[context][p].text(3) if p in points[context] else "" for p in products),
-        ]
-        for context in contexts
+        [f"{context} tokens", *(found[p].text(3) if p in found else "" for p in products)]
+        for context, found in points.items()
     ]
-    head = ["gamma x context", *(f"{product:g}" for product in products)]
-    return (
-        f"**Which gamma** ({gamma[0]['preset']}, RoPE, infinite horizon): validation loss less softmax's at the same "
-        f"context, nats per token:\n\n{table(head, rows)}"
-    )
+    return table(["gamma x context", *(f"{product:g}" for product in products)], rows)
 
 
-def _default_gamma(gamma: list[Record]) -> Claim:
-    """Holds where no other gamma is better than the default by more than ``SAME`` beyond doubt."""
-    holds, told = [], []
-    for context in _contexts(gamma):
-        here = [record for record in gamma if record["context"] == context]
-        points = _gamma_points(gamma, context)
-        if 1.0 not in points:
-            continue
+def _best_gammas(gamma: list[Record]) -> dict[int, tuple[float, Estimate]]:
+    """By context: the best gamma x context, and its loss less that of 1."""
+    found = {}
+    for context, (base, by_product) in _gamma_losses(gamma).items():
+        points = _gamma_points(base, by_product)
         best = min(points, key=lambda product: points[product].mean)
-        less = difference(by_seed(here, label=f"{best:g}"), by_seed(here, label="1"))
-        assert less is not None
-        clearly_better = less.below(-SAME, SAME)
-        holds.append(
-            True if best == 1.0 else None if clearly_better is None else not clearly_better
-        )
-        behind = "" if best == 1.0 else f", {less.text(3)} nats from 1"
-        told.append(f"at {context} tokens the best is {best:g}{behind}")
-    return Claim(
-        "The best gamma is 1 / context, our default",
-        "gamma x context: " + "; ".join(told),
-        verdict(holds),
-    )
+        less = difference(by_product[best], by_product.get(1.0, {}))
+        if less is not None:
+            found[context] = best, less
+    return found
+
+
+def _best_gamma_table(best: dict[int, tuple[float, Estimate]]) -> str:
+    rows = [[f"{n} tokens", f"{product:g}", less.text(3)] for n, (product, less) in best.items()]
+    return table(["context", "best gamma x context", "nats less those of 1"], rows)
 
 
 def _ablation_table(ablation: list[Record], grid: list[Record]) -> str:
-    preset = ablation[0]["preset"]
-    same = {"preset": preset, "position": ablation[0]["position"]}
-    default, softmax = (by_seed(grid, label=kind, **same) for kind in ("stablemask", "softmax"))
+    found = _ablations(ablation, grid)
     rows = []
-    for label, ours in _ablations(ablation, grid).items():
-        against = [difference(ours, theirs) for theirs in (default, softmax)]
+    for label, ours in found.items():
+        against = [difference(ours, found[name]) for name in ("default", "none: softmax")]
         perplexity = estimate([perplexity_of(value) for value in ours.values()]).text(2)
         rows.append([label, perplexity, *(less.text(3) if less else "" for less in against)])
     head = ["the mass", "perplexity", "nats less the default's", "nats less softmax's"]
-    return (
-        f"**What the mass should be** ({preset}, {ablation[0]['position']}; the default is gamma = 1 / context, infinite "
-        f"horizon, every layer). The constant mass is the default's mean over the context:\n\n{table(head, rows)}"
-    )
+    return table(head, rows)
 
 
-def _ablations(ablation: list[Record], grid: list[Record]) -> dict[str, dict[int, float]]:
+def _ablations(ablation: list[Record], grid: list[Record]) -> dict[str, _Losses]:
     same = {"preset": ablation[0]["preset"], "position": ablation[0]["position"]}
     found = {"default": by_seed(grid, label="stablemask", **same)}
     for kind in ("stablemask-finite", "stablemask-slopes"):
         found[LABELS[kind].partition(", ")[2]] = by_seed(grid, label=kind, **same)
-    for label in dict.fromkeys(record["label"] for record in ablation):
+    for label in _unique(ablation, "label"):
         found[label] = by_seed(ablation, label=label)
     found["none: softmax"] = by_seed(grid, label="softmax", **same)
     return {label: losses for label, losses in found.items() if losses}
 
 
-def _ablation_claims(ablation: list[Record], grid: list[Record]) -> list[Claim]:
-    found = _ablations(ablation, grid)
-    default = found["default"]
-    claims = []
-    constant = difference(default, found["constant mass"])
-    if constant is not None:
-        claims.append(
-            Claim(
-                "The decay helps, and not the pseudo mass alone: StableMask is better than a constant mass of the same mean",
-                f"nats less the constant mass's: {constant.text(3)}",
-                verdict([constant.below(0, SAME)]),
-            )
-        )
-    floors = {
-        label: less
-        for label, losses in found.items()
-        if label.startswith("floor") and (less := difference(losses, default)) is not None
-    }
-    if floors:
-        claims.append(
-            Claim(
-                "A floor under the mass, so that late rows keep one, is better than the default",
-                "nats less the default's: "
-                + "; ".join(f"{k} {v.text(3)}" for k, v in floors.items()),
-                verdict([less.below(0, SAME) for less in floors.values()]),
-            )
-        )
-    return claims
-
-
-def _by_rate(rate: list[Record], grid: list[Record], preset: str) -> dict[str, _ByRate]:
-    """Losses by seed, of each kind of a size by learning rate, in ascending order."""
+def _by_rate(
+    rate: list[Record], grid: list[Record], preset: str
+) -> dict[str, dict[float, _Losses]]:
+    """Of each kind of a size, in ascending order."""
     own = {"preset": preset, "position": rate[0]["position"]}
     same = [r for r in (*rate, *grid) if all(r[name] == value for name, value in own.items())]
     rates = sorted({record["learning_rate"] for record in same})
-    kinds = dict.fromkeys(r["label"] for r in rate if r["preset"] == preset)
     return {
         kind: {value: by_seed(same, label=kind, learning_rate=value) for value in rates}
-        for kind in kinds
+        for kind in _unique((r for r in rate if r["preset"] == preset), "label")
     }
 
 
-def _rate_table(rate: list[Record], grid: list[Record]) -> str:
-    tables = []
-    for preset in dict.fromkeys(record["preset"] for record in rate):
-        found = _by_rate(rate, grid, preset)
-        rows = [
-            [LABELS[kind], *(estimate([*losses.values()]).text(3) for losses in by_rate.values())]
-            for kind, by_rate in found.items()
-        ]
-        rates = next(iter(found.values()))
-        tables.append(table([preset, *(f"{value:g}" for value in rates)], rows))
-    return (
-        "**The learning rate** is the same for every kind, and was chosen for softmax. Half and twice of it, "
-        "loss in nats per token:\n\n" + "\n\n".join(tables)
-    )
+def _rate_table(rate: list[Record], grid: list[Record], preset: str) -> str:
+    found = _by_rate(rate, grid, preset)
+    rows = [
+        [LABELS[kind], *(estimate([*losses.values()]).text(3) for losses in by_rate.values())]
+        for kind, by_rate in found.items()
+    ]
+    return table([preset, *(f"{value:g}" for value in next(iter(found.values())))], rows)
 
 
-def _better_at_the_best_rates(rate: list[Record], grid: list[Record]) -> Claim:
-    wins, told = [], []
-    for preset in dict.fromkeys(record["preset"] for record in rate):
-        best: dict[str, tuple[float, dict[int, float]]] = {
-            kind: min(by_rate.items(), key=lambda item: estimate([*item[1].values()]).mean)
-            for kind, by_rate in _by_rate(rate, grid, preset).items()
-        }
-        (ours_at, ours), (theirs_at, theirs) = best["stablemask"], best["softmax"]
+def _best_rates(rate: list[Record], grid: list[Record]) -> dict[str, _Best]:
+    """By size."""
+    found = {}
+    for preset in _unique(rate, "preset"):
+        by_kind = _by_rate(rate, grid, preset)
+        (ours_at, ours), (theirs_at, theirs) = (
+            min(by_kind[kind].items(), key=lambda item: estimate([*item[1].values()]).mean)
+            for kind in ("stablemask", "softmax")
+        )
         less = difference(ours, theirs)
         assert less is not None
-        wins.append(less.below(0, SAME))
-        told.append(f"{preset} {less.text(3)} ({ours_at:g} against {theirs_at:g})")
-    return Claim(
-        "It does so where either has the best of three learning rates",
-        f"nats less softmax's: {'; '.join(told)}",
-        verdict(wins),
-    )
+        found[preset] = ours_at, theirs_at, less
+    return found
+
+
+def _best_rates_table(best: dict[str, _Best]) -> str:
+    rows = [
+        [preset, f"{ours:g}", f"{theirs:g}", less.text(3)]
+        for preset, (ours, theirs, less) in best.items()
+    ]
+    return table(["size", "StableMask's best", "softmax's best", "nats less softmax's"], rows)
 
 
 def _differences_figure(grid: list[Record], presets: list[str]) -> Figure:
@@ -333,8 +289,7 @@ def _differences_figure(grid: list[Record], presets: list[str]) -> Figure:
         axes.set_ylabel("loss less softmax's\n(nats per token)")
     panels[-1].set_xticks(range(len(POSITIONS)), POSITIONS)
     panels[-1].set_xlabel("position encoding; dots: seeds; line: softmax")
-    labels = [LABELS[kind] for kind in handles]
-    figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=3)
+    kinds_legend(figure, handles)
     return figure
 
 
@@ -357,8 +312,7 @@ def _curves_figure(grid: list[Record], presets: list[str]) -> Figure:
         axes.set_title(f"{preset}, RoPE")
         axes.set_xlabel("training (thousand tokens)")
     panels[0].set_ylabel("validation loss (nats per token)")
-    labels = [LABELS[kind] for kind in handles]
-    figure.legend(list(handles.values()), labels, loc="outside upper center", ncols=3)
+    kinds_legend(figure, handles)
     return figure
 
 
@@ -366,10 +320,8 @@ def _gamma_figure(gamma: list[Record]) -> Figure:
     figure = Figure((7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color=line_style("softmax")["color"], lw=1.4, label="softmax")
-    for number, context in enumerate(_contexts(gamma)):
-        here = [record for record in gamma if record["context"] == context]
-        base = by_seed(here, label="softmax")
-        points = _gamma_points(gamma, context)
+    for number, (context, (base, by_product)) in enumerate(_gamma_losses(gamma).items()):
+        points = _gamma_points(base, by_product)
         look: dict[str, Any] = {
             "color": line_style("stablemask")["color"], "alpha": 1 - 0.35 * number,
         }  # fmt: skip
@@ -378,7 +330,7 @@ def _gamma_figure(gamma: list[Record]) -> Figure:
         axes.plot(list(points), means, label=f"StableMask, context {context}", **look)
         look |= {"marker": ".", "ls": "", "ms": 4, "alpha": 0.5}
         for product in points:
-            for seed, loss in by_seed(here, label=f"{product:g}").items():
+            for seed, loss in by_product[product].items():
                 axes.plot(product, loss - base[seed], **look)
     axes.axvline(1, color=GRAY, lw=1, ls=":")
     _log_axis(axes)

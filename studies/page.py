@@ -1,21 +1,37 @@
-"""The page of results, made of what the studies have written, and of nothing else."""
+"""The page of results: texts that a person has written, filled with what the studies have recorded."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from jinja2 import Environment, StrictUndefined
 
 from stablemask import __version__
 from stablemask.errors import InputError
 from stablemask.report.drawing import STYLE
 
 from .runner import load_study
-from .study import Section, Study
+from .study import Claim, Section, Study, Verdict
+from .tables import records_table, table
 
-VERSIONS = ("python", "torch", "transformers")
+TEXTS = Path(__file__).parent / "text"
+# Of the table of runs: heads, and what stands under them.
+_RUN = (
+    ("study", "{study}"), ("date", "{date}"), ("machine", "{hardware}"),
+    ("jobs at a time", "{workers}"), ("python", "{python}"), ("torch", "{torch}"),
+    ("transformers", "{transformers}"), ("scale", "{scale}"), ("seeds", "{seeds}"),
+    ("minutes", "{minutes:.0f}"), ("command", "`{command}`"),
+)  # fmt: skip
+_TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def text_of(name: str) -> str:
+    """The template of a study, or of the page around them."""
+    return (TEXTS / f"{name}.md").read_text(encoding="utf-8")
 
 
 def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
@@ -29,18 +45,19 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
     documents = load_documents(studies, out)
     with matplotlib.rc_context(STYLE):
         sections = {name: _section(studies[name], found) for name, found in documents.items()}
-        _draw(sections, out)
-    figures = os.path.relpath(out, page.parent)
-    parts = [_head(studies, documents, sections)]
-    for name, section in sections.items():
-        body = section.body.strip()
-        for figure, (_, text) in section.figures.items():
-            image = Path(figures, f"{name}-{figure}.png").as_posix()
-            body = body.replace(f"{{{figure}}}", f"![{text}]({image})")
-        parts.append(f"## {studies[name].title}\n\n{_origin(documents[name])}\n\n{body}")
+        for name, section in sections.items():
+            for figure, drawn in section.figures.items():
+                drawn.savefig(out / f"{name}-{figure}.png", dpi=130, metadata={"Software": None})
+    figures = Path(os.path.relpath(out, page.parent))
+    filled = _TEMPLATES.from_string(text_of("page")).render(
+        claims=_claims_table(studies, sections),
+        missing=[name for name in studies if name not in documents],
+        sections=[_filled(studies[name], section, figures) for name, section in sections.items()],
+        runs=_runs_table(documents),
+    )
     page.parent.mkdir(parents=True, exist_ok=True)
     partial = page.with_name(f".{page.name}.partial")
-    partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    partial.write_text(re.sub(r"\n{3,}", "\n\n", filled.strip()) + "\n", encoding="utf-8")
     partial.replace(page)
     return [
         f"{claim.verdict:<20} {claim.statement}"
@@ -49,41 +66,17 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
     ]
 
 
-def differing_verdicts(
-    studies: dict[str, Study], ours: Path, theirs: Path
-) -> tuple[int, list[str]]:
-    """Where two folders of results come to different verdicts, in the studies that both have.
-
-    Returns:
-        How many claims both have, and a line for each whose verdicts differ.
+def verdicts(studies: dict[str, Study], out: Path) -> dict[tuple[str, str], Verdict]:
+    """What a folder of results comes to, by study and statement.
 
     Raises:
-        InputError: they have no claim in common, or one holds no results or damaged ones.
+        InputError: it holds no record of a study, or a damaged one.
     """
-    found = [
-        {
-            (name, claim.statement): claim.verdict
-            for name, document in load_documents(studies, folder).items()
-            for claim in _section(studies[name], document).claims
-        }
-        for folder in (ours, theirs)
-    ]
-    both = [key for key in found[0] if key in found[1]]
-    if not both:
-        raise InputError(f"{ours} and {theirs} have no claim in common")
-    here, there = found
-    lines = [
-        f"{name}: {statement}: {here[name, statement]}, there {there[name, statement]}"
-        for name, statement in both
-        if here[name, statement] != there[name, statement]
-    ]
-    return len(both), lines
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return {
+        (name, claim.statement): claim.verdict
+        for name, document in load_documents(studies, out).items()
+        for claim in _section(studies[name], document).claims
+    }
 
 
 def load_documents(studies: dict[str, Study], out: Path) -> dict[str, dict[str, Any]]:
@@ -108,46 +101,44 @@ def _section(study: Study, document: dict[str, Any]) -> Section:
         ) from error
 
 
-def _draw(sections: dict[str, Section], out: Path) -> None:
-    for name, section in sections.items():
-        for figure, (drawn, _) in section.figures.items():
-            drawn.savefig(out / f"{name}-{figure}.png", dpi=130, metadata={"Software": None})
+def _filled(study: Study, section: Section, figures: Path) -> str:
+    def figure(name: str, text: str) -> str:
+        return f"![{text}]({(figures / f'{study.name}-{name}.png').as_posix()})"
+
+    body = _TEMPLATES.from_string(study.text).render(
+        tables=section.tables, figure=figure, **section.facts
+    )
+    return f"## {study.title}\n\n{body.strip()}"
 
 
-def _head(
-    studies: dict[str, Study], documents: dict[str, dict[str, Any]], sections: dict[str, Section]
-) -> str:
+def _claims_table(studies: dict[str, Study], sections: dict[str, Section]) -> str:
     rows = [
-        [claim.statement, claim.measured, f"**{claim.verdict}**", f"`{name}`"]
+        [claim.statement, _count(claim), f"**{claim.verdict}**", f"[{name}](#{_anchor(studies[name])})"]
         for name, section in sections.items()
         for claim in section.claims
+    ]  # fmt: skip
+    return table(["claim", "holds in", "verdict", "study"], rows)
+
+
+def _count(claim: Claim) -> str:
+    unclear = claim.holds.count(None)
+    text = f"{sum(map(bool, claim.holds))} of {len(claim.holds)}"
+    return f"{text}, {unclear} open" if unclear else text
+
+
+def _anchor(study: Study) -> str:
+    return re.sub(r"[^\w\- ]", "", study.title.lower()).replace(" ", "-")
+
+
+def _runs_table(documents: dict[str, dict[str, Any]]) -> str:
+    runs = [
+        {
+            **document,
+            **document["versions"],
+            "minutes": document["job_seconds"] / 60,
+            # As it is given today; before the studies left the package it had another name.
+            "command": document["command"].replace("stablemask reproduce", "python -m studies", 1),
+        }
+        for document in documents.values()
     ]
-    missing = [name for name in studies if name not in documents]
-    commands = "\n".join(dict.fromkeys(_command(found) for found in documents.values()))
-    lines = [
-        "# Results",
-        "What the paper claims, what we measured for it, and whether it held. This page is written by "
-        "`python -m studies` from the records beside its figures; a verdict follows from them by a rule, "
-        "and another run may get another one. Intervals are 95 % by Student's t over seeds; a difference "
-        "is taken seed by seed.",
-        f"```sh\n{commands}\n```",
-        table(["claim", "measured", "verdict", "study"], rows),
-    ]
-    if missing:
-        lines.append(f"Not run here: {', '.join(missing)}.")
-    return "\n\n".join(lines)
-
-
-def _origin(document: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {document['versions'][name]}" for name in VERSIONS)
-    seeds = f"{document['seeds']} seed" + "s" * (document["seeds"] > 1)
-    return (
-        f"<sub>{document['date']}, {document['hardware']}, {document['workers']} at a time; {versions}; "
-        f"scale {document['scale']}, {seeds}; {document['job_seconds'] / 60:.0f} minutes of jobs; "
-        f"`{_command(document)}`</sub>"
-    )
-
-
-def _command(document: dict[str, Any]) -> str:
-    """As it is given today; records of before the studies left the package have its old name."""
-    return document["command"].replace("stablemask reproduce", "python -m studies", 1)
+    return records_table(runs, _RUN)

@@ -26,15 +26,23 @@ from stablemask.evaluation.sinks import identical_token_spread
 from stablemask.models import StableMaskConfig, StableMaskForCausalLM
 
 from .kinds import KINDS, config_fields
-from .position_results import ENCODINGS, REFERENCES
-from .position_section import IDENTIFICATION, PARTS, section
-from .study import Job, Record, Study
+from .study import Job, Record
 from .tasks import TASKS, Task
 
+ENCODINGS = ("rope", "alibi", "nope")
+# Absolute positions, under plain softmax: what the others are held against.
+REFERENCES = ("learned", "sinusoidal")
+LAYERS, WIDTH = 3, 64
 CHECK_EVERY = 50  # steps
 LEARNT = 0.999  # accuracy on the check that ends a training
 CHECKED, TESTED = 32, 64  # sequences
 SHORTEST = 8  # tokens of the first sequences, where they grow
+PARTS = 16  # of a sequence, whose accuracies are recorded apart
+IDENTIFICATION = {
+    "constant": "one token repeated",
+    "runs": "two symbols in long runs",
+    "random": "random tokens",
+}
 
 # `grown` is the share of the steps over which sequences double from SHORTEST to the training length, with as
 # many tokens in a batch. Tried on one seed: without it even-token prediction stays at chance with StableMask
@@ -139,9 +147,9 @@ def build(encoding: str, kind: str, length: int, vocab_size: int) -> StableMaskF
     """A model of 0.12 million parameters besides its vocabulary."""
     config = StableMaskConfig(
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         max_position_embeddings=length,
         position_encoding=encoding,
@@ -219,6 +227,3 @@ def _right(model: StableMaskForCausalLM, inputs: Tensor, targets: Tensor) -> Ten
 def _generator(seed: int, use: str) -> Generator:
     uses = ("train", "check", "test")
     return Generator().manual_seed(len(uses) * seed + uses.index(use))
-
-
-STUDY = Study(name="position", title="Absolute position", jobs=jobs, section=section)

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 from stablemask.evaluation.statistics import Estimate, estimate
 
+from .position import ENCODINGS
 from .study import Record
 from .tasks import TASKS
 
-ENCODINGS = ("rope", "alibi", "nope")
-# Absolute positions, under plain softmax: what the others are held against.
-REFERENCES = ("learned", "sinusoidal")
 # Accuracies: a task is solved from SOLVED on, at chance up to MARGIN above it, and MARGIN is a real gap.
 SOLVED, MARGIN = 0.95, 0.03
 

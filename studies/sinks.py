@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,13 +25,14 @@ from stablemask.models import StableMaskForCausalLM
 from stablemask.models.presets import PRESETS, preset_config
 
 from .kinds import KINDS, config_fields
-from .sinks_section import CUT, END, section
-from .study import SOURCE, Job, Study
+from .study import SOURCE, Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAIR = ("softmax", "stablemask")
+# How a block begins: where the text was cut, or with the end of a document.
+CUT, END = "cut", "end"
 
 
 def jobs(scale: str, seeds: int) -> list[Job]:
@@ -107,8 +107,11 @@ def run(
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     _train(model, corpus.train, first, steps, batch_size, learning_rate, seed, watch)
 
+    def perplexity_of(model: PreTrainedModel) -> float:
+        ids = validation.flatten()
+        return perplexity(model, ids, length=context, stride=context, progress=False).perplexity
+
     outliers = hidden_state_outliers(model, validation)
-    perplexity_of = _PerplexityOn(validation)
     return {
         "context": context,
         "curve": curve,
@@ -173,18 +176,6 @@ def _spread(data: PackedDataset, blocks: int, first: int | None) -> Tensor:
     """Blocks from the beginning of the data to its end, (blocks, n)."""
     indices = np.linspace(0, len(data) - 1, min(blocks, len(data)), dtype=int)
     return _blocks(data, indices.tolist(), first)
-
-
-@dataclass(frozen=True)
-class _PerplexityOn:
-    blocks: Tensor
-
-    def __call__(self, model: PreTrainedModel) -> float:
-        length = self.blocks.shape[1]
-        found = perplexity(
-            model, self.blocks.flatten(), length=length, stride=length, progress=False
-        )
-        return found.perplexity
 
 
 def attention_by_layer(
@@ -276,6 +267,3 @@ def _int8(
             quantised = quantize_int8(copy.deepcopy(model), mode, calibration)
             found[f"perplexity_int8_{mode}"] = perplexity_of(quantised)
     return found
-
-
-STUDY = Study("sinks", "Attention sinks", jobs, section)

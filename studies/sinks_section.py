@@ -1,9 +1,9 @@
-"""What the page says of attention sinks: tables, figures and verdicts, all from the records."""
+"""Attention sinks: claims, tables and figures, all from the records."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,9 @@ from stablemask.evaluation.statistics import estimate
 from stablemask.report.drawing import GRAY
 
 from .kinds import LABELS, line_style
-from .page import table
-from .study import Claim, Record, Section, verdict
-
-# How a block begins: where the text was cut, or with the end of a document.
-CUT, END = "cut", "end"
+from .sinks import CUT, END
+from .study import Claim, Record, Section
+from .tables import joined, records_table, table
 
 # So many times what even attention gives the first token makes a sink of it.
 SINK = 3
@@ -32,28 +30,6 @@ MARGIN, INT8_MARGIN = 0.05, 0.001
 Measure = Callable[[Record], "float | None"]
 
 _STARTS = {CUT: "packed blocks", END: "end token first"}
-_INTRODUCTION = """\
-Rows of softmax sum to 1, so a head with nothing to say must still look somewhere, and the first
-token, which every row sees, becomes its sink. *Packed blocks* begin where the text was cut, as in
-all of our training: their first token is arbitrary. With the *end token first* it is the same in
-every block, which is where sinks are known to grow soonest. The learning rate is high, for at a lower
-one a sink takes longer to grow than two cores have time ([log](log/2026-11.md)).
-
-*First token* is the mean attention that it gets from the rows after it, on validation text.
-Attention that goes to a pseudo mass or a sink logit goes to no token at all (*mask ratio*). So that
-this alone is not taken for a cure, the share of *real* attention is given too: what tokens receive,
-made to sum to 1. *Delimiters* are tokens of punctuation and white space only; the real attention
-that they receive is divided by what even attention would give them, in the layer with the most.
-Activations and kurtosis (3 for a normal distribution) are of the hidden states behind a layer, the
-layer with the most. Int8 is of weights and activations inside all layers, with a scale of
-activations for each token (dynamic) or fixed beforehand (static)."""
-_RULES = f"""\
-Softmax has a sink where in every seed its head with the most gives the first token at least {SINK}
-times what even attention does. StableMask mends it where its own figure is lower, of all attention
-and of real attention; in part where of one alone. The other measures are compared likewise. Lower
-means that the whole interval of the differences is below 0, seed by seed, of logarithms, and for
-int8 of nats. Where only the mean is, by {100 * MARGIN:.0f} % or more (int8: {INT8_MARGIN} nats), that stays open, and so
-does whatever was trained with one seed only."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,7 @@ class _Size:
         return estimate(values).text(digits, scale) if values else ""
 
     def is_lower(
-        self, measure: Measure, margin: float, scale: Callable[[float], float] = math.log
+        self, measure: Measure, margin: float, scale: Callable[[float], float]
     ) -> list[bool | None]:
         """Whether StableMask's is lower than softmax's; nothing where that was not measured."""
         pairs = zip(self.values("stablemask", measure), self.values("softmax", measure))
@@ -105,17 +81,13 @@ class _Size:
 def section(records: list[Record]) -> Section:
     sizes = _sizes(records)
     return Section(
-        claims=_claims(sizes),
-        body="\n\n".join(
-            [_INTRODUCTION, *(_table(size) for size in sizes), _RULES, "{steps}", "{layers}"]
-        ),
-        figures={
-            "steps": (_steps_figure(sizes), "First-token attention over training, by attention"),
-            "layers": (
-                _layers_figure(sizes),
-                "Attention on the first token and on delimiters by layer, by attention",
-            ),
+        _claims(sizes),
+        {
+            "trainings": records_table(map(_training, sizes), _TRAINING),
+            "measures": joined(map(_table, sizes)),
         },
+        {"steps": _steps_figure(sizes), "layers": _layers_figure(sizes)},
+        {"sink": SINK, "margin": round(100 * MARGIN), "int8_margin": INT8_MARGIN},
     )
 
 
@@ -162,6 +134,18 @@ _COLUMNS: list[tuple[str, Measure, int, float]] = [
 ]
 
 
+_TRAINING = (
+    ("", "{title}"), ("steps", "{steps:,}"), ("sequences a step", "{batch_size}"),
+    ("tokens a sequence", "{context}"), ("learning rate", "{learning_rate:g}"),
+    ("even attention", "{even:.1%}"), ("seeds with a sink", "{sinks}"),
+)  # fmt: skip
+
+
+def _training(size: _Size) -> Record:
+    sinks, one = size.sinks(), next(iter(size.records.values()))[0]
+    return {**one, "title": size.title, "even": size.even, "sinks": f"{sum(sinks)} of {len(sinks)}"}
+
+
 def _table(size: _Size) -> str:
     rows = []
     for kind in size.records:
@@ -169,76 +153,39 @@ def _table(size: _Size) -> str:
             size.text(kind, measure, digits, scale) or "–" for _, measure, digits, scale in _COLUMNS
         ]
         rows.append([LABELS[kind], *cells])
-    one = next(iter(size.records.values()))[0]
-    return (
-        f"**{size.title}**, {one['steps']:,} steps of {one['batch_size']} sequences of {one['context']} tokens, "
-        f"learning rate {one['learning_rate']:g}: even attention would give the first token "
-        f"{100 * size.even:.1f} %.\n\n"
-        + table(["attention", *(head for head, *_ in _COLUMNS)], rows)
-    )
+    return table([size.title, *(head for head, *_ in _COLUMNS)], rows)
 
 
 def _claims(sizes: list[_Size]) -> list[Claim]:
-    return [
-        _claim("Softmax gives disproportionate attention to the first token.", sizes, _judge_sink),
-        _claim("StableMask mends it.", sizes, _judge_mended),
-        _claim("Delimiters receive less attention with StableMask.", sizes, _judge_delimiters),
-        _claim("Hidden states have smaller outliers with StableMask.", sizes, _judge_outliers),
-        _claim("Static int8 costs less with StableMask.", sizes, _judge_int8),
-    ]
+    def lower(
+        measures: Sequence[Measure],
+        margin: float = MARGIN,
+        scale: Callable[[float], float] = math.log,
+        among: Sequence[_Size] = sizes,
+    ) -> list[bool | None]:
+        return [
+            hold
+            for size in among
+            for measure in measures
+            for hold in size.is_lower(measure, margin, scale)
+        ]
 
-
-Judgement = tuple[str, "list[bool | None]"]
-
-
-def _claim(statement: str, sizes: list[_Size], judge: Callable[[_Size], Judgement]) -> Claim:
-    judged = [(size, *judge(size)) for size in sizes]
-    measured = "; ".join(f"{size.title}: {text}" for size, text, _ in judged)
-    return Claim(statement, measured, verdict([hold for *_, holds in judged for hold in holds]))
-
-
-def _judge_sink(size: _Size) -> Judgement:
-    found = size.sinks()
-    text = (
-        f"the head with the most gives it {size.text('softmax', _peak('first_token_head'), 1, 100)} %, "
-        f"even attention {100 * size.even:.1f} %; a sink in {sum(found)} of {len(found)} seeds"
-    )
-    return text, [*found] if any(found) and len(found) > 1 else []
-
-
-def _judge_mended(size: _Size) -> Judgement:
-    if not size.has_sink:
-        return "softmax grew no sink that could be mended", []
-    measures = [_peak(name) for name in ("first_token_head", "first_token_real_head")]
-    text = " and ".join(
-        f"{_pair(size, measure, 1, 100)} % of {what} attention"
-        for measure, what in zip(measures, ("all", "real"), strict=True)
-    )
-    return text, [hold for measure in measures for hold in size.is_lower(measure, MARGIN)]
-
-
-def _judge_delimiters(size: _Size) -> Judgement:
-    measure = _peak("delimiters")
-    return f"{_pair(size, measure, 2)} times even attention", size.is_lower(measure, MARGIN)
-
-
-def _judge_outliers(size: _Size) -> Judgement:
-    names = ("largest", "kurtosis")
-    text = (
-        f"largest activation {_pair(size, _peak('largest'), 1)}, "
-        f"kurtosis {_pair(size, _peak('kurtosis'), 1)}"
-    )
-    return text, [hold for name in names for hold in size.is_lower(_peak(name), MARGIN)]
-
-
-def _judge_int8(size: _Size) -> Judgement:
-    measure = _int8_loss("static")
-    return f"{_pair(size, measure, 4)} nats", size.is_lower(measure, INT8_MARGIN, float)
-
-
-def _pair(size: _Size, measure: Measure, digits: int, scale: float = 1) -> str:
-    texts = (size.text(kind, measure, digits, scale) for kind in ("stablemask", "softmax"))
-    return " against softmax's ".join(text or "not measured" for text in texts)
+    sinks = [size.sinks() for size in sizes]
+    shares = [_peak(name) for name in ("first_token_head", "first_token_real_head")]
+    found = {
+        "Softmax gives disproportionate attention to the first token.": [
+            has for seeds in sinks if any(seeds) and len(seeds) > 1 for has in seeds
+        ],
+        "StableMask mends it.": lower(shares, among=[size for size in sizes if size.has_sink]),
+        "Delimiters receive less attention with StableMask.": lower([_peak("delimiters")]),
+        "Hidden states have smaller outliers with StableMask.": lower(
+            [_peak("largest"), _peak("kurtosis")]
+        ),
+        "Static int8 costs less with StableMask.": lower(
+            [_int8_loss("static")], INT8_MARGIN, float
+        ),
+    }
+    return [Claim(statement, holds) for statement, holds in found.items()]
 
 
 def _steps_figure(sizes: list[_Size]) -> Figure:

@@ -1,4 +1,4 @@
-"""What a study is made of: jobs that measure, and a section that says what came of them."""
+"""What a study is made of: jobs that measure, and a section that is filled with what came of them."""
 
 from __future__ import annotations
 
@@ -34,43 +34,42 @@ class Job:
     cost: float = 1.0
 
 
-def verdict(holds: Sequence[bool | None]) -> Verdict:
-    """Of a claim that holds in every case, in some, or in none; None is a case that cannot be told."""
-    if holds and all(holds):
-        return "reproduced"
-    if any(holds):
-        return "partly reproduced"
-    return "not reproduced" if False in holds else "open"
-
-
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper or a question of ours, and what was found.
+    """A claim of the paper or a question of ours, and in which cases it holds.
 
     Attributes:
         statement: one sentence.
-        measured: Markdown in one line, with the figures that decide.
-        verdict: worked out from the records by a rule that the section states.
+        holds: in each case, by the rule that stands in the study's text; None where that cannot be told.
     """
 
     statement: str
-    measured: str
-    verdict: Verdict
+    holds: Sequence[bool | None]
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.holds and all(self.holds):
+            return "reproduced"
+        if any(self.holds):
+            return "partly reproduced"
+        return "not reproduced" if False in self.holds else "open"
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of a study.
+    """What a study's text is filled with.
 
     Attributes:
-        claims: they also stand in the summary at the page's head.
-        body: Markdown; ``{name}`` in a line of its own stands for the figure of that name.
-        figures: by name, each with the text that stands for it where it cannot be seen.
+        claims: of the summary at the page's head.
+        tables: Markdown by name, empty where nothing was measured.
+        figures: by name.
+        facts: what else the text names, such as the numbers in a rule.
     """
 
     claims: list[Claim]
-    body: str
-    figures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
+    tables: dict[str, str]
+    figures: dict[str, Figure] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,11 @@ class Study:
     Attributes:
         jobs: from the scale and the number of seeds, in the order they begin.
         section: from the records of all jobs, in their order.
+        text: what a person has written, a Jinja template that names tables, figures and facts.
     """
 
     name: str
     title: str
     jobs: Callable[[str, int], list[Job]]
     section: Callable[[list[Record]], Section]
+    text: str

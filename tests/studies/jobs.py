@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stablemask.errors import InputError
 from studies.study import Claim, Job, Section, Study
+from studies.tables import records_table
 
 
 def square(work: Path, *, number: int) -> dict:
@@ -40,10 +41,12 @@ def wait(work: Path, *, number: int) -> dict:
 def study_of(*jobs: Job, name: str = "squares") -> Study:
     def section(records: list[dict]) -> Section:
         total = sum(record["square"] for record in records)
-        verdict = "reproduced" if total == 14 else "not reproduced"
-        return Section([Claim("1 + 4 + 9 = 14", f"sum {total}", verdict)], f"The sum is {total}.")
+        claims = [Claim("1 + 4 + 9 = 14", [total == 14, total == 14])]
+        numbers = records_table(records, [("number", "{number}"), ("square", "{square}")])
+        return Section(claims, {"numbers": numbers}, facts={"total": total})
 
-    return Study(name, "Squares", lambda scale, seeds: list(jobs), section)
+    text = "The sum is {{ total }}.\n\n{{ tables.numbers }}"
+    return Study(name, "All squares", lambda scale, seeds: list(jobs), section, text)
 
 
 def squares(*numbers: int) -> list[Job]:

@@ -106,6 +106,7 @@ def test_the_table_holds_perplexities_inside_and_past_the_context():
                 math.log(50 if start < 128 else 70) for start, _ in record["bins"]
             ]
     told = extrapolation.section(records)
-    assert "| StableMask | 50.0 | 70.0 | 50.0 | 70.0 | 50.0 | 70.0 |" in told.body
+    assert "| StableMask | 50.0 | 70.0 | 50.0 | 70.0 | 50.0 | 70.0 |" in told.tables["perplexities"]
+    assert told.tables["gaps"].count("| 0.000 | 0.000 | 0.000 |") == 6
     assert set(told.figures) == {"positions"}
     assert all(claim.verdict == "open" for claim in extrapolation.section(made_up(flat, 1)).claims)
