@@ -172,7 +172,7 @@ def _claims(sizes: list[_Size]) -> list[Claim]:
 
     sinks = [size.sinks() for size in sizes]
     shares = [_peak(name) for name in ("first_token_head", "first_token_real_head")]
-    found = {
+    found: dict[str, Sequence[bool | None]] = {
         "Softmax gives disproportionate attention to the first token.": [
             has for seeds in sinks if any(seeds) and len(seeds) > 1 for has in seeds
         ],
