@@ -166,7 +166,7 @@ def test_a_finished_run_goes_on_to_more_steps(in_shards, options, rates, tmp_pat
 
 def test_adapting_keeps_its_schedule_when_it_goes_on(base, prose, tmp_path):
     options = FinetuneOptions(
-        model=str(base), data=str(prose), adapt=True, steps=4, out=str(tmp_path / "run"), context=32,
+        model=str(base), data=str(prose), adapt=True, lora=True, steps=4, out=str(tmp_path / "run"), context=32,
         batch_size=2, dtype="float32", final_eval_tokens=64, eval_tokens=64, log_every=1,
     )  # fmt: skip
     finetune(options)
