@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from stablemask.hf import load_model
 from stablemask.training.adapting.adapt import make_stablemask, settle
@@ -54,6 +54,12 @@ def qwen3():
     return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8))
 
 
+def gpt_oss():
+    return GptOssForCausalLM(
+        GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "context", "steady"),
     [
@@ -63,10 +69,11 @@ def qwen3():
         ("qwen3", 12, []),  # normalises keys
         ("windowed", 12, None),  # Mistral: no biases
         ("ours", 12, None),
+        ("gpt_oss", 12, None),  # its own sinks take a share too
     ],
 )
 def test_what_biases_can_take_over_is_read_off_the_model(name, context, steady):
-    model = (MODELS | {"cohere": cohere, "qwen3": qwen3})[name]()
+    model = (MODELS | {"cohere": cohere, "qwen3": qwen3, "gpt_oss": gpt_oss})[name]()
     make_stablemask(model, options(gamma=0.1))
     found = steady_dimensions(model, context)
     assert (None if found is None else found.nonzero().flatten().tolist()) == steady

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ...hf.guard import numbered_layers
 from .calibration import Calibration
 
-BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
+MAPS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 STEADY = 0.5  # radians that a dimension may rotate within the context
 SWITCH = "attention_bias"  # of a configuration
 
@@ -75,7 +75,10 @@ def give_biases(model: PreTrainedModel, calibration: Calibration) -> None:
 
 
 def _takes_biases(model: PreTrainedModel) -> bool:
-    """Whether a configuration can have the model give all four maps of attention a bias, and nothing else."""
+    """Whether a configuration can have the model give all four maps of attention a bias, and nothing else.
+
+    A gate, a sink of its own or a norm of values would come between, and the biases not stand for the prefix.
+    """
     config = copy.deepcopy(model.config)
     text: Any = config.get_text_config(decoder=True)
     if not isinstance(getattr(text, SWITCH, None), bool):
@@ -84,8 +87,16 @@ def _takes_biases(model: PreTrainedModel) -> bool:
     with torch.device("meta"):
         biased = type(model)(config)
     names = {id(module): name for name, module in model.named_modules()}
-    layers = numbered_layers(model, model.config.get_text_config(decoder=True)).values()
-    wanted = {f"{names[id(layer)]}.{name}" for layer in layers for name in BIASES}
+    layers: Any = numbered_layers(model, model.config.get_text_config(decoder=True)).values()
+    for layer in layers:
+        more = {name.partition(".")[0] for name, _ in layer.named_parameters()} - MAPS
+        if not all(hasattr(layer, name) for name in MAPS):
+            return False
+        if not all("norm" in name and name[0] in "qk" for name in more):
+            return False
+        if layer.q_proj.out_features != layer.o_proj.in_features:  # a gate in the query's map
+            return False
+    wanted = {f"{names[id(layer)]}.{name}.bias" for layer in layers for name in MAPS}
     had = {name for name, _ in model.named_parameters()}
     has = {name for name, _ in biased.named_parameters()}
     return wanted <= has and has == had | wanted
