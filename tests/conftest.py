@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from tests import cuda_contract, marks
+from tests.rules import rules
 
 settings.register_profile("test", max_examples=60, deadline=None)
 settings.register_profile("nightly", max_examples=500, deadline=None)
@@ -50,6 +52,13 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def use_rules():
+    """Changes the rules of the compiled library until the test ends."""
+    with contextlib.ExitStack() as changes:
+        yield lambda **changed: changes.enter_context(rules(**changed))
 
 
 CARDS = {"sm90": (9, 0), "sm80": (8, 0), "sm75": (7, 5)}

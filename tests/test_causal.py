@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from stablemask import plain, sink_attention, stable_mask_attention
+from stablemask import native, sink_attention, stable_mask_attention
 from stablemask.backends import kernels
 from stablemask.plain import plain_attention
 from stablemask.processor import UNITS
 from tests.marks import native_library
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
+from tests.rules import rules
 
 pytestmark = native_library
 
@@ -75,9 +76,7 @@ def test_every_shape(
         return out, *gradients(out, leaves, grad)
 
     exact = differentiated(doubled(leaves), backend="reference")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain, "_LONGEST_IN_FLOAT32", (longest, longest))
-        patch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[by_tiles])
+    with rules(longest_in_float32=(longest, longest), shortest_by_tiles=BY_TILES[by_tiles]):
         out = plain_attention(*inputs, sink_logits=sink, scale=scale)
         assert out is not None
         assert [d.dtype for d in gradients(out, leaves, grad)] == [t.dtype for t in leaves]
@@ -128,8 +127,8 @@ def test_what_stands_for_the_sink(kind, dtype):
 
 
 @pytest.mark.parametrize("by_tiles", [False, True])
-def test_sinks_that_take_nothing_and_all_have_gradients(by_tiles, monkeypatch):
-    monkeypatch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[by_tiles])
+def test_sinks_that_take_nothing_and_all_have_gradients(by_tiles, use_rules):
+    use_rules(shortest_by_tiles=BY_TILES[by_tiles])
     inputs = make_inputs(2, 4, 2, 19, 19, 16, torch.float32)
     values = [[-math.inf], [math.inf], [200.0], [-200.0]]
     sink = torch.tensor(values, requires_grad=True)
@@ -219,8 +218,8 @@ def test_in_inference_mode():
 @pytest.mark.parametrize("threads", [3, 8])
 @pytest.mark.parametrize("by_tiles", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_do_not_depend_on_threads(dtype, by_tiles, threads, monkeypatch):
-    monkeypatch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[by_tiles])
+def test_the_bits_do_not_depend_on_threads(dtype, by_tiles, threads, use_rules):
+    use_rules(shortest_by_tiles=BY_TILES[by_tiles])
     # The stock kernel's are those of a library that promises nothing of them; there only what we make of its output.
     promised = BY_TILES[by_tiles][dtype != torch.float32] < math.inf
     inputs = make_inputs(2, 4, 2, 200, 200, 32, dtype)
@@ -238,8 +237,8 @@ def test_the_bits_do_not_depend_on_threads(dtype, by_tiles, threads, monkeypatch
 
 
 @pytest.mark.parametrize("shape", [(1,), (150,)])
-def test_the_bits_of_a_sink_that_all_share_do_not_depend_on_threads(shape, monkeypatch):
-    monkeypatch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[True])
+def test_the_bits_of_a_sink_that_all_share_do_not_depend_on_threads(shape, use_rules):
+    use_rules(shortest_by_tiles=BY_TILES[True])
     inputs = [t.detach() for t in make_inputs(64, 8, 8, 150, 150, 16, torch.float32)]
     sink = torch.zeros(1, *shape, requires_grad=True)
     grad = torch.randn(64, 8, 150, 16)
@@ -259,8 +258,8 @@ def _assert_same_bits(run, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_of_numbers_that_are_not_finite(dtype, monkeypatch):
-    monkeypatch.setattr(plain, "_SHORTEST_BY_TILES", BY_TILES[True])
+def test_tiles_of_numbers_that_are_not_finite(dtype, use_rules):
+    use_rules(shortest_by_tiles=BY_TILES[True])
     query, key, value = (t.detach() for t in make_inputs(1, 1, 1, 150, 150, 32, dtype))
     expected = sink_attention(query, key, value, 0.3)
     damaged = key.clone()
@@ -301,9 +300,8 @@ def test_without_onednns_products_it_is_the_stock_kernel(held_to):
     assert done.returncode == 0
 
 
-def test_a_long_backward_in_float32_is_the_operators(monkeypatch):
-    monkeypatch.setattr(plain, "_LONGEST_IN_FLOAT32", (math.inf, math.inf))
-    monkeypatch.setattr(kernels, "_faster_in_float32", lambda query, key: True)
+def test_a_long_backward_in_float32_is_the_operators(monkeypatch, use_rules):
+    use_rules(longest_in_float32=(math.inf, math.inf))
     in_slices = Mock(wraps=kernels._cpu_backward_in_float32)
     monkeypatch.setattr(kernels, "_cpu_backward_in_float32", in_slices)
     inputs = make_inputs(2, 4, 2, 300, 300, 64, torch.float16)
@@ -320,6 +318,6 @@ def test_a_long_backward_in_float32_is_the_operators(monkeypatch):
 
 def test_rules_of_the_processor():
     """Where tiles are taken, they are what the processor can multiply."""
-    in_float32, in_bfloat16 = plain._SHORTEST_BY_TILES
+    in_float32, in_bfloat16 = native.RULES.shortest_by_tiles
     assert in_float32 == math.inf or torch.backends.cpu.get_cpu_capability() == "AVX512"
     assert in_bfloat16 == math.inf or (UNITS.avx512_bf16 and not UNITS.amx)

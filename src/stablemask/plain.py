@@ -20,22 +20,11 @@ from .backends import BACKENDS, hardware
 from .backends.calls import nothing_watches
 from .backends.choice import choose
 from .backends.flash import cuda_row
-from .backends.kernels import longest_in_float32
 from .call import Call
 from .masks import NO_MASKS, Masks
 from .native import LIBRARY
-from .processor import AVX512, UNITS
+from .processor import UNITS
 from .pseudo import log_pseudo_mass
-
-# Keys times head_dim up to which the stock kernel's backward of half precision is computed in float32.
-_LONGEST_IN_FLOAT32 = tuple(float(longest_in_float32(t)) for t in (torch.bfloat16, torch.float16))
-
-# Rows from which on native/tiles.h is faster than the stock kernel, in float32 and bfloat16, by measurement; with AMX
-# the stock kernel multiplies bfloat16 in its way too.
-_SHORTEST_BY_TILES = (
-    96.0 if AVX512 else math.inf,
-    8.0 if UNITS.avx512_bf16 and not UNITS.amx else math.inf,
-)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -81,10 +70,7 @@ def plain_attention(
             compiled or on CUDA; else the result is None.
     """
     if LIBRARY is not None and not torch.compiler.is_compiling():
-        out = LIBRARY.attend(
-            query, key, value, sink_logits, gamma, scale, attn_mask,
-            _LONGEST_IN_FLOAT32, _SHORTEST_BY_TILES,
-        )  # fmt: skip
+        out = LIBRARY.attend(query, key, value, sink_logits, gamma, scale, attn_mask)
         if out is not None or not (type(query) is Tensor and query.is_cuda):
             return out
     if not nothing_watches():

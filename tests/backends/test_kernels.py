@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stablemask import (
     head_decay_rates,
+    native,
     sink_attention,
 )
 from stablemask.backends import kernels
@@ -100,7 +101,7 @@ def test_backward_of_half_precision_on_the_cpu(masks, dtype, threads, monkeypatc
 
 def test_when_the_backward_of_half_precision_is_in_float32(monkeypatch):
     def converts(length, head_dim, dtype=torch.bfloat16, *, amx=False, dot_products=False):
-        monkeypatch.setattr(kernels, "UNITS", Units(amx, dot_products))
+        monkeypatch.setattr(native, "RULES", native.rules_of(Units(amx, dot_products), True))
         query = torch.empty(1, 1, length, head_dim, dtype=dtype)
         return kernels._faster_in_float32(query, query)
 

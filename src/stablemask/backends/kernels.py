@@ -21,7 +21,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..processor import UNITS
+from .. import native
 from .tiles import Band
 
 aten = torch.ops.aten
@@ -97,20 +97,8 @@ def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
     """Whether converting everything and back is faster, by 1.1 to 16 times here; docs/lessons.md."""
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return key.shape[2] * key.shape[3] <= longest_in_float32(query.dtype)
-
-
-def longest_in_float32(dtype: torch.dtype) -> float:
-    """Keys times head_dim up to which the backward in float32 wins.
-
-    Where the CPU multiplies in half precision, short sequences never earn back its preparations; where
-    it does not, its products are slow at any length.
-    """
-    if UNITS.amx:
-        return 16384
-    if dtype == torch.bfloat16 and UNITS.avx512_bf16:
-        return 8192
-    return math.inf
+    longest = native.RULES.longest_in_float32[query.dtype == torch.float16]
+    return key.shape[2] * key.shape[3] <= longest
 
 
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ the next process finds it there. Without it the same is computed from Python, by
 
 import hashlib
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -22,11 +23,12 @@ import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import InputError
+from ..processor import AVX512, UNITS, Units
 from ..shell import pip_install
 from ..writing import FULL_DISK
 
@@ -172,5 +174,45 @@ def _reason(output: str) -> str:
     return next((line for line in lines if re.search(r"\berror: ", line)), "".join(lines[-1:]))
 
 
+class Rules(NamedTuple):
+    """From what sizes on which way of computing is the faster, by measurement.
+
+    Attributes:
+        longest_in_float32: of bfloat16 and float16, the keys times head_dim up to which the stock kernel's
+            backward is faster in float32.
+        shortest_by_tiles: of float32 and bfloat16, the rows from which on ``tiles.h`` is faster than the
+            stock kernel.
+    """
+
+    longest_in_float32: tuple[float, float]
+    shortest_by_tiles: tuple[float, float]
+
+
+def rules_of(units: Units, avx512: bool) -> Rules:
+    """Those of a processor that has these units, as measured on others.
+
+    Where the CPU multiplies in half precision, short sequences never earn back its preparations; where it
+    does not, its products are slow at any length. With AMX the stock kernel multiplies bfloat16 as tiles do.
+    """
+    bfloat16 = 8192.0 if units.avx512_bf16 else math.inf
+    return Rules(
+        (16384.0, 16384.0) if units.amx else (bfloat16, math.inf),
+        (96.0 if avx512 else math.inf, 8.0 if units.avx512_bf16 and not units.amx else math.inf),
+    )
+
+
+def set_rules(rules: Rules) -> None:
+    """Have this process, and its library, follow them."""
+    global RULES
+    RULES = rules
+    if LIBRARY is not None:
+        LIBRARY.set_rules(*rules)
+
+
 LIBRARY: Any = load()
 """The library of this process, if there is one."""
+
+RULES: Rules
+"""What this process follows."""
+
+set_rules(rules_of(UNITS, AVX512))

@@ -175,31 +175,45 @@ at::Tensor attend_row(const Call& call) {
   return out;
 }
 
-// What was measured of this processor, by dtype.
+// What was measured of this processor, by dtype; set once, when the library is loaded.
 struct Rules {
-  double longest_in_float32[2]; // of bfloat16 and half: keys times head_dim
-  double shortest_by_tiles[2]; // of float32 and bfloat16: rows
-
-  stablemask::Way way(const at::Tensor& query, const at::Tensor& key) const {
-    const auto dtype = query.scalar_type();
-    const bool in_float32 = at::isReducedFloatingType(dtype) &&
-        key.size(2) * key.size(3) <= longest_in_float32[dtype == at::kHalf];
-    const bool by_tiles = query.size(2) >= shortest_by_tiles[dtype != at::kFloat] && stablemask::tiles::fit(query, key);
-    return {by_tiles, in_float32};
-  }
+  double longest_in_float32[2] = {0, 0}; // of bfloat16 and half: keys times head_dim
+  double shortest_by_tiles[2] = {INFINITY, INFINITY}; // of float32 and bfloat16: rows
 };
+
+Rules rules;
+
+stablemask::Way way(const at::Tensor& query, const at::Tensor& key) {
+  const auto dtype = query.scalar_type();
+  const bool in_float32 = at::isReducedFloatingType(dtype) &&
+      key.size(2) * key.size(3) <= rules.longest_in_float32[dtype == at::kHalf];
+  const bool by_tiles =
+      query.size(2) >= rules.shortest_by_tiles[dtype != at::kFloat] && stablemask::tiles::fit(query, key);
+  return {by_tiles, in_float32};
+}
 
 void read_numbers(PyObject* object, double (&numbers)[2]) {
   TORCH_CHECK_TYPE(PyTuple_CheckExact(object) && PyTuple_GET_SIZE(object) == 2 &&
                        PyFloat_CheckExact(PyTuple_GET_ITEM(object, 0)) && PyFloat_CheckExact(PyTuple_GET_ITEM(object, 1)),
-                   "attend takes its rules as tuples of two floats");
+                   "set_rules takes two tuples of two floats");
   for (int i = 0; i < 2; ++i) {
     numbers[i] = PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(object, i));
   }
 }
 
+PyObject* set_rules(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "set_rules takes two tuples of two floats");
+  Rules read;
+  read_numbers(arguments[0], read.longest_in_float32);
+  read_numbers(arguments[1], read.shortest_by_tiles);
+  rules = read;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 // With as many rows as keys.
-at::Tensor attend_causally(const Call& call, const Rules& rules) {
+at::Tensor attend_causally(const Call& call) {
   const auto& [query, key, value, mask, sink, gamma, scale] = call;
   // A scale of 0 or below would make numbers of the -inf that hides later keys.
   if (mask.defined() || value.size(3) != key.size(3) || !(scale >= std::numeric_limits<float>::min()) ||
@@ -212,21 +226,18 @@ at::Tensor attend_causally(const Call& call, const Rules& rules) {
   const at::Tensor logits = gamma ? pseudo_logsumexp(query.size(2), *gamma)
       : sink.tensor.defined()     ? sink.tensor
                                   : at::full({1, 1, 1}, number, query.options().dtype(is_double ? at::kDouble : at::kFloat));
-  const stablemask::Way way = rules.way(query, key);
+  const stablemask::Way by = way(query, key);
   const bool differentiable =
       query.requires_grad() || key.requires_grad() || value.requires_grad() || logits.requires_grad();
   if (at::GradMode::is_enabled() && differentiable) {
-    return stablemask::Causal::apply(query, key, value, logits, scale, way.by_tiles, way.in_float32);
+    return stablemask::Causal::apply(query, key, value, logits, scale, by.by_tiles, by.in_float32);
   }
-  return std::get<0>(stablemask::attend_causally(query, key, value, logits, scale, way));
+  return std::get<0>(stablemask::attend_causally(query, key, value, logits, scale, by));
 }
 
 PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 9, "attend takes nine arguments");
-  Rules rules;
-  read_numbers(arguments[7], rules.longest_in_float32);
-  read_numbers(arguments[8], rules.shortest_by_tiles);
+  TORCH_CHECK_TYPE(count == 7, "attend takes seven arguments");
   const auto call = read_call(arguments);
   if (!call) {
     Py_RETURN_NONE;
@@ -237,7 +248,7 @@ PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (call->query.size(2) == 1 && !at::GradMode::is_enabled()) {
       out = attend_row(*call);
     } else if (call->query.size(2) == call->key.size(2)) {
-      out = attend_causally(*call, rules);
+      out = attend_causally(*call);
     }
   }
   if (!out.defined()) {
@@ -273,8 +284,9 @@ PyMethodDef methods[] = {
     {"absorb", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(absorb)), METH_FASTCALL,
      "absorb(out, lse, sink_logits): see stablemask.backends.operators."},
     {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(attend)), METH_FASTCALL,
-     "attend(query, key, value, sink_logits, gamma, scale, attn_mask, longest_in_float32, shortest_by_tiles): "
-     "see stablemask.plain."},
+     "attend(query, key, value, sink_logits, gamma, scale, attn_mask): see stablemask.plain."},
+    {"set_rules", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(set_rules)), METH_FASTCALL,
+     "set_rules(longest_in_float32, shortest_by_tiles): see stablemask.native."},
     {nullptr, nullptr, 0, nullptr},
 };
 
