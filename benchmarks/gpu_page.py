@@ -2,18 +2,18 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .gpu import LIMITS, RESULTS, ROOT, read
-from .tables import training_table
+from .tables import pivot, table, titled, training_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- written by `python -m benchmarks gpu page` -->"
 END = "<!-- end of what is written -->"
 MOST_REASONS = 12  # of failures on the page; the file has all
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 
 NOT_MEASURED = """**Not measured yet.** Nobody has run this on a GPU; the CUDA paths are tested on CPUs, against the contract of
 PyTorch's CUDA operators.
@@ -109,48 +109,40 @@ def _speed(title: str, rows: list[Record], kind: str) -> str:
         share = f" ({row['of_peak']:.0%})" if "of_peak" in row else ""
         return f"{row['ratio']:.2f}, {row['tflops']:.0f}{share}"
 
-    timed = [row for row in rows if row.get("pass") == kind and row.get("ratio")]
-    return _titled(f"{title}: ratio, TFLOP/s (share of the card's peak)", _pivot(timed, text))
+    title = f"{title}: ratio, TFLOP/s (share of the card's peak)"
+    return _pivot(title, _timed(rows, kind), "case", text)
 
 
 def _times(title: str, rows: list[Record], kind: str, scale: float) -> str:
-    timed = [row for row in rows if row.get("pass") == kind and row.get("ratio")]
-    return _titled(
-        f"{title} (ratio)",
-        _pivot(
-            timed, lambda row: f"{_three(row['ms'] * scale)} ({row['ratio']:.2f})", across="row"
-        ),
-    )
+    def text(row: Record) -> str:
+        return f"{_three(row['ms'] * scale)} ({row['ratio']:.2f})"
+
+    return _pivot(f"{title} (ratio)", _timed(rows, kind), "row", text)
+
+
+def _timed(rows: list[Record], kind: str) -> list[Record]:
+    return [row for row in rows if row.get("pass") == kind and row.get("ratio")]
 
 
 def _memory(rows: list[Record]) -> str:
     told = [{**row, "case": row["mask"]} for row in rows if "mib" in row]
-    if not told:
-        return ""
-    title = (
-        f"Peak memory above the inputs, forward and backward of {told[0]['kv_len']:,} tokens: MiB"
-    )
-    return _titled(title, _pivot(told, lambda row: f"{row['mib']:,.0f}", across="row"))
+    tokens = told[0]["kv_len"] if told else 0
+    title = f"Peak memory above the inputs, forward and backward of {tokens:,} tokens: MiB"
+    return _pivot(title, told, "row", lambda row: f"{row['mib']:,.0f}")
 
 
 def _training(rows: list[Record]) -> str:
-    timed = [row for row in rows if "tokens_per_second" in row]
-    return training_table(timed) if timed else ""
+    return training_table(row for row in rows if "tokens_per_second" in row)
 
 
 def _pair(rows: list[Record]) -> str:
-    done = [row for row in rows if "perplexity" in row]
-    if not done:
-        return ""
-    first = done[0]
-    title = (
-        f"{first['preset']}, {first['steps']} steps of {first['batch']} blocks of Python's sources, "
-        "one seed: validation perplexity"
-    )
-    body = _table(
-        ["attention", "perplexity"], [[r["case"], f"{r['perplexity']:.2f}"] for r in done]
-    )
-    return _titled(title, body)
+    title = "{preset}, {steps} steps of {batch} blocks of Python's sources, one seed: validation perplexity"
+
+    def body(done: list[Record]) -> str:
+        cells = [[row["case"], f"{row['perplexity']:.2f}"] for row in done]
+        return table(["attention", "perplexity"], cells)
+
+    return titled([row for row in rows if "perplexity" in row], title.format_map, body)
 
 
 def _not_done(parts: dict[str, list[Record]]) -> str:
@@ -169,24 +161,11 @@ def _not_done(parts: dict[str, list[Record]]) -> str:
     return "\n\n".join(lines)
 
 
-def _titled(title: str, table: str) -> str:
-    return f"**{title}**\n\n{table}" if table else ""
-
-
-def _pivot(rows: Iterable[Record], text: Callable[[Record], str], across: str = "case") -> str:
-    """A line a case and a column a row of the benchmark, or the other way round."""
+def _pivot(title: str, rows: list[Record], across: str, text: Callable[[Record], str]) -> str:
+    """A line a case and a column a row of the benchmark, or the other way round; nothing of no rows."""
     down = "row" if across == "case" else "case"
-    cells: dict[str, dict[str, str]] = {}
-    for row in rows:
-        cells.setdefault(row[down], {})[row[across]] = text(row)
-    columns = list(dict.fromkeys(name for line in cells.values() for name in line))
-    lines = [[name, *(line.get(c, "") for c in columns)] for name, line in cells.items()]
-    return _table(["", *columns], lines) if lines else ""
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    found = pivot([""], rows, lambda row: [row[down]], across, text)
+    return f"**{title}**\n\n{found}" if rows else ""
 
 
 def _three(value: float) -> str:

@@ -39,6 +39,7 @@ from stablemask.inference.streaming import cached_logits, window_cache
 
 from .environment import describe
 from .figure import STYLE
+from .tables import table
 
 SINKS = 4  # first tokens that StreamingLLM keeps
 DECODED_PER_ROW = 2_000  # tokens whose median time is one figure
@@ -173,20 +174,20 @@ def _mark(axes: Axes, position: int, text: str, height: float) -> None:
     )  # fmt: skip
 
 
-def table(measured: dict[str, Any]) -> str:
-    """Perplexity by octave of position, as Markdown."""
+def perplexities(measured: dict[str, Any]) -> str:
+    """By octave of position, as Markdown."""
     caches = measured["caches"]
-    octaves = caches["window"]["octaves"]
-    header = [f"{row['start']:,}-{row['end'] - 1:,}" for row in octaves]
-    lines = [["position", *header], ["---"] * (len(header) + 1)]
-    for name, rows in caches.items():
-        lines.append([name, *(f"{perplexity_of(row['nats']):.2f}" for row in rows["octaves"])])
+    octaves = [f"{row['start']:,}-{row['end'] - 1:,}" for row in caches["window"]["octaves"]]
+    lines = [
+        [name, *(f"{perplexity_of(row['nats']):.2f}" for row in rows["octaves"])]
+        for name, rows in caches.items()
+    ]
     for name, rows in caches.items():
         if name != "window":
             differences = rows["less than the window"]
             cells = (f"{d['nats']:+.4f} ± {d['standard_error']:.4f}" for d in differences)
             lines.append([f"nats that {name} saves over the window", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(["position", *octaves], lines)
 
 
 def _texts(model_path: str, data: str, count: int, length: int) -> Tensor:
@@ -234,7 +235,7 @@ def main(argv: Sequence[str]) -> None:
         else:
             texts = _texts(path, options.data, options.texts, options.length)
             measured["caches"] = measure_model(model, texts, options.window)
-            shown = table(measured)
+            shown = perplexities(measured)
         result["models"][label or Path(path).name] = measured
         print(f"{label or path}\n\n{shown}\n", flush=True)
     options.out.with_suffix(".json").write_text(strict_json.dumps(result, indent=1) + "\n")

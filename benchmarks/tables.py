@@ -1,80 +1,105 @@
 """The measurements as Markdown: ratios to the floor, one table a pass, dtype and shape."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
+Columns = Sequence[tuple[str, str]]  # heads, and formats of a record's fields
+
+_TRAINING: Columns = (
+    ("row", "{row}"), ("tokens/s", "{tokens_per_second:,.0f}"),
+    ("of our softmax", "{of_softmax:.3f}"), ("of the best other", "{of_best_other:.3f}"),
+    ("peak MiB", "{mib:,.0f}"), ("utilization", "{utilization:.1%}"),
+)  # fmt: skip
+_GENERATION: Columns = (
+    ("row", "{row}"), ("dtype", "{dtype}"), ("batch", "{batch}"), ("prompt", "{prompt:,}"),
+    ("tokens/s", "{tokens_per_second:,.1f}"), ("of sdpa", "{of_sdpa:.3f}"),
+    ("prompt, ms", "{prompt_ms:,.1f}"), ("of sdpa", "{prompt_of_sdpa:.3f}"),
+)  # fmt: skip
 
 
-def timing_tables(timings: list[Record]) -> str:
-    """Ratios by length; a floor's own line has its milliseconds.
-
-    A table has one column a length, of the sequence or of the cache.
-    """
-    tables: dict[str, list[Record]] = {}
-    for record in timings:
-        tables.setdefault(_title(record), []).append(record)
-    return "\n\n".join(
-        f"{title}\n\n{_pivot(records, _timing_text)}" for title, records in tables.items()
-    )
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def memory_table(records: list[Record]) -> str:
-    """Peak MiB, and ratios to the row that has none."""
-    tables: dict[str, list[Record]] = {}
+def records_table(records: Iterable[Record], columns: Columns) -> str:
+    """A row for each record, a column for each format; one that no record has anything for is left out."""
+    shown = [{k: _Nothing() if v is None else v for k, v in record.items()} for record in records]
+    cells = [[text.format_map(record) for record in shown] for _, text in columns]
+    kept = [column for column in zip((head for head, _ in columns), cells) if any(column[1])]
+    return table([head for head, _ in kept], list(zip(*(cells for _, cells in kept))))
+
+
+class _Nothing:
+    def __format__(self, spec: str) -> str:
+        return ""
+
+
+def pivot(
+    head: Sequence[str],
+    records: Iterable[Record],
+    label: Callable[[Record], Sequence[str]],
+    across: str,
+    text: Callable[[Record], str],
+) -> str:
+    """A row for each label, a column for each value of the field ``across``, numbers in ascending order."""
+    rows: dict[tuple[str, ...], dict[Any, str]] = {}
+    columns: dict[Any, None] = {}  # a set that keeps its order
     for record in records:
-        tables.setdefault(f"**peak memory, {record['dtype']}**", []).append(record)
-    return "\n\n".join(f"{title}\n\n{_pivot(part, _memory_text)}" for title, part in tables.items())
-
-
-def training_table(records: list[Record]) -> str:
-    """One table a workload. Speeds are shares, 1.10 is a tenth faster."""
-    tables: dict[str, list[Record]] = {}
-    for record in records:
-        compiled = ", compiled" if record["compile"] else ""
-        shape = f"{record['batch']} x {record['context']:,} tokens a step{compiled}"
-        tables.setdefault(
-            f"**training {record['preset']}, {record['dtype']}, {shape}**", []
-        ).append(record)
-    return "\n\n".join(f"{title}\n\n{_training_rows(part)}" for title, part in tables.items())
-
-
-def _training_rows(records: list[Record]) -> str:
-    columns: dict[str, Callable[[Any], str]] = {
-        "tokens_per_second": "{:,.0f}".format, "of_softmax": "{:.3f}".format,
-        "of_best_other": "{:.3f}".format, "mib": "{:,.0f}".format, "utilization": "{:.1%}".format,
-    }  # fmt: skip
-    titles = ("tokens/s", "of our softmax", "of the best other", "peak MiB", "utilization")
-    shown = [
-        (name, title)
-        for name, title in zip(columns, titles)
-        if any(r[name] is not None for r in records)
-    ]
-    lines = [["row", *(title for _, title in shown)], ["---"] * (len(shown) + 1)]
-    lines += [
-        [r["row"], *("" if r[name] is None else columns[name](r[name]) for name, _ in shown)]
-        for r in records
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def generation_table(records: list[Record]) -> str:
+        columns[record[across]] = None
+        rows.setdefault(tuple(label(record)), {})[record[across]] = text(record)
+    order = sorted(columns, key=lambda value: value if isinstance(value, int) else 0)
+    names = (f"{value:,}" if isinstance(value, int) else value for value in order)
     lines = [
-        "| row | dtype | batch | prompt | tokens/s | of sdpa | prompt, ms | of sdpa |",
-        "|---|---|---|---|---|---|---|---|",
+        [*labels, *(cells.get(value, "") for value in order)] for labels, cells in rows.items()
     ]
-    lines += [
-        f"| {r['row']} | {r['dtype']} | {r['batch']} | {r['prompt']:,} "
-        f"| {r['tokens_per_second']:,.1f} | {r['of_sdpa']:.3f} "
-        f"| {r['prompt_ms']:,.1f} | {r['prompt_of_sdpa']:.3f} |"
-        for r in records
-    ]
-    return "\n".join(lines)
+    return table([*head, *names], lines)
+
+
+def titled(
+    records: Iterable[Record], title: Callable[[Record], str], body: Callable[[list[Record]], str]
+) -> str:
+    """A table of the records of each title, under it in bold."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(title(record), []).append(record)
+    return "\n\n".join(f"**{name}**\n\n{body(part)}" for name, part in found.items())
+
+
+def timing_tables(timings: Iterable[Record]) -> str:
+    """Ratios by length, of the sequence or of the cache; a floor's own line has its milliseconds."""
+    return titled(timings, _title, lambda records: _by_length(records, _timing_text))
+
+
+def memory_table(records: Iterable[Record]) -> str:
+    """Peak MiB, and ratios to the row that has none."""
+
+    def text(record: Record) -> str:
+        return f"{record['mib']:.1f} MiB ({record['ratio']:.2f})"
+
+    title = "peak memory, {dtype}".format_map
+    return titled(records, title, lambda part: _by_length(part, text))
+
+
+def training_table(records: Iterable[Record]) -> str:
+    """One table a workload. Speeds are shares, 1.10 is a tenth faster."""
+
+    def title(record: Record) -> str:
+        compiled = ", compiled" if record["compile"] else ""
+        text = "training {preset}, {dtype}, {batch} x {context:,} tokens a step"
+        return text.format_map(record) + compiled
+
+    return titled(records, title, lambda part: records_table(part, _TRAINING))
+
+
+def generation_table(records: Iterable[Record]) -> str:
+    return records_table(records, _GENERATION)
 
 
 def reasons(not_timed: Iterable[Record]) -> str:
     """Each row that was not timed and why, once for all cells that share the reason."""
-    lines: dict[str, None] = {}  # a set that keeps its order
+    lines: dict[str, None] = {}
     for record in not_timed:
         verdict = "INCORRECT: " if record["incorrect"] else ""
         lines[f"- {record['row']}, {record['pass']}: {verdict}{record['reason']}"] = None
@@ -89,26 +114,15 @@ def _title(record: Record) -> str:
         parts.append(f"batch {record['batch']}")
     if record["mask"] != "causal":
         parts.append(record["mask"])
-    return f"**{', '.join(parts)}**"
+    return ", ".join(parts)
 
 
-def _pivot(records: list[Record], text: Callable[[Record], str]) -> str:
-    lengths = sorted({record["kv_len"] for record in records})
-    rows: dict[tuple[str, str], dict[int, str]] = {}
-    for record in records:
-        label = (record["row"], record["computes"])
-        rows.setdefault(label, {})[record["kv_len"]] = text(record)
-    head = ["row", "computes", *(f"{length:,}" for length in lengths)]
-    lines = [head, ["---"] * len(head)]
-    lines += [[*label, *(cells.get(n, "") for n in lengths)] for label, cells in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _by_length(records: Iterable[Record], text: Callable[[Record], str]) -> str:
+    names = ("row", "computes")
+    return pivot(names, records, lambda record: [record[name] for name in names], "kv_len", text)
 
 
 def _timing_text(record: Record) -> str:
     if record["ratio"] in (None, 1.0) and record["row"].startswith("sdpa"):
         return f"{record['ms']:.3g} ms"
     return f"{record['ratio']:.2f}" if record["ratio"] else f"{record['ms']:.3g} ms"
-
-
-def _memory_text(record: Record) -> str:
-    return f"{record['mib']:.1f} MiB ({record['ratio']:.2f})"

@@ -6,22 +6,15 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
-
-from benchmarks.figure import LABELS, RATIO_TICKS, STYLES
+from benchmarks.figure import LINES, SDPA, Panels, draw
+from benchmarks.tables import pivot, records_table
 from stablemask.errors import InputError
 from stablemask.reading import parse_json
-from stablemask.report.drawing import COLORS
 
-from .kinds import line_style
 from .study import Claim, Job, Record, Section
-from .tables import joined, records_table, table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .tables import joined
 
 RESULTS = "benchmarks/results"
 COMMANDS = " and ".join(
@@ -34,18 +27,8 @@ MOST_TIME, MOST_MEMORY, LEAST_SPEED = 1.05, 1.05, 0.98
 
 _FILE = re.compile(r"(attention|training|generation)-(\w+)-(\d{4}-\d{2}-\d{2})\.json")
 _KEPT = ("benchmark", "date", "command", "hardware")
-# What the other rows compute, which gives them their colours here.
-_OTHERS = {
-    "definition": "stablemask",
-    "softmax-n flash": "softmax1",
-    "softmax-n slow": "softmax1",
-    "x-transformers": "learned-sink",
-    "gpt-oss eager": "learned-sink",
-    "flex lse": "learned-sink",
-    "flex zero key": "learned-sink",
-}
-_SDPA = "softmax, stock SDPA"
-_TITLES = {"ratio": "forward and backward", "mib": "peak memory"}
+# Whose times are told: StableMask's, and others'.
+_ROWS = tuple(row for row in LINES if row not in (SDPA, "learned sink"))
 _SOURCE = (
     ("measured", "{benchmark}"), ("date", "{date}"), ("machine", "{hardware}"),
     ("PyTorch", "{torch}"), ("command", "`{command}`"),
@@ -135,7 +118,7 @@ def section(records: list[Record]) -> Section:
             "training": joined(records_table(_rows(part), _TRAINED) for part in training),
             "generation": joined(records_table(_rows(part), _GENERATED) for part in generation),
         },
-        {part["device"]: _figure(part) for part in drawn},
+        {part["device"]: draw(*_figure(part)) for part in drawn},
         {
             "devices": {part["device"]: part["hardware"] for part in drawn},
             "shortest": f"{SHORTEST:,}",
@@ -186,7 +169,7 @@ def _attention(result: dict[str, Any]) -> dict[str, Any]:
         record
         for record in result.get("attention", ())
         if record["pass"] == "forward+backward"
-        and (record["row"] == "stablemask" or record["row"] in _OTHERS)
+        and record["row"] in _ROWS
         and record["ratio"] is not None
     ]
     memory = [record for record in result.get("memory", ()) if record["over"] == "sdpa"]
@@ -232,21 +215,19 @@ def _main_shape(records: list[Record]) -> list[Record]:
 
 def _by_length(head: str, records: list[Record], label: str, cell: str) -> str:
     """A row for each label and precision, a column for each length; ``label`` and ``cell`` are formats."""
-    lengths = sorted({record["kv_len"] for record in records})
-    found: dict[tuple[str, str], dict[int, str]] = {}
-    for record in records:
-        cells = found.setdefault((label.format_map(record), record["dtype"]), {})
-        cells[record["kv_len"]] = cell.format_map(record)
-    rows = [[*names, *(cells.get(n, "") for n in lengths)] for names, cells in found.items()]
-    return table([head, "", *(f"{length:,}" for length in lengths)], rows)
+
+    def names(record: Any) -> list[str]:
+        return [label.format_map(record), record["dtype"]]
+
+    return pivot([head, ""], records, names, "kv_len", cell.format_map)
 
 
 def _in_order(records: list[Record], rows: Iterable[str]) -> list[Record]:
-    return [r | {"name": _label(row)} for row in rows for r in records if r["row"] == row]
+    return [r | {"name": LINES[row].label} for row in rows for r in records if r["row"] == row]
 
 
 def _time_table(part: Record) -> str:
-    main = _in_order(_main_shape(part["time"]), ("stablemask", *_OTHERS))
+    main = _in_order(_main_shape(part["time"]), _ROWS)
     head = f"{part['device']}, heads of {main[0]['head_dim']}"
     return _by_length(head, main, "{name}", "{ratio:.2f}")
 
@@ -260,63 +241,12 @@ def _shapes_table(part: Record) -> str:
 
 
 def _memory_table(part: Record) -> str:
-    shown = _in_order(part["memory"], ("sdpa", "stablemask", "definition"))
+    shown = _in_order(part["memory"], (SDPA, "stablemask", "definition"))
     return _by_length(part["device"], shown, "{name}", "{mib:,.1f}")
 
 
-def _figure(part: Record) -> Figure:
-    """Time on the upper row, peak memory on the lower, a column a dtype."""
-    panels = {"ratio": _main_shape(part["time"]), "mib": part["memory"]}
-    panels = {field: records for field, records in panels.items() if records}
-    dtypes = list(dict.fromkeys(r["dtype"] for records in panels.values() for r in records))
-    figure = Figure((4.8 * len(dtypes), 3.2 * len(panels) + 1.4), layout="constrained")
-    grid = figure.subplots(len(panels), len(dtypes), squeeze=False, sharey="row")
-    handles: dict[str, Any] = {}
-    for (field, records), line in zip(panels.items(), grid):
-        for dtype, axes in zip(dtypes, line):
-            of_dtype = [record for record in records if record["dtype"] == dtype]
-            _draw_lines(axes, of_dtype, field, handles)
-            axes.set(title=f"{_TITLES[field]}, {dtype}", xlabel="sequence length (tokens)")
-        if field == "ratio":
-            _scale_ratios(line[0], [record["ratio"] for record in records])
-        else:
-            line[0].set(ylabel="peak memory (MiB)", yscale="log")
-            line[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            line[0].yaxis.set_major_formatter("{x:,g}")
-            line[0].yaxis.set_minor_locator(NullLocator())
-    figure.suptitle(f"{part['hardware']}; PyTorch {part['torch']}", fontsize="medium")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
-    return figure
-
-
-def _draw_lines(axes: Axes, records: list[Record], field: str, handles: dict[str, Any]) -> None:
-    styles: dict[str, Any] = {
-        "sdpa": line_style("softmax"),
-        "stablemask": line_style("stablemask"),
-        **{
-            row: {"color": COLORS[kind], "marker": STYLES[row][1], "ls": STYLES[row][2]}
-            for row, kind in _OTHERS.items()
-        },
-    }
-    lengths = sorted({record["kv_len"] for record in records})
-    if field == "ratio":
-        handles[_SDPA] = axes.axhline(1, color=styles["sdpa"]["color"])
-    for row, style in styles.items():
-        points = sorted((r["kv_len"], r[field]) for r in records if r["row"] == row)
-        if points:
-            (handles[_label(row)],) = axes.plot(*zip(*points), **style)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _scale_ratios(axes: Axes, ratios: list[float]) -> None:
-    low, high = min(0.9, 0.95 * min(ratios)), max(1.3, 1.2 * max(ratios))
-    ticks = [tick for tick in RATIO_TICKS if low <= tick <= high]
-    axes.set(yscale="log", ylim=(low, high), ylabel="time / time of stock SDPA")
-    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _label(row: str) -> str:
-    return _SDPA if row == "sdpa" else LABELS[row]
+def _figure(part: Record) -> tuple[list[Panels], str]:
+    """Time above, peak memory below."""
+    time, memory = _main_shape(part["time"]), part["memory"]
+    panels = [Panels("forward and backward", time), Panels("peak memory", memory, "mib")]
+    return panels, f"{part['hardware']}; PyTorch {part['torch']}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from benchmarks.tables import table
 from stablemask.evaluation.perplexity import perplexity_of
 from stablemask.evaluation.statistics import Estimate, estimate
 from stablemask.evaluation.streaming import position_bins, sink_cache, streaming_losses
@@ -30,7 +31,7 @@ from .language import GRID, PAIR, PLANS, model_name, training_options
 from .language import jobs as language_jobs
 from .models import corpus_of, trained
 from .study import Claim, Job, Record, Section
-from .tables import joined, kinds_table, table
+from .tables import joined, kinds_table
 
 POSITIONS = ("rope", "alibi", "nope")
 FACTOR = 16  # times the training length

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.tables import records_table, table
 from stablemask.evaluation.perplexity import perplexity_of
 from stablemask.evaluation.statistics import Estimate, estimate
 from stablemask.report.drawing import GRAY
@@ -15,7 +16,7 @@ from stablemask.report.drawing import GRAY
 from .kinds import KINDS, LABELS, kinds_legend, line_style
 from .language import ABLATION, CURVE_TOKENS, FINAL_TOKENS, GAMMA, GRID, POSITIONS, RATE, TEXT
 from .study import Claim, Record, Section
-from .tables import joined, kinds_table, records_table, table
+from .tables import joined, kinds_table
 
 # Two losses closer than this are called the same, in nats per token.
 SAME = 0.01

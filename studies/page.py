@@ -10,13 +10,13 @@ from typing import Any
 import matplotlib
 from jinja2 import Environment, StrictUndefined
 
+from benchmarks.tables import records_table, table
 from stablemask import __version__
 from stablemask.errors import InputError
 from stablemask.report.drawing import STYLE
 
 from .runner import load_study
 from .study import Claim, Section, Study, Verdict
-from .tables import records_table, table
 
 TEXTS = Path(__file__).parent / "text"
 # Of the table of runs: heads, and what stands under them.

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.tables import records_table, table
 from stablemask.evaluation.statistics import Estimate, estimate
 from stablemask.report.drawing import GRAY
 
@@ -15,7 +16,7 @@ from .kinds import KINDS, LABELS, line_style
 from .position import ENCODINGS, IDENTIFICATION, LAYERS, LEARNT, PARTS, REFERENCES, SHORTEST, WIDTH
 from .position_results import MARGIN, SOLVED, Column, Results, ahead, at_chance, behind, solved
 from .study import Claim, Record, Section
-from .tables import joined, kinds_table, records_table, table
+from .tables import joined, kinds_table
 from .tasks import COPIED, LONGEST_RUN, SHORTEST_RUN, SYMBOLS, TASKS
 
 USES = ("even", "parity", "copy")  # tasks that use the position

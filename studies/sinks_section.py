@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.tables import records_table, table
 from stablemask.evaluation.sinks import even_first_token
 from stablemask.evaluation.statistics import estimate
 from stablemask.report.drawing import GRAY
@@ -19,7 +20,7 @@ from stablemask.report.drawing import GRAY
 from .kinds import LABELS, line_style
 from .sinks import CUT, END
 from .study import Claim, Record, Section
-from .tables import joined, records_table, table
+from .tables import joined
 
 # So many times what even attention gives the first token makes a sink of it.
 SINK = 3
