@@ -12,7 +12,6 @@ NAMES = {
     "training": "whole training loops, ours and others'; 5 to 11 minutes",
     "generation": "a Transformers model that generates; 11 minutes",
     "streaming": "loss by position from bounded caches",
-    "backends": "against each other, for the package to choose by",
     "gpu": "is it right on this GPU, and how fast; 500 seconds",
 }
 

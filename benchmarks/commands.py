@@ -1,4 +1,4 @@
-"""The commands that time attention, backends, training and generation, and what their runs have in common.
+"""The commands that time attention, training and generation, and what their runs have in common.
 
 Every row is first checked against the definition in float64; ratios are to stock SDPA in the same rounds.
 """
@@ -21,7 +21,6 @@ from stablemask.options import option
 from stablemask.shell import pip_install
 
 from . import plan, tables
-from .backends import measure_backends, save_json, write_measurements
 from .cases import HEADS
 from .environment import describe
 from .measure import measure
@@ -60,11 +59,6 @@ class AttentionOptions(RunOptions):
     decode: bool = option(True, "time one token behind a cache")
     masks: bool = option(True, "time ALiBi, a window and packed documents")
     memory: bool = option(True, "measure peak memory too, on the CPU each in a process of its own")
-
-
-@dataclass(kw_only=True)
-class BackendsOptions:
-    """None; what is measured is what the package chooses by."""
 
 
 @dataclass(kw_only=True)
@@ -114,12 +108,6 @@ def time_attention(options: AttentionOptions) -> None:
     if saved is not None:
         _save_figure(result, saved)
     _end(result)
-
-
-def time_backends(options: BackendsOptions) -> None:
-    """Time the backends against each other, and store what backend="auto" chooses by."""
-    device = _device()
-    print(f"wrote {write_measurements(measure_backends(device), device)}")
 
 
 def time_training(options: TrainingOptions) -> None:
@@ -299,6 +287,20 @@ def _keep(result: dict[str, Any], folder: str | None, device: torch.device) -> P
         return None
     name = f"{result['benchmark']}-{device.type}-{result['date']}.json"
     return save_json(result, Path(folder) / name)
+
+
+def save_json(result: dict[str, Any], path: Path) -> Path:
+    """Write whole or not at all; a line for each entry, and for each record of a list."""
+    entries = []
+    for key, value in result.items():
+        text = strict_json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"  {strict_json.dumps(record)}" for record in value) + "\n ]"
+        entries.append(f" {strict_json.dumps(key)}: {text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
+    return partial.replace(path)
 
 
 def _save_figure(result: dict[str, Any], path: Path) -> None:

@@ -650,7 +650,6 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Car
     # FlexAttention unfused has the lse and a backward, as its compiled kernel has.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "_compiled", lambda structure: flex._flex)
-    monkeypatch.setattr(choice, "rank", choice.rank.__wrapped__)
     monkeypatch.setattr(choice, "_stock_prefers_cudnn", choice._stock_prefers_cudnn.__wrapped__)
     return CARD
 

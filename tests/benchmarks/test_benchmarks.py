@@ -177,7 +177,7 @@ def test_bad_options(changes):
         (["attention", "--lengths", "0"], 2, "lengths must be at least 1 each, got [0]"),
         (["training", "--presets", "huge"], 2, "presets must be of"),
         (["generation"], 2, "--model must be given"),
-        (["backends", "--quick"], 2, "python -m benchmarks backends --help"),
+        (["generation", "--loud"], 2, "python -m benchmarks generation --help"),
         (["streaming", "--models", "none", "--out", "none"], 2, "none"),
     ],
 )

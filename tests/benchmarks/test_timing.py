@@ -1,4 +1,4 @@
-"""Rounds, medians and ratios, and the measurements of the backends."""
+"""Rounds, medians and ratios, and the file they are kept in."""
 
 import itertools
 import json
@@ -7,9 +7,9 @@ import statistics
 
 import pytest
 
-from benchmarks import backends, timing
+from benchmarks import timing
+from benchmarks.commands import save_json
 from benchmarks.timing import Budget, fastest, interleave, summarise, timer
-from stablemask.backends import BACKENDS
 
 
 def test_ratios_are_medians_over_the_rounds_both_ran_in():
@@ -108,20 +108,8 @@ def test_short_calls_are_timed_in_blocks(clock):
     assert samples["a"][0] == pytest.approx(1e-4)
 
 
-def test_measurements_of_the_backends(tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "_BUDGET", Budget(0.001, min_rounds=1, max_rounds=1))
-    found = backends.measure_backends("cpu", lengths=[48], caches=[64], dtypes=["float32"])
-    kinds = ["causal", "mask", "alibi", "window", "documents"]
-    assert [(m["kind"], m["pass"]) for m in found] == [
-        (kind, of_pass) for kind in kinds for of_pass in ("inference", "training", "decode")
-    ]
-    for entry in found:
-        shape = (1, 64) if entry["pass"] == "decode" else (48, 48)
-        assert (entry["q_len"], entry["kv_len"]) == shape
-        assert (entry["device"], entry["dtype"]) == ("cpu", "float32")
-        assert {"flash", "reference"} <= entry["milliseconds"].keys() <= BACKENDS.keys()
-        assert all(ms > 0 for ms in entry["milliseconds"].values())
-
-    path = backends.save_json({"measurements": found}, tmp_path / "new" / "cpu.json")
-    assert json.loads(path.read_text())["measurements"] == found
+def test_a_result_is_written_whole(tmp_path):
+    result = {"benchmark": "attention", "attention": [{"ms": 1.5}, {"ms": math.nan}], "seconds": {}}
+    path = save_json(result, tmp_path / "new" / "cpu.json")
+    assert json.loads(path.read_text()) == result | {"attention": [{"ms": 1.5}, {"ms": None}]}
     assert [file.name for file in path.parent.iterdir()] == ["cpu.json"]

@@ -76,39 +76,16 @@ def test_a_newer_version_is_told_first(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "newer: torch 3"
 
 
-def test_the_choice_is_that_of_the_attention(report):
-    assert {case["device"] for case in report["auto"]} == set(report["devices"])
-    for case in report["auto"]:
-        assert case["backend"] in BACKENDS
-        assert case["backend"] != "reference"
-        if case["device"] == "cpu":
-            assert case["backend"] != "flex"
-
-
-def test_the_choice_says_whether_it_was_measured(monkeypatch, capsys):
-    row = {"dtype": "float32", "kind": "alibi", "pass": "training", "q_len": 300, "kv_len": 300}
-    times = {"blocks": 1.0, "flash": 2.0}
-    monkeypatch.setattr(choice, "_measurements", lambda device: [row | {"milliseconds": times}])
-    choice.rank.cache_clear()
-    try:
-        chosen = env.automatic_choice("cpu", "float32", "alibi", "training", 256)
-        assert (chosen.backend, chosen.measured) == ("blocks", True)
-        other = env.automatic_choice("cpu", "bfloat16", "alibi", "training", 256)
-        assert (other.backend, other.measured) == ("flash", False)
-        main(["env"])
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert [
-            "cpu",
-            "float32",
-            "training",
-            "flash*",
-            "flash*",
-            "blocks",
-            "flash*",
-            "flash*",
-        ] in lines
-    finally:
-        choice.rank.cache_clear()
+def test_the_order_of_auto_is_told(report, monkeypatch, capsys):
+    assert report["auto"]["cpu"]["sequence"] == list(choice.order("cpu", False))
+    monkeypatch.setattr(choice, "_stock_prefers_cudnn", lambda: True)
+    monkeypatch.setattr(choice.flash_attn, "is_ahead", lambda: False)
+    orders = {"sequence": choice.order("cuda", False), "one row": choice.order("cuda", True)}
+    print(env._as_table(report | {"auto": {"cuda": orders}}))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "cuda        cudnn, flash, blocks",
+        "cuda        flash, blocks (one row)",
+    ]
 
 
 def test_a_package_that_is_missing(monkeypatch, capsys):

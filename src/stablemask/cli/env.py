@@ -1,5 +1,5 @@
 """What is installed here, whether decoding with a cache is right in it, which attention backends work,
-each checked by running it, and which of them "auto" takes."""
+each checked by running it, and in which order "auto" tries them."""
 
 import json
 import os
@@ -13,9 +13,7 @@ from torch import Tensor
 from stablemask import __version__, native
 from stablemask.attention import sink_attention
 from stablemask.backends import BACKENDS
-from stablemask.backends.choice import KINDS, PASSES, choose, rank
-from stablemask.call import Call
-from stablemask.masks import NO_MASKS, Masks
+from stablemask.backends.choice import order
 from stablemask.options import option
 from stablemask.private import PRIVATE, missing
 from stablemask.versions import installed, newer_than_tested
@@ -35,8 +33,6 @@ PACKAGES = (
     "wandb",
 )
 
-# Between them lie the lengths that people use; the choice at each is shown.
-SHORT, LONG = 256, 16384
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 
 
@@ -63,26 +59,13 @@ class DecodingCheck:
     detail: str
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What ``backend="auto"`` takes for a call, and whether by a measurement or the default order."""
-
-    device: str
-    dtype: str
-    kind: str
-    step: str
-    length: int
-    backend: str
-    measured: bool
-
-
 def run(options: EnvOptions) -> None:
     report = describe_environment()
     print(json.dumps(report) if options.json else _as_table(report))
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine, devices, each backend checked and each choice of "auto", ready for JSON."""
+    """Versions, machine, devices, each backend checked and the order of "auto", ready for JSON."""
     devices = available_devices()
     return {
         "versions": {
@@ -104,14 +87,10 @@ def describe_environment() -> dict[str, Any]:
         "backends": [
             asdict(check_backend(name, device)) for name in BACKENDS for device in devices
         ],
-        "auto": [
-            asdict(automatic_choice(device, dtype, kind, step, length))
+        "auto": {
+            device: {"sequence": order(device, False), "one row": order(device, True)}
             for device in devices
-            for dtype in DTYPES.get(device, ("float32",))
-            for step in PASSES
-            for kind in KINDS
-            for length in (SHORT, LONG)
-        ],
+        },
     }
 
 
@@ -177,28 +156,6 @@ def check_backend(name: str, device: str) -> BackendCheck:
     return BackendCheck(name, device, works, detail)
 
 
-def automatic_choice(device: str, dtype: str, kind: str, step: str, length: int) -> Choice:
-    """Ask for the choice with a call of ``length`` keys that takes no memory."""
-    precision = getattr(torch, dtype)
-    q_len = 1 if step == "decode" else length
-    number = torch.zeros((), device=device, dtype=precision, requires_grad=step == "training")
-    query, key = number.expand(1, 8, q_len, 64), number.expand(1, 8, length, 64)
-    seen = torch.ones((), device=device, dtype=torch.bool)
-    masks = {
-        "causal": NO_MASKS,
-        "mask": Masks(attn_mask=seen.expand(1, 1, 1, length)),
-        "alibi": Masks(alibi_slopes=torch.ones(8, device=device)),
-        "window": Masks(window=length // 8),
-        "documents": Masks(documents=seen.long().expand(1, length)),
-    }[kind]
-    call = Call(query, key, key, torch.zeros(1, 1, 1, device=device), masks, 0.0, 0.125)
-    backend = choose(call, "auto")
-    name = next(name for name, candidate in BACKENDS.items() if candidate is backend)
-    bits = ((q_len - 1).bit_length(), (length - 1).bit_length())
-    _, measured = rank(device, precision, kind, step, *bits)
-    return Choice(device, dtype, kind, step, length, name, measured)
-
-
 def _forward_backward(
     backend: str, device: str, rounded_to: torch.dtype, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -242,26 +199,9 @@ def _as_table(report: dict[str, Any]) -> str:
     for check in report["backends"]:
         verdict = "works" if check["works"] else "no"
         lines.append(f"{check['backend']:<11} {check['device']:<5} {verdict:<6} {check['detail']}")
-    lines += [
-        "",
-        f"backend='auto' takes, at {SHORT} and {LONG:,} keys (* by default, not measured):",
-    ]
-    return "\n".join(lines + _choices_as_table(report["auto"]))
-
-
-def _choices_as_table(choices: list[dict[str, Any]]) -> list[str]:
-    """A line for each device, dtype and pass; a column for each kind of mask."""
-    cells: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for choice in choices:
-        line = cells.setdefault((choice["device"], choice["dtype"], choice["step"]), {})
-        name = choice["backend"] + ("" if choice["measured"] else "*")
-        line.setdefault(choice["kind"], []).append(name)
-    heads = ("device", "dtype", "pass", *KINDS)
-    rows = [heads] + [
-        (*key, *("/".join(dict.fromkeys(line[kind])) for kind in KINDS))
-        for key, line in cells.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        " ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
+    lines += ["", "backend='auto' takes the first of these that can serve the call:"]
+    for device, orders in report["auto"].items():
+        for calls in orders if len(set(orders.values())) > 1 else ("sequence",):
+            kind = "" if calls == "sequence" else f" ({calls})"
+            lines.append(f"{device:<11} {', '.join(orders[calls])}{kind}")
+    return "\n".join(lines)
