@@ -5,9 +5,9 @@ import signal
 import time
 from pathlib import Path
 
+from benchmarks.tables import records_table
 from stablemask.errors import InputError
 from studies.study import Claim, Job, Section, Study
-from studies.tables import records_table
 
 
 def square(work: Path, *, number: int) -> dict:
