@@ -37,6 +37,7 @@ from stablemask.errors import InputError
 from stablemask.evaluation.int4_cache import GROUP, int4_cache
 from stablemask.evaluation.perplexity import token_losses, with_prefix
 from stablemask.evaluation.quantization import quantize_int8
+from stablemask.evaluation.sinks import layer_statistics
 from stablemask.evaluation.statistics import Estimate, estimate
 from stablemask.evaluation.streaming import compare_streaming, streaming_losses
 from stablemask.evaluation.summary import sink_summary
@@ -85,7 +86,8 @@ def measure(
         summary = sink_summary(model, ids, prefix)
         by_layer = {key: value for key, value in vars(summary).items() if key != "nats"}
         measured["texts"][name] = {
-            "tokens": ids.numel(), "perplexity": summary.perplexity, **by_layer
+            "tokens": ids.numel(), "perplexity": summary.perplexity, **by_layer,
+            "own_first_token": own_first_token(model, ids, prefix) or summary.first_token,
         }  # fmt: skip
 
     nats = token_losses(model, scored, prefix).mean().item()
@@ -119,6 +121,16 @@ def measure(
     return measured
 
 
+def own_first_token(model: PreTrainedModel, ids: Tensor, prefix: int | None) -> list[float] | None:
+    """By layer, attention on the first token of the texts themselves; None where it is the first read."""
+    read = with_prefix(ids, prefix)
+    if read.shape == ids.shape:
+        return None
+    layers = [layer_statistics(model, text) for text in read]
+    by_text = torch.tensor([[one.received[:, 1].mean() for one in text] for text in layers])
+    return by_text.double().mean(0).tolist()
+
+
 Rule = tuple[str, Callable[[Measured, Measured], float], int, float | None]
 
 
@@ -133,6 +145,11 @@ def rows(results: dict[str, list[Measured]], teacher: str) -> Iterator[Rule]:
         yield (
             f"first token, most in a layer, {text} (%)",
             lambda one, _, t=text: 100 * max(one["texts"][t]["first_token"]), 1, 1.5,
+        )  # fmt: skip
+    for text in reference["texts"]:
+        yield (
+            f"the text's own first token, {text} (%)",
+            lambda one, _, t=text: 100 * max(one["texts"][t]["own_first_token"]), 1, None,
         )  # fmt: skip
     yield "largest activation", lambda one, _: _worst(one, "largest"), 0, 500.0
     yield "the same behind the last layer", lambda one, _: _last(one, "largest"), 0, None

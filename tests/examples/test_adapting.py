@@ -9,7 +9,7 @@ import torch
 
 from stablemask.data import train_tokenizer
 from stablemask.errors import InputError
-from stablemask.evaluation import perplexity, sink_summary
+from stablemask.evaluation import attention_maps, perplexity, sink_summary
 from stablemask.evaluation.streaming import compare_streaming
 from stablemask.hf import apply_stablemask
 
@@ -24,7 +24,7 @@ def measured(over: float = 0.0, layers: int = 3) -> dict:
     """As `measure` prints it, its numbers made up."""
     text = {
         "tokens": 512, "perplexity": 20.0 * (1 + over), "first_token": [0.01, 0.02 + over, 0.03],
-        "top_token": [0.1] * layers, "pseudo": [0.2] * layers,
+        "own_first_token": [0.01] * layers, "top_token": [0.1] * layers, "pseudo": [0.2] * layers,
         "largest": [10.0, 100.0, 900.0 + over], "kurtosis": [3.0, 9.0, 8.0],
     }  # fmt: skip
     return {
@@ -50,6 +50,9 @@ def test_measure(monkeypatch):
     assert found["texts"]["a"]["perplexity"] == expected.perplexity
     assert found["texts"]["a"]["first_token"] == expected.first_token
     assert found["texts"]["b"]["tokens"] == 64
+    maps = [attention_maps(model, row) for row in torch.nn.functional.pad(ids, (1, 0), value=7)]
+    own = torch.stack([one.real[:, :, 2:, 1].mean((1, 2)) for one in maps]).mean(0)
+    assert found["texts"]["a"]["own_first_token"] == pytest.approx(own.tolist(), rel=1e-5)
     streamed = compare_streaming(model, ids[:2], window=8, scored_from=16, prefix=7, progress=False)
     assert found["streaming"]["window"] == streamed.window - streamed.full
     assert found["streaming"]["StreamingLLM"] == streamed.sinks - streamed.full
