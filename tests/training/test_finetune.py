@@ -335,8 +335,8 @@ def test_the_context_is_the_models_by_default(options, base, tmp_path):
     )  # fmt: skip
     assert (chosen.eval_every, chosen.save_every) == (5, 4)  # as given
     assert replace(chosen, eval_every=None).resolved().eval_every == 30
-    assert chosen.texts == 120 * 4 // 4  # half of what is read, each of them twice
-    assert replace(chosen, texts=None, data=None).resolved().texts == 120 * 4 // 2
+    assert chosen.texts == 240 + 16  # half of what is read, and those that are held out
+    assert replace(chosen, texts=None, data=None).resolved().texts == 480 + 32
 
 
 def test_resume_wants_the_same_settings(adapted, options):

@@ -294,7 +294,7 @@ class FinetuneOptions(TrainingOptions):
     )
     texts: int | None = option(
         None, "with --adapt, texts that the model writes itself to learn from, 0 for the data alone; by "
-        "default half as many as it will read"
+        "default as many as it will read"
     )  # fmt: skip
     gamma: float | Literal["slopes"] | None = option(
         None, "with --adapt, decay of the pseudo scores: a number, or slopes; by default 1 / the "
@@ -335,8 +335,9 @@ class FinetuneOptions(TrainingOptions):
         if self.adapt and options.texts is None:
             assert options.steps is not None
             assert options.global_batch_size is not None
-            own = options.steps * options.global_batch_size // (2 if self.data is None else 4)
-            options = dataclasses.replace(options, texts=max(own, 2))
+            own = options.steps * options.global_batch_size // (1 if self.data is None else 2)
+            # Each is read once: read twice, they led the weights away. A few more are held out.
+            options = dataclasses.replace(options, texts=max(own + own // 15, 2))
         return options
 
     def _check(self) -> None:
