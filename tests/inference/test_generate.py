@@ -8,7 +8,7 @@ from stablemask.errors import InputError
 from stablemask.inference import generate
 from stablemask.inference.model import choose_device, position_table_length
 
-from ..models.tiny import DESIGNS, tiny_model
+from ..models.tiny import FEW_DESIGNS, tiny_model
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20 + "ünïcödé 漢字 spaces  and\ttabs\n"
 PROMPTS = ["the quick brown", "fox", "jumps over the lazy dog\n漢"]
@@ -39,7 +39,7 @@ def greedy(model, tokenizer, prompt, count):
     return tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :]
 
 
-@pytest.mark.parametrize(("position", "kind"), DESIGNS)
+@pytest.mark.parametrize(("position", "kind"), FEW_DESIGNS)
 def test_a_batch_equals_a_plain_loop_on_each_prompt(tokenizer, position, kind):
     model = model_for(tokenizer, position_encoding=position, attention=kind)
     texts = generate(model, tokenizer, PROMPTS, max_new_tokens=12)

@@ -112,26 +112,16 @@ def test_a_choice_written_back_has_its_defaults_again():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"position_encoding": "nonsense"}, "position_encoding must be one of .*'nonsense'"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "must hold rope_type 'default'",
-        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "must hold rope_type 'default'"),
-        ({"attention": "flash"}, "attention must be one of .*'flash'"),
         ({"stablemask": {"gamma": -1}}, r"\['gamma'\] must be greater than 0"),
-        ({"stablemask": "slopes"}, "stablemask must be a dict"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads must divide .*\(4\), got 3"),
-        ({"head_dim": 7}, "head_dim must be even with rope positions, got 7"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
         ({"sliding_window": 5}, "sliding_window must be None: .*, got 5"),
     ],
 )
 def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        tiny_config(**settings)
-    with pytest.raises(ValueError, match=message):
-        way(tmp_path, settings)
+    for make in (lambda: tiny_config(**settings), lambda: way(tmp_path, settings)):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +133,6 @@ def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, 
         ),
         ({"attention": "flash"}, "attention must be one of stablemask, softmax, .*'flash'"),
         ({"num_attention_heads": 5}, r"num_attention_heads must divide hidden_size \(32\).*got 5"),
-        ({"num_key_value_heads": 3}, r"num_key_value_heads must divide .*\(4\), got 3"),
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, got 0"),
         ({"vocab_size": 3.5}, "vocab_size must be an integer of at least 1, got 3.5"),
         (

@@ -248,19 +248,6 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def test_it_compiles_into_one_graph():
-    model = tiny_model().train()
-    model.chunked_loss = True
-    ids = random_ids(4, 16)
-    model(ids, labels=ids).loss.backward()
-    expected = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(ids, labels=ids, use_cache=False).loss.backward()
-    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_it_finds_the_weight_gathered_under_fsdp2(tied, tmp_path):
     """``lm_head`` stands in the group of the root, which is gathered during the root's forward."""

@@ -16,6 +16,7 @@ from transformers import (
 
 import stablemask
 from stablemask.models import StableMaskForCausalLM
+from stablemask.models import loss as loss_module
 from stablemask.models.cache import CACHE
 from stablemask.models.layers import StableMaskAttention
 from stablemask.models.positions import sinusoidal_encoding
@@ -332,20 +333,27 @@ def test_bfloat16_sink_logits_and_angles_stay_float32():
     assert torch.equal(seen["sink_logits"], expected)
 
 
-@pytest.mark.parametrize(("position", "kind"), [("rope", "stablemask"), ("alibi", "learned-sink")])
-def test_compiles_into_one_graph(position, kind):
-    model = tiny_model(position_encoding=position, attention=kind)
+@pytest.mark.parametrize(
+    ("position", "kind", "chunked"),
+    [("rope", "stablemask", False), ("alibi", "learned-sink", True)],
+)
+def test_compiles_into_one_graph(position, kind, chunked, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 10 * 61)  # two chunks of the 18 tokens
+    model = tiny_model(position_encoding=position, attention=kind).train()
+    model.chunked_loss = chunked
     input_ids = random_ids(2, 9)
     torch.compiler.reset()  # all models share the code that is counted against its limit
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(input_ids, labels=input_ids, use_cache=False).loss
-    torch.testing.assert_close(loss, model(input_ids, labels=input_ids).loss)
-    loss.backward()
-    assert model.lm_head.weight.grad is not None
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        loss = run(input_ids, labels=input_ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_compiled_decoding_with_a_static_cache():
-    model = tiny_model(position_encoding="learned")
+    model = tiny_model(position_encoding="learned", num_hidden_layers=1)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     input_ids = random_ids(1, 5)
     expected = model.generate(input_ids, **options)

@@ -8,6 +8,9 @@ from stablemask.models import StableMaskConfig, StableMaskForCausalLM
 from stablemask.models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS
 
 DESIGNS = [(position, kind) for position in POSITION_ENCODINGS for kind in ATTENTION_KINDS]
+# Every encoding and every kind once, where the two have nothing to do with each other.
+FEW_DESIGNS = [*((position, "stablemask") for position in POSITION_ENCODINGS)]
+FEW_DESIGNS += [("alibi", kind) for kind in ATTENTION_KINDS if kind != "stablemask"]
 
 
 def tiny_config(**overrides: Any) -> StableMaskConfig:
