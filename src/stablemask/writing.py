@@ -33,6 +33,17 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise InputError(f"cannot write to '{path}': {reason}; name another --out") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def only_writer(out: Path, *, is_file: bool = False) -> Iterator[None]:
     """Make the folder ``out``, or that of a file, and keep other processes from writing there as well.

@@ -69,7 +69,7 @@ def test_damaged_config(folder):
     config = folder / "config.json"
     text = config.read_text()
     config.write_text(text[: len(text) // 2])
-    refused(folder, r"config.json is damaged")
+    refused(folder, r"config.json. is not JSON")
     config.write_text("[]")
     refused(folder, "must hold a JSON object")
     config.write_text(json.dumps(json.loads(text) | {"position_encoding": "none"}))
@@ -77,7 +77,7 @@ def test_damaged_config(folder):
     config.write_text(json.dumps(json.loads(text) | {"model_type": "no-such-type"}))
     refused(folder, "cannot load .*no-such-type")
     config.write_text('{"a":' * 100_000)
-    refused(folder, "config.json is damaged: it is nested too deep")
+    refused(folder, "config.json. is not JSON: it is nested too deep")
     for field, value, reason in (
         ("model_type", [], "TypeError: unhashable type"),
         ("rope_parameters", [1], "AttributeError: 'list' object"),
@@ -244,7 +244,7 @@ def test_an_adapter_that_cannot_be_loaded(adapter, monkeypatch, capfd):
     weights.write_bytes(data)
 
     config.write_text(text[:-30])
-    refused(folder, "adapter_config.json is damaged")
+    refused(folder, "adapter_config.json. is not JSON")
     settings = json.loads(text)
     config.write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     refused(folder, "names no model")

@@ -102,35 +102,6 @@ def test_autocast_to_bfloat16():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_lora_trains_and_is_kept_apart_from_its_base(tmp_path):
-    peft = pytest.importorskip("peft")
-    base = build(LLAMA, torch.float32)
-    base.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
-    model = peft.get_peft_model(base, config).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.02)
-    ids = random_ids(4, 11)
-    losses = []
-    for _ in range(10):
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-        assert len(adapters) == 12
-        assert all(p.grad.isfinite().all() for p in adapters)
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-    model.eval().save_pretrained(tmp_path / "adapter")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
-    torch.testing.assert_close(again(ids).logits, model(ids).logits)
-    merged = model.merge_and_unload()
-    assert merged.config.stablemask == SETTINGS
-    torch.testing.assert_close(merged(ids).logits, again(ids).logits, rtol=0, atol=1e-4)
-
-
 @marks.torchao
 def test_int8_weights():
     from torchao.quantization import Int8WeightOnlyConfig, quantize_

@@ -153,15 +153,6 @@ def test_the_name_alone_writes_nothing_beside_learned_sinks_nor_into_our_own_dec
     assert ours.config.stablemask is None
 
 
-def test_the_defaults_are_an_infinite_horizon_and_one_gamma_of_the_context():
-    ids = random_ids(1, 9)
-    model = llama()
-    model.set_attn_implementation("stablemask")
-    expected = llama({"gamma": 1 / 64})
-    expected.load_state_dict(model.state_dict())
-    assert model(ids).logits.equal(expected(ids).logits)
-
-
 def against_the_definition(model, ids, positions, settings):
     exact = type(model)._from_config(LLAMA.config(), attn_implementation="eager").double().eval()
     exact.load_state_dict(model.state_dict())

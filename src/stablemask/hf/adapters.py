@@ -5,13 +5,12 @@ warns that it ignores them; with it, PEFT's and Transformers' own saving writes 
 gives them to the model, or refuses.
 """
 
-import functools
 import importlib.abc
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from ..models.configuration import StableMaskConfig
 from ..models.modeling import ATTN_IMPLEMENTATION
 from ..models.settings import in_short
 from ..reading import parse_json
+from ..writing import write_whole
+from .guard import wrap_method
 from .settings import model_settings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,8 +31,8 @@ KEY = "stablemask"
 
 def install() -> None:
     """Make Transformers' saving and loading of adapters, and PEFT's once it is there, mind the settings."""
-    _replace(PreTrainedModel, "save_pretrained", _saving)
-    _replace(PreTrainedModel, "load_adapter", _loading)
+    wrap_method(PreTrainedModel, "save_pretrained", _saving)
+    wrap_method(PreTrainedModel, "load_adapter", _loading)
     if "peft" in sys.modules:
         _guard(sys.modules["peft"])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
@@ -59,24 +60,14 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def _guard(peft: Any) -> None:
-    _replace(peft.PeftModel, "save_pretrained", _saving)
+    wrap_method(peft.PeftModel, "save_pretrained", _saving)
     for cls in (peft.PeftModel, peft.PeftMixedModel):  # which cannot save
-        _replace(cls, "load_adapter", _loading)
-    _replace(peft.PeftConfig, "from_json_file", _reading)
+        wrap_method(cls, "load_adapter", _loading)
+    wrap_method(peft.PeftConfig, "from_json_file", _reading)
     # Our decoder names its layers as Llama does.
     for name, defaults in vars(peft.utils).items():
         if name.endswith("_MODULES_MAPPING") and "llama" in defaults:
             defaults.setdefault(StableMaskConfig.model_type, defaults["llama"])
-
-
-def _replace(cls: type, name: str, wrap: Callable) -> None:
-    method = inspect.getattr_static(cls, name)
-    function = getattr(method, "__func__", method)
-    if hasattr(function, "_minds_stablemask"):
-        return
-    wrapped: Any = functools.wraps(function)(wrap(function))
-    wrapped._minds_stablemask = True
-    setattr(cls, name, type(method)(wrapped) if isinstance(method, classmethod) else wrapped)
 
 
 def _saving(save: Any) -> Any:
@@ -201,6 +192,4 @@ def _write_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         return
     content = json.loads(path.read_text(encoding="utf-8")) | {KEY: settings}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True))

@@ -6,6 +6,8 @@ the name, so a model that was given it says in its configuration what it runs.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,17 +22,23 @@ from .settings import model_settings
 def install() -> None:
     """Make every PreTrainedModel check the name of its attention, at its birth and at each change."""
     for name in ("get_correct_attn_implementation", "_check_and_adjust_attn_implementation"):
-        method = getattr(PreTrainedModel, name)
-        if not hasattr(method, "_guards_stablemask"):
-            setattr(PreTrainedModel, name, _guarded(method))
-    if not hasattr(PreTrainedModel.post_init, "_guards_stablemask"):
-        PreTrainedModel.post_init = _checked(PreTrainedModel.post_init)  # type: ignore[method-assign]
-    if not hasattr(PreTrainedModel.set_attn_implementation, "_guards_stablemask"):
-        PreTrainedModel.set_attn_implementation = _told(PreTrainedModel.set_attn_implementation)  # type: ignore[method-assign]
+        wrap_method(PreTrainedModel, name, _choosing)
+    wrap_method(PreTrainedModel, "post_init", _checking)
+    wrap_method(PreTrainedModel, "set_attn_implementation", _telling)
 
 
-def _checked(post_init: Any) -> Any:
-    @functools.wraps(post_init)
+def wrap_method(cls: type, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Put what ``wrap`` makes of a method in its place, once, however often it is asked for."""
+    method = inspect.getattr_static(cls, name)
+    function = getattr(method, "__func__", method)
+    if hasattr(function, "_minds_stablemask"):
+        return
+    wrapped: Any = functools.wraps(function)(wrap(function))
+    wrapped._minds_stablemask = True
+    setattr(cls, name, type(method)(wrapped) if isinstance(method, classmethod) else wrapped)
+
+
+def _checking(post_init: Any) -> Any:
     def check(self: PreTrainedModel) -> None:
         post_init(self)
         if getattr(self.config, "stablemask", None) is not None:
@@ -39,28 +47,23 @@ def _checked(post_init: Any) -> Any:
             check_layers(self, self.config.get_text_config(decoder=True), {})
         write_settings(self)
 
-    check._guards_stablemask = True  # type: ignore[attr-defined]
     return check
 
 
-def _told(set_attn_implementation: Any) -> Any:
-    @functools.wraps(set_attn_implementation)
+def _telling(set_attn_implementation: Any) -> Any:
     def tell(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         set_attn_implementation(self, *args, **kwargs)
         for model in self.modules():
             if isinstance(model, PreTrainedModel):
                 write_settings(model)
 
-    tell._guards_stablemask = True  # type: ignore[attr-defined]
     return tell
 
 
-def _guarded(method: Any) -> Any:
-    @functools.wraps(method)
+def _choosing(method: Any) -> Any:
     def choose(self: PreTrainedModel, requested: str | None, *args: Any, **kwargs: Any) -> str:
         return method(self, resolve(self, requested), *args, **kwargs)
 
-    choose._guards_stablemask = True  # type: ignore[attr-defined]
     return choose
 
 

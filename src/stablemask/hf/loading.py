@@ -26,7 +26,7 @@ from transformers.utils import cached_file, find_adapter_config_file, is_peft_av
 from ..arguments import FLOATS
 from ..errors import InputError
 from ..models import StableMaskConfig
-from ..reading import first_line, parse_json, reading, user_path
+from ..reading import first_line, read_json, reading, user_path
 from ..shell import pip_install
 from ..writing import FULL_DISK
 from .adapters import adapter_settings, settle
@@ -337,10 +337,7 @@ def _check_report(name: str, report: dict[str, Any], ours: bool) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {first_line(error)}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it must hold a JSON object")
+        raise InputError(f"'{path}' is damaged: it must hold a JSON object")
     return content
