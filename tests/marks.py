@@ -6,7 +6,6 @@ import shutil
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,12 +29,6 @@ two_gpus = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-
-# Real Wikipedia text that some checkouts have beside them.
-WIKITEXT = Path(__file__).parents[2] / "shared/data/wikitext-2/valid.txt"
-wikitext = pytest.mark.skipif(
-    not WIKITEXT.is_file(), reason="needs the validation text of WikiText-2 beside the repository"
-)
 
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")

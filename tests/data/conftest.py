@@ -2,10 +2,13 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from stablemask.data import load_documents
 from stablemask.data.sources import Source
 
 SMALL = {"block_size": 16, "vocab_size": 300}
@@ -46,6 +49,14 @@ def write_json_lines(path: Path, texts: list[str], column: str = "text") -> Path
     return path
 
 
+def sides_of(source: object, **options) -> tuple[list[str], list[str]]:
+    """The training and the validation documents of a source."""
+    train, validation = (
+        load_documents(str(source), split=side, **options) for side in ("train", "validation")
+    )
+    return train, validation
+
+
 def entries(cache: Path, holding: str = "") -> list[Path]:
     return [path for path in cache.iterdir() if path.is_dir() and (path / holding).exists()]
 
@@ -56,25 +67,40 @@ def read(monkeypatch) -> list[str]:
     names: list[str] = []
     original = Source.documents
 
-    def documents(self, text_column):
+    def documents(self):
         names.append(self.name)
-        return original(self, text_column)
+        return original(self)
 
     monkeypatch.setattr(Source, "documents", documents)
     return names
 
 
+def fork(work: Callable[[], object]) -> int:
+    """The process id of a child that does ``work`` and ends, with 0 unless that raises."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
 @pytest.fixture
 def python(caches):
-    """Start another interpreter on ``code``; returns the process."""
+    """Run ``code`` in another interpreter; returns what it prints, and its errors."""
 
-    def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def run(code: str, *arguments: object, **environment: str) -> tuple[str, str]:
+        done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
             env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
+            timeout=120,
+            check=False,
         )
+        return done.stdout, done.stderr
 
-    return start
+    return run

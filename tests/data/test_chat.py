@@ -78,10 +78,10 @@ def conversations(corpus):
 
 
 def by_text(corpus, tokenizer):
-    """Of each conversation, by its whole text: the text of its scored tokens."""
+    """Of each conversation, by its whole text: the text of its labels."""
     decode = tokenizer.decode
     return {
-        decode(e["input_ids"]): decode(e["input_ids"][e["labels"] != IGNORED])
+        decode(e["input_ids"]): decode(e["labels"][e["labels"] != IGNORED])
         for e in conversations(corpus)
     }
 
@@ -98,21 +98,6 @@ def test_what_the_assistant_says_is_scored_and_nothing_else(template, tokenizer,
     }
     assert found == expected
     tokenizer.chat_template = PLAIN
-
-
-def test_labels_are_the_tokens_themselves(tokenizer, source):
-    for example in conversations(prepare_chat(source, tokenizer, context=2048)):
-        scored = example["labels"] != IGNORED
-        assert torch.equal(example["labels"][scored], example["input_ids"][scored])
-
-
-def test_a_prompt_and_a_completion_are_a_conversation(tokenizer, tmp_path):
-    pairs = [{"prompt": f"say {word}", "completion": word} for word in ("a", "b", "c")]
-    corpus = prepare_chat(write(tmp_path / "p.jsonl", pairs), tokenizer, context=99)
-    assert by_text(corpus, tokenizer) == {
-        f"<|user|>\nsay {w}<|endoftext|>\n<|assistant|>\n{w}<|endoftext|>\n": f"{w}<|endoftext|>\n"
-        for w in ("a", "b", "c")
-    }
 
 
 def test_long_conversations_are_cut_and_counted(tokenizer, source):
@@ -291,22 +276,12 @@ def test_a_record_that_is_neither_is_told_what_would_be_one(record, tmp_path):
         is_chat(write(tmp_path / "a.jsonl", [record]))
 
 
-def test_what_is_a_conversation(tmp_path, recwarn):
-    chat = {"messages": messages(TALKS[0])}
-    assert is_chat(write(tmp_path / "chat.jsonl", [chat]))
-    assert is_chat(write(tmp_path / "pair.jsonl", [{"prompt": "a", "completion": "b"}]))
-    assert not is_chat(write(tmp_path / "text.jsonl", [{"text": "a"}]))
-    assert is_chat(write(tmp_path / "both.jsonl", [chat | {"text": "a"}]), text_column="body")
-    assert not is_chat(str(tmp_path / "both.jsonl"), text_column="text")
+def test_text_alone_is_no_conversation(tmp_path):
     (tmp_path / "prose.txt").write_text("prose")
-    for source in (
-        "builtin",
-        "",
-        "/no/such/file.jsonl",
-        str(tmp_path / "none"),
-        str(tmp_path / "prose.txt"),
-    ):
+    text = write(tmp_path / "text.jsonl", [{"text": "a"}])
+    for source in ("builtin", "", "/no/file.jsonl", str(tmp_path / "none"), text):
         assert not is_chat(source)
+    assert not is_chat(str(tmp_path / "prose.txt"))
 
 
 def nested(depth):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablemask.data import load_documents, tokenize_documents, train_tokenizer
-from stablemask.data import stream as streams
+from stablemask.data import corpus, load_documents, tokenize_documents, train_tokenizer
 from stablemask.data.batches import TrainBatches, loader, merge_states
-from stablemask.data.stream import CURSOR, Cursor, TextStream, prepare_stream
-from stablemask.data.streamed_sources import Files
+from stablemask.data.corpus import prepare_stream
+from stablemask.data.sources import open_source
+from stablemask.data.stream import CURSOR, Cursor, OpenStream, TextStream
 from stablemask.errors import InputError
 from tests.data.conftest import write_json_lines
 from tests.data.test_batches import SPLITS, global_order
@@ -61,13 +61,13 @@ def open_stream(source, tokenizer):
 @pytest.fixture(autouse=True, scope="module")
 def few_lanes():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "LANES", LANES)
+        patch.setattr(corpus, "LANES", LANES)
         yield
 
 
 def documents_of(stream: TextStream, lane: int, epochs: int, tokenizer) -> list[list[str]]:
     """The documents that a lane has in each epoch, of a stream of blocks of one token."""
-    opened = stream.open([lane])
+    opened = OpenStream(stream, [lane])
     tokens: list[list[int]] = [[] for _ in range(epochs)]
     for k in range(lane, 1 << 30, stream.lanes):
         block = opened.draw(k)
@@ -80,7 +80,7 @@ def documents_of(stream: TextStream, lane: int, epochs: int, tokenizer) -> list[
 
 def test_each_document_is_in_each_epoch_once(source, tokenizer):
     stream = TextStream(
-        [Files(source, "text")], [1], tokenizer, block_size=1, validation_fraction=0.1,
+        [open_source(source)], [1], tokenizer, block_size=1, validation_fraction=0.1,
         shuffle_buffer=40, seed=0, lanes=LANES,
     )  # fmt: skip
     lanes = [documents_of(stream, lane, 2, tokenizer) for lane in range(LANES)]
@@ -98,32 +98,32 @@ def test_each_document_is_in_each_epoch_once(source, tokenizer):
     assert orders[0] != orders[1]
 
 
-class Counted(Files):
-    rows = 0
-
-    def read(self, shard, row):
-        for found in super().read(shard, row):
-            self.rows += 1
-            yield found
-
-
-def test_lanes_stay_abreast(source, tokenizer):
+def test_lanes_stay_abreast(source, tokenizer, monkeypatch):
     """Little more is read than what the blocks so far are made of, and never much at once."""
-    documents = Counted(source, "text")
+    opened_source = open_source(source)
+    rows, count = opened_source.rows, 0
+
+    def counted(*place):
+        nonlocal count
+        for row in rows(*place):
+            count += 1
+            yield row
+
+    monkeypatch.setattr(opened_source, "rows", counted)
     stream = TextStream(
-        [documents], [1], tokenizer, block_size=BLOCK, validation_fraction=1e-9, shuffle_buffer=40,
+        [opened_source], [1], tokenizer, block_size=BLOCK, validation_fraction=1e-9, shuffle_buffer=40,
         seed=0, lanes=4,
     )  # fmt: skip
-    opened = stream.open(range(4))
+    opened = OpenStream(stream, range(4))
     tokens_in_epoch = len(tokenize_documents(load_documents(source), tokenizer))
     samples = 20 * tokens_in_epoch // BLOCK
     for k in range(samples):
-        before = documents.rows
+        before = count
         opened.draw(k)
         if k > samples // 2:
-            assert documents.rows - before < 30  # of a window of 40
+            assert count - before < 30  # of a window of 40
             used = 150 * k * BLOCK / tokens_in_epoch
-            assert used < documents.rows < used + 4 * 40
+            assert used < count < used + 4 * 40
 
 
 def run(
@@ -200,22 +200,22 @@ def uninterrupted(stream):
 
 def test_mixture_has_its_shares(open_stream, source, tmp_path, tokenizer):
     other = write_json_lines(tmp_path / "b.jsonl", ["1 2 3 " * 30 + str(n) for n in range(90)])
-    corpus = open_stream([(source, 3), (str(other), 1)])
-    rows, _ = run(corpus.train, steps=20)
+    prepared = open_stream([(source, 3), (str(other), 1)])
+    rows, _ = run(prepared.train, steps=20)
     of_other = sum("1 2 3" in tokenizer.decode(row) for row in rows)
     assert abs(of_other - len(rows) / 4) <= 2
-    tokens = tokenizer.decode(corpus.validation.tokens)
+    tokens = tokenizer.decode(prepared.validation.tokens)
     assert "1 2 3" in tokens
     assert "document" in tokens
 
 
 def test_validation_is_held_out(open_stream, source, tokenizer):
-    corpus = open_stream(eval_tokens=300)
+    prepared = open_stream(eval_tokens=300)
     held_out = load_documents(source, split="validation", validation_fraction=0.1)
-    text = tokenizer.decode(corpus.validation.tokens)
+    text = tokenizer.decode(prepared.validation.tokens)
     assert "<|endoftext|>".join(held_out).startswith(text)
-    assert len(corpus.validation.tokens) == 300
-    rows, _ = run(corpus.train, steps=30)
+    assert len(prepared.validation.tokens) == 300
+    rows, _ = run(prepared.train, steps=30)
     trained = words_of(rows, tokenizer)
     assert not trained & set(" ".join(held_out).split())
     assert len(trained) > 700
@@ -261,14 +261,6 @@ def test_resuming_tokenises_nothing_of_before(open_stream, encoded, tokenizer):
     assert 24 * BLOCK < len(tokenize_documents(encoded, tokenizer)) < 0.2 * 40 * 24 * BLOCK
 
 
-def test_worker_processes(open_stream):
-    batches = TrainBatches(open_stream().train, seed=0, batch_size=8)
-    expected, _ = run(batches.examples, batch_size=8, steps=6)
-    iterator = iter(loader(batches, workers=2))
-    found = [row for _ in range(6) for row in next(iterator)["input_ids"].tolist()]
-    assert found == expected
-
-
 @pytest.fixture(params=["split", "given", "saved"])
 def dataset(request, tmp_path) -> str:
     """A dataset in a folder: shards, without and with a validation split, and one saved to the disk."""
@@ -287,14 +279,14 @@ def dataset(request, tmp_path) -> str:
 
 
 def test_dataset(open_stream, dataset, tokenizer):
-    corpus = open_stream(dataset)
-    rows, _ = run(corpus.train, steps=40)
-    first, state = run(corpus.train, 2, 3, 4, steps=29, workers=2)
-    second, _ = run(corpus.train, 3, 8, 1, steps=11, step=29, state=state)
+    prepared = open_stream(dataset)
+    rows, _ = run(prepared.train, steps=40)
+    first, state = run(prepared.train, 2, 3, 4, steps=29, workers=2)
+    second, _ = run(prepared.train, 3, 8, 1, steps=11, step=29, state=state)
     assert first + second == rows
     trained = words_of(rows, tokenizer)
     known = sum(f"document{n}.0" in trained for n in range(150))
-    if "held" in tokenizer.decode(corpus.validation.tokens):
+    if "held" in tokenizer.decode(prepared.validation.tokens):
         assert known == 150
         assert not any(word.startswith("held") for word in trained)
     else:
@@ -308,14 +300,19 @@ def test_dataset_resumes_at_its_shard(open_stream, tmp_path):
     (source,) = open_stream(f"hub:{tmp_path}").train.sources
     for shard in range(2):
         (tmp_path / f"train-{shard}.jsonl").unlink()
-    rows = list(source.read(2, 20))
+    rows = list(source.rows("train", 2, 20))
     assert [row.document.text for row in rows] == texts(50, "part2.")[20:]
     assert [row[1:] for row in rows] == [(2, number) for number in range(21, 51)]
 
 
-def test_dataset_in_worker_processes(open_stream, dataset):
+@pytest.mark.parametrize("kind", ["file", "shards"])
+def test_worker_processes(open_stream, source, tmp_path, kind):
     """In which the library would otherwise deal the shards out itself."""
-    batches = TrainBatches(open_stream(dataset).train, seed=0, batch_size=8)
+    if kind == "shards":
+        for shard in range(3):
+            write_json_lines(tmp_path / f"train-{shard}.jsonl", texts(50, f"part{shard}."))
+        source = f"hub:{tmp_path}"
+    batches = TrainBatches(open_stream(source).train, seed=0, batch_size=8)
     expected, _ = run(batches.examples, batch_size=8, steps=4)
     iterator = iter(loader(batches, workers=2))
     assert [row for _ in range(4) for row in next(iterator)["input_ids"].tolist()] == expected
@@ -370,8 +367,8 @@ def test_source_that_shrinks_to_nothing(tmp_path, tokenizer):
     """Between its check and its reading, or with another file system on another node."""
     path = write_json_lines(tmp_path / "a.jsonl", texts(50))
     stream = TextStream(
-        [Files(str(path), "text")], [1], tokenizer, block_size=4, validation_fraction=1 - 1e-9,
+        [open_source(str(path))], [1], tokenizer, block_size=4, validation_fraction=1 - 1e-9,
         shuffle_buffer=4, seed=0, lanes=4,
     )  # fmt: skip
     with pytest.raises(InputError, match="no document to train on"):
-        stream.open(range(4)).draw(0)
+        OpenStream(stream, range(4)).draw(0)

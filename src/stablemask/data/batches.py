@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from ..errors import InputError, RunError
 from .chat import IGNORED
 from .mixture import Mixture
-from .stream import CURSOR, TextStream, derived_seed
+from .stream import CURSOR, OpenStream, TextStream, derived_seed
 
 Example = dict[str, Tensor]
 Collate = Callable[[list[Example]], Example]
@@ -80,6 +81,7 @@ def _permutation(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
 
 
+@dataclass(eq=False)
 class TrainBatches(IterableDataset[Example]):
     """The batches of one rank, without end.
 
@@ -96,26 +98,18 @@ class TrainBatches(IterableDataset[Example]):
         state: with a stream, the merged ``state_dict`` of all ranks after ``step`` steps.
     """
 
-    def __init__(
-        self,
-        examples: Any,
-        *,
-        seed: int,
-        batch_size: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        ranks: int = 1,
-        step: int = 0,
-        collate: Collate | None = None,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        self.examples = examples
-        self.seed = seed
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.rank, self.ranks = rank, ranks
-        self.step = step
-        self.collate = collate or stack
+    examples: Any
+    _: KW_ONLY
+    seed: int
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    ranks: int = 1
+    step: int = 0
+    collate: Collate | None = None
+    state: InitVar[dict[str, Any] | None] = None
+
+    def __post_init__(self, state: dict[str, Any] | None) -> None:
         self._cursors: Cursors = {}
         _keep_newest(self._cursors, (state or {}).get("cursors", []))
 
@@ -123,9 +117,9 @@ class TrainBatches(IterableDataset[Example]):
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         batches = itertools.count(self.step * self.accumulation + first, stride)
-        draw = self._drawer(stride, first)
+        draw, collate = self._drawer(stride, first), self.collate or stack
         for batch in batches:
-            yield self.collate([draw(k) for k in self._samples(batch)])
+            yield collate([draw(k) for k in self._samples(batch)])
 
     def _samples(self, batch: int) -> range:
         start = (batch * self.ranks + self.rank) * self.batch_size
@@ -140,7 +134,7 @@ class TrainBatches(IterableDataset[Example]):
             batches = range(begin + first, begin + first + stride * examples.lanes, stride)
             lanes = {k % examples.lanes for batch in batches for k in self._samples(batch)}
             start = begin * self.ranks * self.batch_size
-            return examples.open(lanes, start, list(self._cursors.values())).draw
+            return OpenStream(examples, lanes, start, self._cursors.values()).draw
         if isinstance(examples, Mixture):
             shuffles = [Shuffle(len(dataset), self.seed) for dataset in examples.datasets]
 
@@ -181,50 +175,41 @@ def stack(examples: list[Example]) -> Example:
     return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-class EvalBatches(Dataset[Example]):
+class _Padded(Dataset[Example]):
+    """A dataset with copies behind its end, whose labels are all ignored."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, n: int) -> Example:
+        if n < len(self):
+            return self.dataset[n]
+        example = self.dataset[len(self) - 1]
+        return {**example, "labels": torch.full_like(example["labels"], IGNORED)}
+
+
+def eval_loader(
+    dataset: Any, batch_size: int, rank: int = 0, ranks: int = 1, collate: Collate | None = None
+) -> DataLoader[Example]:
     """The batches of one rank over a whole dataset, as many on each rank, in order.
 
     Each example is on one rank, once. The last batches may be shorter than the others, the same on every
     rank; rows that are then missing are filled with a copy whose labels are all ignored.
     """
-
-    def __init__(
-        self, dataset: Any, batch_size: int, rank: int, ranks: int, limit: int, collate: Collate
-    ) -> None:
-        self.dataset, self.collate = dataset, collate
-        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
-        self.size = min(limit, len(dataset))
-
-    def __len__(self) -> int:
-        return math.ceil(self.size / (self.batch_size * self.ranks))
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"batch {index} of {len(self)}")
-        begin = index * self.batch_size * self.ranks
-        rows = min(self.batch_size, math.ceil((self.size - begin) / self.ranks))
-        begin += self.rank * rows
-        return self.collate([self._example(n) for n in range(begin, begin + rows)])
-
-    def _example(self, n: int) -> Example:
-        if n < self.size:
-            return self.dataset[n]
-        example = self.dataset[self.size - 1]
-        return {**example, "labels": torch.full_like(example["labels"], IGNORED)}
-
-
-def eval_loader(
-    dataset: Any,
-    batch_size: int,
-    rank: int = 0,
-    ranks: int = 1,
-    limit: int | None = None,
-    collate: Collate | None = None,
-) -> DataLoader[Example]:
-    """The first ``limit`` examples of ``dataset``, or all, in batches; see :class:`EvalBatches`."""
-    limit = len(dataset) if limit is None else limit
-    batches = EvalBatches(dataset, batch_size, rank, ranks, limit, collate or stack)
-    return DataLoader(batches, batch_size=None, generator=torch.Generator())
+    batches = []
+    for begin in range(0, len(dataset), batch_size * ranks):
+        rows = min(batch_size, math.ceil((len(dataset) - begin) / ranks))
+        begin += rank * rows
+        batches.append(list(range(begin, begin + rows)))
+    return DataLoader(
+        _Padded(dataset),
+        batch_sampler=batches,
+        collate_fn=collate or stack,
+        generator=torch.Generator(),
+    )
 
 
 def loader(

@@ -8,14 +8,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
 
-from stablemask.errors import InputError
-from stablemask.reading import user_path
-from stablemask.writing import FULL_DISK
+from ..errors import InputError
+from ..reading import user_path
+from ..writing import FULL_DISK
 
 T = TypeVar("T")
 
@@ -98,7 +97,7 @@ def _write(entry: Path, write: Callable[[Path], None]) -> None:
 
 
 class TokenFile:
-    """A ``.npy`` file of token ids that grows, for ``np.load``.
+    """A file of token ids that grows, for :func:`read_tokens`.
 
     Attributes:
         size: tokens written so far.
@@ -110,7 +109,7 @@ class TokenFile:
         self.size = 0
         self.digest = hashlib.blake2b(digest_size=16)
         self._file = path.open("wb")
-        self._write_header()
+        self.close = self._file.close
 
     def append(self, tokens: np.ndarray) -> None:
         tokens = np.ascontiguousarray(tokens, self.dtype)
@@ -118,22 +117,9 @@ class TokenFile:
         self.digest.update(tokens.data)
         self.size += len(tokens)
 
-    def __enter__(self) -> TokenFile:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with self._file:
-            if error is None:
-                self._file.seek(0)
-                self._write_header()
-
-    def _write_header(self) -> None:
-        """The header, which NumPy makes as long for every size."""
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (self.size,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
+def read_tokens(path: Path, dtype: str | np.dtype, size: int) -> np.ndarray:
+    """The tokens of a file, memory-mapped; ValueError where they are not ``size``."""
+    if os.path.getsize(path) != size * np.dtype(dtype).itemsize:
+        raise ValueError(f"'{path}' is not of {size} tokens")
+    return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablemask.errors import InputError
-from stablemask.reading import first_line
-
+from ..errors import InputError
+from ..reading import first_line
 from .conversations import WANTED, is_conversation, messages_of
 from .files import check_column
 from .records import first_record, read_records
-from .sources import uniform_hash
+from .splitting import Document, is_held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,9 +148,10 @@ def prepare_chat(
             left_out += 1
             continue
         digest.update(ids.tobytes() + scored.tobytes())
-        held_out = uniform_hash(json.dumps(messages)) < validation_fraction
+        document = Document("", json.dumps(messages), record.split)
+        held_out = is_held_out(document, validation_fraction)
         given = given or record.split is not None
-        sides[record.split or ("validation" if held_out else "train")].append((ids, scored))
+        sides["validation" if held_out else "train"].append((ids, scored))
     train, validation = sides["train"], sides["validation"]
     if not given and not (train and validation):
         both = train or validation

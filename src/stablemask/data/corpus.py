@@ -1,8 +1,8 @@
-"""From a source, or a mixture of sources, to packed tokens, cached on disk.
+"""From a source, or a mixture of sources, to packed tokens, cached on disk, or streamed.
 
 The cache has two kinds of entries, each a folder that is named by a hash of what it depends on::
 
-    <cache>/<hash>/train.npy, validation.npy, meta.json
+    <cache>/<hash>/train.bin, validation.bin, meta.json
     <cache>/<hash>/tokenizer.json, ...
 
 What that is can be found without reading a document: the names, sizes and modification times of the
@@ -12,46 +12,40 @@ the documents as a stream and appends to the arrays, in memory that does not gro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from stablemask.data.cache import TokenFile, cache_folder, cached, hash_of
-from stablemask.data.mixture import Mixture, parse_mixture
-from stablemask.data.packing import PackedDataset, progress_bar, token_dtype, tokenize_stream
-from stablemask.data.sources import (
-    Source,
-    Split,
-    check_validation_fraction,
-    open_source,
-    split_stream,
-    uniform_hash,
-)
-from stablemask.data.tokenizer import (
-    check_vocab_size,
-    load_tokenizer,
-    split_long,
-    train_tokenizer,
-)
-from stablemask.errors import InputError
-from stablemask.reading import read_json
+from ..errors import InputError
+from ..reading import read_json
+from .cache import TokenFile, cache_folder, cached, hash_of, read_tokens
+from .mixture import Mixture, parse_mixture
+from .packing import PackedDataset, progress_bar, token_dtype, tokenize_stream
+from .sources import Source, open_source
+from .splitting import Split, check_validation_fraction, split_stream, uniform_hash
+from .stream import TextStream
+from .tokenizer import check_vocab_size, load_tokenizer, split_long, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_FORMAT = "3"
+CACHE_FORMAT = "4"
+STREAM_FORMAT = 2
+LANES = 64  # of a stream, at least
 META_FILE = "meta.json"
 TOKENIZER_BYTES = 1 << 30  # of a larger source, a tokenizer is trained on about as much
 
-TrainData = TypeVar("TrainData", PackedDataset, Mixture)
+TrainData = TypeVar("TrainData", PackedDataset, Mixture, TextStream)
 
 
 @dataclass
@@ -59,7 +53,8 @@ class Corpus(Generic[TrainData]):
     """A tokenizer, and packed tokens to train on and to validate with.
 
     ``key`` is a hash of all tokens, of the vocabulary and, in a mixture, of the weights: a copy of a
-    source has that of the source.
+    source has that of the source. Of a stream, which is not read before, it is a hash of all settings
+    and of the held-out tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,12 +63,9 @@ class Corpus(Generic[TrainData]):
     key: str
 
     @property
-    def num_train_tokens(self) -> int:
+    def num_train_tokens(self) -> int | None:
+        """None of a stream."""
         return self.train.num_tokens
-
-    @property
-    def num_validation_tokens(self) -> int:
-        return self.validation.num_tokens
 
 
 def prepare_corpus(
@@ -148,6 +140,74 @@ def prepare_mixture(
     return Corpus(loaded, train, PackedDataset(validation, block_size), key)
 
 
+def prepare_stream(
+    sources: str | Sequence[tuple[str, float]],
+    *,
+    block_size: int,
+    tokenizer: str | None,
+    text_column: str = "text",
+    validation_fraction: float = 0.05,
+    shuffle_buffer: int = 10_000,
+    seed: int = 0,
+    eval_tokens: int = 65536,
+    global_batch_size: int = 1,
+) -> Corpus[TextStream]:
+    """Open sources for training and read what validation takes.
+
+    Validation is the first held-out documents of a source, read from its start, that give ``eval_tokens``
+    tokens, or a block if that is more; several sources give their weight's share each. A dataset with a
+    validation split of its own keeps it.
+
+    Args:
+        sources: a source, see :func:`~stablemask.data.sources.load_documents`, or several, each with the
+            weight of its blocks among all.
+        tokenizer: folder or Hub name.
+        shuffle_buffer: documents of a window, at least one for each lane.
+        global_batch_size: samples of a step. The lanes are a multiple of it, at least ``LANES``, so that no
+            two ranks tokenise the same one.
+
+    Raises:
+        InputError: no tokenizer, a source that cannot be read, or one too short to stream.
+    """
+    if tokenizer is None:
+        raise InputError(
+            "a stream is not read before it is trained on, so no tokenizer can be trained for it; "
+            "name one: --tokenizer"
+        )
+    check_validation_fraction(validation_fraction)
+    weighted = [(sources, 1.0)] if isinstance(sources, str) else list(sources)
+    total = sum(weight for _, weight in weighted)
+    loaded = load_tokenizer(tokenizer)
+    stream = TextStream(
+        [open_source(source, text_column, streaming=True) for source, _ in weighted],
+        [weight / total for _, weight in weighted],
+        loaded,
+        block_size=block_size,
+        validation_fraction=validation_fraction,
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+        lanes=global_batch_size * math.ceil(LANES / global_batch_size),
+    )
+    held_out: list[int] = []
+    for source, (_, weight) in zip(stream.sources, weighted):
+        stream.check_length(source)
+        wanted = math.ceil(max(eval_tokens, block_size) * weight / total)
+        held_out += stream.held_out_tokens(source, wanted)
+    if len(held_out) < block_size:
+        raise InputError(
+            f"the held-out documents have {len(held_out)} tokens, less than a block of {block_size}; "
+            "give more text, or leave out --streaming"
+        )
+    tokens = np.array(held_out, token_dtype(loaded))
+    settings = [
+        STREAM_FORMAT, weighted, text_column, block_size, validation_fraction, shuffle_buffer, seed,
+        stream.lanes, sorted(loaded.get_vocab().items()),
+    ]  # fmt: skip
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+    digest.update(tokens.tobytes())
+    return Corpus(loaded, stream, PackedDataset(tokens, block_size), digest.hexdigest())
+
+
 class _Tokens(NamedTuple):
     train: np.ndarray
     validation: np.ndarray
@@ -167,13 +227,12 @@ class _Preparation:
         if block_size < 2:
             raise InputError(f"block size {block_size} is too small: at least 2 tokens are wanted")
         check_validation_fraction(self.validation_fraction)
+        sources = [open_source(name, self.text_column) for name in names]
         if tokenizer is None:
             check_vocab_size(vocab_size)
-            sources = [open_source(name) for name in names]
             loaded = self._trained_tokenizer(sources, vocab_size)
         else:
             loaded = load_tokenizer(tokenizer)
-            sources = [open_source(name) for name in names]
         return loaded, [self._tokens(source, loaded, block_size) for source in sources]
 
     def _entry(self, sources: list[Source], tokenizer: str) -> Path:
@@ -182,7 +241,7 @@ class _Preparation:
         return self.folder / hash_of([*settings, *fingerprints])
 
     def _sides(self, source: Source) -> Iterator[tuple[Split, str]]:
-        return split_stream(source.documents(self.text_column), self.validation_fraction)
+        return split_stream(source.documents(), self.validation_fraction)
 
     def _trained_tokenizer(self, sources: list[Source], vocab_size: int) -> PreTrainedTokenizerBase:
         share = TOKENIZER_BYTES / max(sum(source.num_bytes for source in sources), 1)
@@ -254,8 +313,8 @@ def _write_tokens(
 
     dtype = token_dtype(tokenizer)
     with (
-        TokenFile(entry / "train.npy", dtype) as train,
-        TokenFile(entry / "validation.npy", dtype) as validation,
+        closing(TokenFile(entry / "train.bin", dtype)) as train,
+        closing(TokenFile(entry / "validation.bin", dtype)) as validation,
         progress_bar(None) as bar,
     ):
         files = {"train": train, "validation": validation}
@@ -269,6 +328,7 @@ def _write_tokens(
     vocabulary: list[str] = sorted(by_token, key=by_token.__getitem__)
     meta = {
         "characters": characters,
+        "dtype": dtype.name,
         "vocabulary": hash_of(vocabulary),
         "train": {"tokens": train.size, "hash": train.digest.hexdigest()},
         "validation": {"tokens": validation.size, "hash": validation.digest.hexdigest()},
@@ -278,32 +338,27 @@ def _write_tokens(
 
 def _load_tokens(entry: Path) -> tuple[_Tokens, int]:
     meta = read_json(entry / META_FILE)
-    train = _load_array(entry / "train.npy", meta["train"]["tokens"])
-    validation = _load_array(entry / "validation.npy", meta["validation"]["tokens"])
+    train, validation = (
+        read_tokens(entry / f"{side}.bin", meta["dtype"], meta[side]["tokens"])
+        for side in ("train", "validation")
+    )
     key = hash_of([meta["train"]["hash"], meta["validation"]["hash"], meta["vocabulary"]])
     return _Tokens(train, validation, key), meta["characters"]
 
 
-def _load_array(path: Path, size: int) -> np.ndarray:
-    if size == 0:
-        return np.load(path)
-    tokens = np.load(path, mmap_mode="r")
-    if tokens.shape != (size,):
-        raise ValueError(f"{path} is not of {size} tokens")
-    return tokens
-
-
 def _joined(arrays: list[np.ndarray], keys: list[str], folder: Path) -> np.ndarray:
     """``arrays`` one after another, in a file, as they may be large."""
-    sizes = [len(array) for array in arrays]
+    sizes, dtype = [len(array) for array in arrays], arrays[0].dtype
 
     def write(entry: Path) -> None:
-        with TokenFile(entry / "validation.npy", arrays[0].dtype) as file:
+        with closing(TokenFile(entry / "validation.bin", dtype)) as file:
             for array in arrays:
                 file.append(array)
 
-    entry = folder / hash_of([CACHE_FORMAT, *keys, *map(str, sizes)])
-    return cached(entry, lambda entry: _load_array(entry / "validation.npy", sum(sizes)), write)
+    def load(entry: Path) -> np.ndarray:
+        return read_tokens(entry / "validation.bin", dtype, sum(sizes))
+
+    return cached(folder / hash_of([CACHE_FORMAT, *keys, *map(str, sizes)]), load, write)
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from stablemask.data.conversations import is_conversation
 from stablemask.errors import InputError
@@ -33,12 +33,11 @@ _METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "st
 PARQUET_ROWS = 1000  # held at a time
 
 
-class Row(NamedTuple):
-    """A record of a file."""
-
+class Record(NamedTuple):
     fields: dict[str, Any]
     where: str
-    position: int  # bytes of the file that were read for it and what is before it
+    position: int = 0  # bytes of its file that were read for it and what is before it
+    split: Literal["train", "validation"] | None = None  # where the source decides it itself
 
 
 def is_text(path: Path) -> bool:
@@ -118,7 +117,7 @@ def read_text(path: Path) -> str:
         raise InputError(f"'{path}' is not UTF-8 text: {error.reason} at {error.start}") from error
 
 
-def read_rows(path: Path, column: str | None = None) -> Iterator[Row]:
+def read_records_of(path: Path, column: str | None = None) -> Iterator[Record]:
     """The records of a file one after another, each with its ``column`` at least, or with all.
 
     Raises:
@@ -153,7 +152,7 @@ def _decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
     return file
 
 
-def _json_lines(path: Path, column: str | None) -> Iterator[Row]:
+def _json_lines(path: Path, column: str | None) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(_decompressed(file, path), start=1):
             if not line.strip():
@@ -163,10 +162,10 @@ def _json_lines(path: Path, column: str | None) -> Iterator[Row]:
                 record = parse_json(line)
             except ValueError as error:  # also what is not UTF-8
                 raise InputError(f"{where}: not a JSON record: {error}") from error
-            yield Row(_checked(record, column, where), where, file.tell())
+            yield Record(_checked(record, column, where), where, file.tell())
 
 
-def _json(path: Path, column: str | None) -> Iterator[Row]:
+def _json(path: Path, column: str | None) -> Iterator[Record]:
     """Records in an array, which is held whole, one record, or a record a line."""
     with path.open("rb") as file:
         data = _decompressed(file, path)
@@ -189,7 +188,7 @@ def _json(path: Path, column: str | None) -> Iterator[Row]:
     bytes_per_record = path.stat().st_size / max(len(records), 1)
     for number, record in enumerate(records, start=1):
         where = f"'{path}', record {number}"
-        yield Row(_checked(record, column, where), where, int(number * bytes_per_record))
+        yield Record(_checked(record, column, where), where, int(number * bytes_per_record))
 
 
 def _checked(record: Any, column: str | None, where: str) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def _checked(record: Any, column: str | None, where: str) -> dict[str, Any]:
     return record
 
 
-def _delimited(path: Path, column: str | None) -> Iterator[Row]:
+def _delimited(path: Path, column: str | None) -> Iterator[Record]:
     """Records below a line of column names, in UTF-8; of CSV's quotes nothing is guessed."""
     csv.field_size_limit(sys.maxsize)  # a document is a field
     delimiter = _DELIMITERS[_kind(path)]
@@ -217,14 +216,14 @@ def _delimited(path: Path, column: str | None) -> Iterator[Row]:
                 where = f"'{path}', line {rows.line_num}"
                 if None in record or None in record.values():
                     raise InputError(f"{where}: not as many fields as the {len(columns)} columns")
-                yield Row(record, where, file.tell())
+                yield Record(record, where, file.tell())
         except csv.Error as error:
             raise InputError(f"'{path}', line {rows.reader.line_num}: {error}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"'{path}' is not UTF-8 text: {error.reason}") from error
 
 
-def _parquet(path: Path, column: str | None) -> Iterator[Row]:
+def _parquet(path: Path, column: str | None) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -237,7 +236,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[Row]:
             batches = file.iter_batches(PARQUET_ROWS, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                yield Row(row, f"'{path}', row {number}", int(number * bytes_per_row))
+                yield Record(row, f"'{path}', row {number}", int(number * bytes_per_row))
     except InputError:
         raise
     # A value that Python cannot hold is one of the last two: text that is not UTF-8, a year of 10,000.

@@ -1,15 +1,27 @@
-"""What can be a name on the Hugging Face Hub, and whether the Hub can be reached: asked once."""
+"""What a user names by a folder or by its name on the Hugging Face Hub, and whether that answers."""
 
+import os
 import re
 
-from stablemask.errors import InputError
+from ..errors import InputError
+from ..reading import user_path
 
 TIMEOUT_S = 5.0
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether ``name`` has the form ``NAME`` or ``OWNER/NAME``."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+def local_or_hub(name: str, wanted: str, otherwise: str) -> str:
+    """The path of the folder that a user names, or else a name on the Hub, which answers.
+
+    Raises:
+        InputError: it is neither, told as ``wanted: otherwise``, or see :func:`require_hub`.
+    """
+    folder = user_path(name)
+    if name and os.path.isdir(folder):
+        return str(folder)
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is None:  # NAME or OWNER/NAME
+        raise InputError(f"{wanted}: {otherwise}")
+    require_hub(wanted)
+    return name
 
 
 def require_hub(wanted: str) -> None:

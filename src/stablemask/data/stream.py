@@ -15,31 +15,27 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .mixture import Mixture
-from .packing import PackedDataset, encoder, token_dtype
-from .sources import check_validation_fraction, is_held_out
-from .streamed_sources import Row, Source, open_streamed_source
-from .tokenizer import load_tokenizer, splitter
+from .packing import encoder
+from .sources import Row, Source
+from .splitting import is_held_out
+from .tokenizer import splitter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CURSOR = "cursor"  # the entry of an example
-STREAM_FORMAT = 2
-LANES = 64
 
 
 class Cursor(NamedTuple):
@@ -56,132 +52,36 @@ class Cursor(NamedTuple):
     token: int = 0
 
 
-@dataclass
-class StreamedCorpus:
-    """A tokenizer, a stream to train on, and blocks that are held out of it.
-
-    ``key`` is a hash of all settings and of the held-out tokens, not of the whole text, which is not read.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    train: TextStream
-    validation: PackedDataset
-    key: str
-    num_train_tokens: None = None
-
-
-def prepare_stream(
-    sources: str | Sequence[tuple[str, float]],
-    *,
-    block_size: int,
-    tokenizer: str | None,
-    text_column: str = "text",
-    validation_fraction: float = 0.05,
-    shuffle_buffer: int = 10_000,
-    seed: int = 0,
-    eval_tokens: int = 65536,
-    global_batch_size: int = 1,
-) -> StreamedCorpus:
-    """Open sources for training and read what validation takes.
-
-    Validation is the first held-out documents of a source, read from its start, that give ``eval_tokens``
-    tokens, or a block if that is more; several sources give their weight's share each. A dataset with a
-    validation split of its own keeps it.
-
-    Args:
-        sources: a source, see :func:`~stablemask.data.sources.load_documents`, or several, each with the
-            weight of its blocks among all.
-        tokenizer: folder or Hub name.
-        shuffle_buffer: documents of a window, at least one for each lane.
-        global_batch_size: samples of a step. The lanes are a multiple of it, at least ``LANES``, so that no
-            two ranks tokenise the same one.
-
-    Raises:
-        InputError: no tokenizer, a source that cannot be read, or one too short to stream.
-    """
-    if tokenizer is None:
-        raise InputError(
-            "a stream is not read before it is trained on, so no tokenizer can be trained for it; "
-            "name one: --tokenizer"
-        )
-    check_validation_fraction(validation_fraction)
-    weighted = [(sources, 1.0)] if isinstance(sources, str) else list(sources)
-    total = sum(weight for _, weight in weighted)
-    loaded = load_tokenizer(tokenizer)
-    stream = TextStream(
-        [open_streamed_source(source, text_column) for source, _ in weighted],
-        [weight / total for _, weight in weighted],
-        loaded,
-        block_size=block_size,
-        validation_fraction=validation_fraction,
-        shuffle_buffer=shuffle_buffer,
-        seed=seed,
-        lanes=global_batch_size * math.ceil(LANES / global_batch_size),
-    )
-    held_out: list[int] = []
-    for source, (_, weight) in zip(stream.sources, weighted):
-        stream.check_length(source)
-        wanted = math.ceil(max(eval_tokens, block_size) * weight / total)
-        held_out += stream.held_out_tokens(source, wanted)
-    if len(held_out) < block_size:
-        raise InputError(
-            f"the held-out documents have {len(held_out)} tokens, less than a block of {block_size}; "
-            "give more text, or leave out --streaming"
-        )
-    tokens = np.array(held_out, token_dtype(loaded))
-    settings = [
-        STREAM_FORMAT, weighted, text_column, block_size, validation_fraction, shuffle_buffer, seed,
-        stream.lanes, sorted(loaded.get_vocab().items()),
-    ]  # fmt: skip
-    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-    digest.update(tokens.tobytes())
-    return StreamedCorpus(loaded, stream, PackedDataset(tokens, block_size), digest.hexdigest())
-
-
+@dataclass(eq=False)
 class TextStream:
     """Numbered blocks of tokens, without end; see the module.
 
     Several sources are mixed by the block, as by a :class:`~stablemask.data.mixture.Mixture`.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        weights: Sequence[float],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        block_size: int,
-        validation_fraction: float,
-        shuffle_buffer: int,
-        seed: int,
-        lanes: int,
-    ) -> None:
-        self.sources = sources
-        self.tokenizer = tokenizer
-        self.split = splitter(tokenizer)
-        self.block_size = block_size
-        self.validation_fraction = validation_fraction
-        self.window = max(shuffle_buffer, lanes)
-        self.seed = seed
-        self.lanes = lanes
-        self._mixture = Mixture([], weights, seed)
+    num_tokens = None  # it has no end
 
-    def open(
-        self, lanes: Collection[int], start: int = 0, cursors: Iterable[Sequence[int]] = ()
-    ) -> OpenStream:
-        """Read the stream from sample ``start`` on, for one who draws only from ``lanes``.
+    sources: Sequence[Source]
+    weights: Sequence[float]
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    block_size: int
+    validation_fraction: float
+    shuffle_buffer: int
+    seed: int
+    lanes: int
 
-        Args:
-            cursors: that of the last block before ``start`` of every source and lane that had one.
-        """
-        return OpenStream(self, lanes, start, [Cursor(*cursor) for cursor in cursors])
+    def __post_init__(self) -> None:
+        self.split = splitter(self.tokenizer)
+        self.window = max(self.shuffle_buffer, self.lanes)
+        self._mixture = Mixture([], self.weights, self.seed)
 
     def source_of(self, k: int) -> int:
         return self._mixture.locate(k)[0]
 
     def training(self, source: Source, shard: int = 0, row: int = 0) -> Iterator[Row]:
         """The rows of a source to train on, from a place in it."""
-        for found in source.read(shard, row):
+        for found in source.rows("train", shard, row):
             if not is_held_out(found.document, self.validation_fraction):
                 yield found
 
@@ -210,7 +110,9 @@ class TextStream:
         with progress_bar(
             total=wanted, desc="held out", unit="token", unit_scale=True, delay=1
         ) as bar:
-            for document in source.held_out(self.validation_fraction):
+            for document, _, _ in source.rows("validation"):
+                if not is_held_out(document, self.validation_fraction):
+                    continue
                 for piece in self.split(document.text):
                     ids += encode(piece)
                 ids.append(end)
@@ -225,14 +127,22 @@ class TextStream:
 
 
 class OpenStream:
-    """A stream that is being read for some of its lanes."""
+    """A stream that is being read, from sample ``start`` on, by one who draws only from ``lanes``.
+
+    Args:
+        cursors: that of the last block before ``start`` of every source and lane that had one.
+    """
 
     def __init__(
-        self, stream: TextStream, lanes: Collection[int], start: int, cursors: list[Cursor]
+        self,
+        stream: TextStream,
+        lanes: Collection[int],
+        start: int = 0,
+        cursors: Iterable[Sequence[int]] = (),
     ) -> None:
         self._stream = stream
         self._next = {lane: start + (lane - start) % stream.lanes for lane in lanes}
-        cursor_of = {(cursor.source, cursor.lane): cursor for cursor in cursors}
+        cursor_of = {tuple(cursor[:2]): Cursor(*cursor) for cursor in cursors}
         encode = stream.encoder()
         self._blocks: dict[tuple[int, int], Iterator[dict[str, Tensor]]] = {}
         for source in range(len(stream.sources)):

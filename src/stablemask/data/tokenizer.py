@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from stablemask.data.hub import is_hub_name, require_hub
-from stablemask.errors import InputError
-from stablemask.reading import first_line, user_path
+from ..errors import InputError
+from ..reading import first_line
+from .hub import local_or_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -73,21 +72,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: it is missing, damaged, cannot be reached, or has no end token.
     """
-    name_or_path = str(name_or_path)
-    folder = user_path(name_or_path)
-    is_local = bool(name_or_path) and os.path.exists(folder)
-    wanted = f"tokenizer {name_or_path!r}"
-    if not is_local:
-        if not is_hub_name(name_or_path):
-            raise InputError(f"{wanted}: no such folder")
-        require_hub(wanted)
+    wanted = f"tokenizer {str(name_or_path)!r}"
+    found = local_or_hub(str(name_or_path), wanted, "no such folder")
 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if is_local else name_or_path, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
     except Exception as error:  # a damaged file raises anything, a bare Exception included
         raise InputError(f"{wanted} is missing or damaged: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__, strict_json
 from ..bars import progress_bar
 from ..data import Corpus, load_tokenizer
-from ..data.stream import StreamedCorpus
 from ..errors import InputError
 from ..evaluation import (
     AttentionMaps,
@@ -289,7 +288,7 @@ def _differences(runs: Mapping[str, _Run]) -> list[str]:
     ]
 
 
-def _corpus(run: _Run) -> Corpus | StreamedCorpus:
+def _corpus(run: _Run) -> Corpus:
     options = PretrainOptions(**run.options)
     corpus = prepare_data(options)
     if corpus.key != run.record["corpus"]:
@@ -346,7 +345,7 @@ def _perplexities(
             }
 
 
-def _attention(model: Any, corpus: Corpus | StreamedCorpus) -> dict[str, Any]:
+def _attention(model: Any, corpus: Corpus) -> dict[str, Any]:
     """Attention at the training length, averaged over blocks spread over the validation text."""
     blocks = len(corpus.validation)
     count = min(ATTENTION_BLOCKS, blocks)

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import set_seed
 
 from ..data import Corpus, prepare_corpus, prepare_mixture
+from ..data.corpus import prepare_stream
 from ..data.mixture import parse_mixture
-from ..data.stream import StreamedCorpus, prepare_stream
 from ..models.modeling import StableMaskForCausalLM
 from .assembly import METRICS_FILE, build_trainer, finish_run, train
 from .card import write_pretrain_card
@@ -67,7 +67,7 @@ def pretrain(options: PretrainOptions) -> RunResult:
     return finish_run(folder, options, trainer, corpus, trainer.save_model, write_card)
 
 
-def prepare_data(options: PretrainOptions) -> Corpus | StreamedCorpus:
+def prepare_data(options: PretrainOptions) -> Corpus:
     """The data of a run whose options are resolved, and its tokenizer."""
     settings: dict[str, Any] = {
         "block_size": given(options.context),
@@ -89,7 +89,7 @@ def prepare_data(options: PretrainOptions) -> Corpus | StreamedCorpus:
     return prepare_corpus(options.data, **settings)
 
 
-def _config_for(options: PretrainOptions, corpus: Corpus | StreamedCorpus) -> Any:
+def _config_for(options: PretrainOptions, corpus: Corpus) -> Any:
     tokens = len(corpus.tokenizer)
     # A tokenizer that was given may be larger than the preset's vocabulary; 64 suits the hardware.
     vocab_size = given(options.vocab_size)
