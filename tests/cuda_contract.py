@@ -632,8 +632,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Car
     """
     from torch.nn.attention import flex_attention
 
-    from stablemask import plain
-    from stablemask.backends import choice, flex, hardware, operators
+    from stablemask import native
+    from stablemask.backends import choice, flex, hardware
 
     register()
     CARD.reset(capability)
@@ -642,8 +642,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Car
     monkeypatch.setattr(hardware, "cudnn_version", lambda: 91600)
     monkeypatch.setattr(hardware, "shared_memory", lambda device: SHARED_MEMORY[capability])
     monkeypatch.setattr(hardware, "compiler_problem", lambda: "nothing is compiled here")
-    for module in (plain, operators):
-        monkeypatch.setattr(module, "LIBRARY", None)
+    monkeypatch.setattr(native, "LIBRARY", None)
     monkeypatch.setattr(hardware, "is_capturing", lambda tensor: False)
     monkeypatch.setattr(hardware, "read_later", read_later)
     monkeypatch.setattr(hardware, "triton_kernels", lambda: TritonKernels)

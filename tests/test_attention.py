@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablemask import head_decay_rates, plain, sink_attention, stable_mask_attention
+from stablemask import head_decay_rates, native, sink_attention, stable_mask_attention
 from tests.oracle import (
     assert_no_further_than_twice,
     doubled,
@@ -370,7 +370,7 @@ def test_without_gradients_the_same_bits(tokens_first, value_dim, lengths, dtype
         with torch.no_grad():
             alone = sink_attention(*inputs, sink)
             with monkeypatch.context() as patched:
-                patched.setattr(plain, "LIBRARY", None)
+                patched.setattr(native, "LIBRARY", None)
                 in_python = sink_attention(*inputs, sink)
         assert alone.dtype == in_python.dtype == dtype
         if q_len == 1:

@@ -103,27 +103,29 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     return query, key, value
 
 
-def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor:
-    """Sink logits as a three-dimensional tensor on the device of query."""
-    if is_number(sink_logits):
-        if sink_logits != sink_logits:
-            raise ValueError("sink_logits must be a number or a tensor, got nan")
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        if abs(sink_logits) > torch.finfo(dtype).max:  # which torch.full refuses
-            sink_logits = math.inf if sink_logits > 0 else -math.inf
-        return torch.full((1, 1, 1), sink_logits, dtype=dtype, device=query.device)
-    if not isinstance(sink_logits, Tensor) or not sink_logits.dtype.is_floating_point:
+def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor | float:
+    """Sink logits as a number, or a three-dimensional tensor on the device of query."""
+    if isinstance(sink_logits, Tensor) and sink_logits.dtype.is_floating_point:
+        if sink_logits.device != query.device:
+            raise ValueError(f"sink_logits is on {sink_logits.device}, query on {query.device}")
+        rows = query.shape[:3]
+        if not broadcasts(sink_logits.shape, rows):
+            raise ValueError(
+                "sink_logits must broadcast to (batch, heads, q_len) = "
+                f"{tuple(rows)}, got shape {tuple(sink_logits.shape)}; one per head is (heads, 1)"
+            )
+        while sink_logits.dim() < 3:
+            sink_logits = sink_logits.unsqueeze(0)
+        return sink_logits
+    if not is_number(sink_logits):
         kind = sink_logits.dtype if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
         raise TypeError(f"sink_logits must be a floating-point tensor or a number, got {kind}")
-    if sink_logits.device != query.device:
-        raise ValueError(f"sink_logits is on {sink_logits.device}, query on {query.device}")
-    rows = query.shape[:3]
-    if not broadcasts(sink_logits.shape, rows):
-        raise ValueError(
-            "sink_logits must broadcast to (batch, heads, q_len) = "
-            f"{tuple(rows)}, got shape {tuple(sink_logits.shape)}; one per head is (heads, 1)"
-        )
-    return sink_logits.reshape((1,) * (3 - sink_logits.dim()) + tuple(sink_logits.shape))
+    if sink_logits != sink_logits:
+        raise ValueError("sink_logits must be a number or a tensor, got nan")
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if abs(sink_logits) > torch.finfo(dtype).max:  # which no tensor holds
+        sink_logits = math.inf if sink_logits > 0 else -math.inf
+    return sink_logits
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -21,9 +21,8 @@ from .arguments import (
 from .backends.choice import choose
 from .call import Call
 from .distributed import is_dtensor
-from .masks import NO_MASKS, Masks
-from .plain import plain_attention
-from .pseudo import pseudo_logsumexp
+from .masks import Masks
+from .pseudo import log_pseudo_mass, pseudo_logsumexp
 
 
 def stable_mask_attention(
@@ -71,13 +70,6 @@ def stable_mask_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
     """
-    unbiased = window is None and alibi_slopes is None and documents is None
-    stock = is_causal is True and enable_gqa is True
-    plain = stock and unbiased and positions is None and horizon is None and type(gamma) is float
-    if plain and not dropout_p and backend == "auto":
-        out = plain_attention(query, key, value, gamma=gamma, scale=scale, attn_mask=attn_mask)
-        if out is not None:
-            return out
     check_tensors(query, key, value)
     check_stock_options(query, key, is_causal, enable_gqa)
     if is_dtensor(query):
@@ -99,11 +91,14 @@ def _sink_logits(
     gamma: float | Tensor,
     horizon: int | None,
     positions: Tensor | None,
-) -> Tensor:
+) -> Tensor | float:
     batch, heads, q_len, _ = query.shape
     first = key.shape[2] - q_len
     check_gamma_heads(gamma, heads)
     if positions is None:
+        is_step = q_len == 1 and horizon is None and type(gamma) is float and gamma > 0
+        if is_step and type(first) is int and not torch.compiler.is_compiling():
+            return log_pseudo_mass(first, gamma)  # a number, which launches nothing
         positions = torch.arange(first, first + q_len, device=query.device)
     elif (
         isinstance(positions, Tensor)
@@ -168,14 +163,6 @@ def sink_attention(
         ValueError, TypeError: an argument does not fit, or the named backend cannot serve the call;
             the message says why.
     """
-    unbiased = window is None and alibi_slopes is None and documents is None
-    stock = is_causal is True and enable_gqa is True
-    if stock and unbiased and not dropout_p and backend == "auto":
-        out = plain_attention(
-            query, key, value, sink_logits=sink_logits, scale=scale, attn_mask=attn_mask
-        )
-        if out is not None:
-            return out
     check_tensors(query, key, value)
     check_stock_options(query, key, is_causal, enable_gqa)
     if is_dtensor(query):
@@ -204,9 +191,5 @@ def _attend(
     sink_logits = check_sink(sink_logits, query)
     check_dropout(dropout_p)
     scale = check_scale(scale, query)
-    if masks is NO_MASKS and not dropout_p and backend == "auto":
-        out = plain_attention(query, key, value, sink_logits=sink_logits, scale=scale)
-        if out is not None:
-            return out
     call = Call(query, key, value, sink_logits, masks, dropout_p, scale)
     return choose(call, backend).attend(call)

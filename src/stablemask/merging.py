@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import autocast, check_masks, check_scale, check_sink, check_tensors
 from .backends.flash import attend_with_lse, stock_kernel
-from .call import Call
+from .call import Call, as_tensor
 
 
 def partial_attention(
@@ -92,7 +92,7 @@ def merge_attention(
             )
     masses = [lse for _, lse in parts]
     if sink_logits is not None:
-        sink = check_sink(sink_logits, first).to(masses[0].dtype)
+        sink = as_tensor(check_sink(sink_logits, first), first).to(masses[0].dtype)
         masses.append(sink.expand_as(masses[0]))
     stacked = torch.stack(masses)  # (parts and sink, batch, heads, q_len)
     # A row that has seen nothing at all, and one that a sink takes whole: an out of 0, and a gradient of 0

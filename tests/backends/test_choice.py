@@ -46,7 +46,7 @@ def test_an_unknown_name_is_refused():
 @pytest.mark.parametrize(
     ("device", "one_row", "cudnn", "ahead", "expected"),
     [
-        ("cpu", False, True, True, "flash blocks"),
+        ("cpu", False, True, True, "native flash blocks"),
         ("mps", True, True, True, "flash blocks"),
         ("cuda", False, False, False, "flash blocks"),
         ("cuda", False, True, False, "cudnn flash blocks"),

@@ -1,4 +1,7 @@
-"""In eager mode the operators give way to what they are made of, in Python or C++, and nobody can tell."""
+"""Who watches a call meets an operator, of the stock kernel or of the compiled library; in eager mode, where nobody
+but autograd does, the first gives way to what it is made of, and nobody can tell."""
+
+import functools
 
 import pytest
 import torch
@@ -12,13 +15,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from stablemask import head_decay_rates, plain, sink_attention
+from stablemask import head_decay_rates, sink_attention
 from stablemask.backends import operators
 from stablemask.masks import Masks
 from tests.marks import native_library
 from tests.oracle import gradients, make_inputs
 
-FORWARD, BACKWARD = "stablemask::flash_forward", "stablemask::flash_backward"
 KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
 PADDING = torch.where(torch.arange(12) < 2, -1e30, 0.0).view(1, 1, 1, 12)
 MASKS = {
@@ -30,11 +32,14 @@ MASKS = {
 }
 
 
-@pytest.fixture(params=["Python", pytest.param("C++", marks=native_library)])
-def attend(request, monkeypatch):
-    if request.param == "Python":
-        monkeypatch.setattr(plain, "LIBRARY", None)
-    return sink_attention
+@pytest.fixture(params=["flash", pytest.param("native", marks=native_library)])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def attend(backend):
+    return functools.partial(sink_attention, backend=backend)
 
 
 def inputs_and_sink(dtype=torch.float32):
@@ -44,7 +49,8 @@ def inputs_and_sink(dtype=torch.float32):
 def operators_called(function):
     with profile(activities=[ProfilerActivity.CPU]) as run:
         function()
-    return [event.name for event in run.events() if event.name in (FORWARD, BACKWARD, KERNEL)]
+    names = [event.name for event in run.events()]
+    return [name for name in names if name == KERNEL or name.startswith("stablemask::")]
 
 
 @pytest.mark.parametrize("q_len", [12, 5])
@@ -71,10 +77,10 @@ def test_the_bits_are_those_of_the_operators(masks, dtype, q_len):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("masks", [{}, {"window": 3}])
-def test_no_operator_is_entered_where_nothing_but_autograd_watches(attend, masks, training):
+def test_no_operator_is_entered_where_nothing_but_autograd_watches(masks, training):
     def run():
         with torch.set_grad_enabled(training):
-            out = attend(*inputs, **masks)
+            out = sink_attention(*inputs, **masks, backend="flash")
         if training:
             out.sum().backward()
 
@@ -94,22 +100,23 @@ class Record(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_mode_sees_the_operators(attend):
+def test_a_mode_sees_the_operators(attend, backend):
     inputs, seen = inputs_and_sink(), []
     expected = attend(*inputs)
     with Record(seen):
         out = attend(*inputs)
         out.sum().backward()
     assert torch.equal(out, expected)
-    assert seen.count(FORWARD) == seen.count(BACKWARD) == 1
+    assert seen.count(f"stablemask::{backend}_forward") == 1
+    assert seen.count(f"stablemask::{backend}_backward") == 1
 
 
-def test_a_mode_around_the_backward_alone_sees_its_operator(attend):
+def test_a_mode_around_the_backward_alone_sees_its_operator(attend, backend):
     inputs, seen = inputs_and_sink(), []
     out = attend(*inputs)
     with Record(seen):
         out.sum().backward()
-    assert seen.count(BACKWARD) == 1
+    assert seen.count(f"stablemask::{backend}_backward") == 1
 
 
 def test_a_batch_of_gradients_is_that_of_each(attend):
@@ -123,7 +130,7 @@ def test_a_batch_of_gradients_is_that_of_each(attend):
             torch.testing.assert_close(ours[number], expected)
 
 
-def test_compiled_autograd_traces_the_operator(attend):
+def test_compiled_autograd_traces_the_operator(attend, backend):
     torch.compiler.reset()
     inputs, graphs = inputs_and_sink(), []
 
@@ -138,12 +145,14 @@ def test_compiled_autograd_traces_the_operator(attend):
         out.sum().backward()
     assert all(torch.equal(t.grad, grad) for t, grad in zip(inputs, expected, strict=True))
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert "stablemask.flash_backward" in " ".join(called)
+    assert f"stablemask.{backend}_backward" in " ".join(called)
 
 
-def test_selective_checkpointing_keeps_what_the_operator_returns(attend):
+def test_selective_checkpointing_keeps_what_the_operator_returns(attend, backend):
+    forward = getattr(torch.ops.stablemask, f"{backend}_forward").default
+
     def policy(context, function, *args, **kwargs):
-        kept = function is torch.ops.stablemask.flash_forward.default
+        kept = function is forward
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     def run(inputs, **options):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from stablemask import native, plain, sink_attention
+from stablemask import native, sink_attention
 from tests.marks import native_library
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
 
@@ -33,10 +33,10 @@ MASKS = {
 
 @pytest.fixture(params=["C++", "Python", "blocks"])
 def attend(request, monkeypatch):
-    if request.param == "C++" and plain.LIBRARY is None:
+    if request.param == "C++" and native.LIBRARY is None:
         pytest.skip(native_library.kwargs["reason"])
     if request.param == "Python":
-        monkeypatch.setattr(plain, "LIBRARY", None)
+        monkeypatch.setattr(native, "LIBRARY", None)
     if request.param == "blocks":
         return lambda *inputs, **keywords: sink_attention(*inputs, backend="blocks", **keywords)
     return sink_attention

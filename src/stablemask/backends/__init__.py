@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..call import Call
-from . import blocks, decomposition, flash, flash_attn, flex, reference
+from . import blocks, decomposition, flash, flash_attn, flex, native, reference
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
+    "native": Backend(
+        native.attend, native.unsupported, "what `stablemask build` compiled, CPU only"
+    ),
     "flash": Backend(flash.attend, flash.unsupported, "the stock flash kernel of the device"),
     "cudnn": Backend(flash.attend_cudnn, flash.unsupported_cudnn, "the cuDNN kernel, CUDA only"),
     "flash_attn": Backend(

@@ -65,7 +65,9 @@ def _attend_rows(call: Call, rows: slice) -> Tensor:
             query[:, :, rows],
             key[:, :, keys],
             value[:, :, keys],
-            sink_logits if sink_logits.shape[2] == 1 else sink_logits[:, :, rows],
+            sink_logits[:, :, rows]
+            if isinstance(sink_logits, Tensor) and sink_logits.shape[2] > 1
+            else sink_logits,
             Masks(mask, masks.alibi_slopes, masks.window, documents),
             dropout_p,
             scale,

@@ -21,7 +21,7 @@ def needs_gradient(call: Call) -> bool:
         query.requires_grad
         or key.requires_grad
         or value.requires_grad
-        or sink_logits.requires_grad
+        or (isinstance(sink_logits, Tensor) and sink_logits.requires_grad)
         or (mask is not None and mask.requires_grad)
         or (slopes is not None and slopes.requires_grad)
     )

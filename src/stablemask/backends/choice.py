@@ -47,6 +47,8 @@ def order(device: str, one_row: bool) -> tuple[str, ...]:
         device: type of the device.
         one_row: whether the call is a step of decoding.
     """
+    if device == "cpu":
+        return "native", "flash", "blocks"
     if device != "cuda":
         return "flash", "blocks"
     names = (

@@ -110,7 +110,7 @@ def stock_kernel(call: Call) -> str:
 
 
 def _attend(call: Call, kernel: str) -> Tensor:
-    query, key, value, sink_logits, masks, _, scale = call
+    query, key, value, _, masks, _, scale = call
     past = key.shape[2] - query.shape[2]
     one_row = query.shape[2] == 1
     one_call = masks is NO_MASKS and (one_row or past == 0)
@@ -119,9 +119,10 @@ def _attend(call: Call, kernel: str) -> Tensor:
     plain = type(query) is type(key) is type(value) is Tensor and query.numel() > 0
     alone = plain and nothing_watches()
     if one_row and alone and not masks.by_tile and kernel in ("cuda", "efficient"):
-        row = cuda_row(query, key, value, sink_logits, masks.attn_mask, scale)
+        row = _cuda_row(call, kernel)
         if row is not None:
             return row
+    sink_logits = call.sinks()
     if one_call and (alone or (in_sight and not needs_gradient(call))):
         # Without an operator around it, which takes as long to enter as a short kernel.
         query, key, value, value_dim, scale = fit(query, key, value, scale, kernel)
@@ -137,21 +138,10 @@ def _attend(call: Call, kernel: str) -> Tensor:
     return attend_with_lse(query, key, value, sink_logits, masks, past, scale, kernel)[0]
 
 
-def cuda_row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor | float,
-    attn_mask: Tensor | None,
-    scale: float,
-) -> Tensor | None:
-    """A row of decoding on CUDA in one launch more than the kernel's; None where it takes another way.
-
-    Args:
-        query: (B, H, 1, D), with key and value (B, K, m, D): of a dtype that the device's kernels take.
-        sink_logits: a number, or three-dimensional, broadcastable to (B, H, 1).
-        attn_mask: (B or 1, H or 1, 1, m), or None.
-    """
+def _cuda_row(call: Call, kernel: str) -> Tensor | None:
+    """A row of decoding on CUDA in one launch more than the kernel's; None where it takes another way."""
+    query, key, value, sink_logits, masks, _, scale = call
+    attn_mask = masks.attn_mask
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     kernels = hardware.triton_kernels()
@@ -161,8 +151,7 @@ def cuda_row(
         return None
     if isinstance(sink_logits, Tensor):
         sink_logits = sink_logits.expand(batch, heads, 1)
-    masks = NO_MASKS if attn_mask is None else Masks(attn_mask)
-    if kernel_for(query, masks) == "cuda":
+    if kernel == "cuda":
         out, lse = KERNELS["cuda"].forward(query, key, value, None, False, scale)
         kernels.take_share(out, lse, sink_logits, None, out)
         return out

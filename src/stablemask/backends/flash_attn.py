@@ -65,14 +65,14 @@ def unsupported(call: Call) -> str | None:
 
 def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
-    query, key, value, sink_logits, masks, _, scale = call
+    query, key, value, _, masks, _, scale = call
     package, _ = _package_for(call)
     query, scale = with_positive_scale(query, scale)
     value_dim, width = value.shape[-1], _width(call)
     query, key, value = (_to_package(tensor, width) for tensor in (query, key, value))
     slopes = masks.alibi_slopes if masks.alibi_slopes is None else masks.alibi_slopes.float()
     out, _ = flash_attn_forward(
-        query, key, value, sink_logits, slopes, masks.window, scale, package
+        query, key, value, call.sinks(), slopes, masks.window, scale, package
     )
     return out[..., :value_dim].transpose(1, 2)
 

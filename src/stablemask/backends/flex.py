@@ -103,12 +103,12 @@ def _look_for_compiler() -> str | None:
 
 def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
-    query, key, value, sink_logits, masks, _, scale = call
+    query, key, value, _, masks, _, scale = call
     batch, _, n, head_dim = query.shape
     m, value_dim = value.shape[2:]
     if n == 0 or batch == 0:
         return reference.attend(call)
-    sink = sink_logits.float()
+    sink = call.sinks().float()
     documents = masks.documents
     if documents is not None:
         documents = documents.expand(batch, m).contiguous()

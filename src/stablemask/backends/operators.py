@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..masks import Masks
-from ..native import LIBRARY
 from . import hardware
 from .calls import only_autograd_watches, refuse_second_order, sink_gradient
 from .kernels import KERNELS
@@ -126,14 +125,11 @@ def _forward_block(
 
 def absorb(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor | None:
     """Take the share of a sink out of ``out``, in place, in one pass; its lse with the sink, None if not done."""
-    kind = hardware.kind_of(out)
-    if kind == "cuda":
-        kernels = hardware.triton_kernels()
-        if kernels is None:
-            return None
-        kernels.take_share(out, lse, sink_logits.expand(lse.shape), None, out)
-        return lse
-    return LIBRARY.absorb(out, lse, sink_logits) if LIBRARY is not None and kind == "cpu" else None
+    kernels = hardware.triton_kernels() if hardware.kind_of(out) == "cuda" else None
+    if kernels is None:
+        return None
+    kernels.take_share(out, lse, sink_logits.expand(lse.shape), None, out)
+    return lse
 
 
 def _weighted_sum(outs: list[Tensor], weights: list[Tensor | None]) -> Tensor:

@@ -27,7 +27,7 @@ def attend(call: Call) -> Tensor:
 
 
 def _attend(call: Call) -> Tensor:
-    query, key, value, sink_logits, masks, dropout_p, scale = call
+    query, key, value, _, masks, dropout_p, scale = call
     num_groups = query.shape[1] // key.shape[1]
     dtype = query.dtype
     if dtype != torch.float64:
@@ -44,7 +44,7 @@ def _attend(call: Call) -> Tensor:
     # Selected, not multiplied: an infinite score times zero would be NaN.
     scores = scores.masked_fill(future, -torch.inf)
 
-    sink = sink_logits.to(scores.dtype).unsqueeze(-1).expand(*scores.shape[:-1], 1)
+    sink = call.sinks().to(scores.dtype).unsqueeze(-1).expand(*scores.shape[:-1], 1)
     logits = torch.cat([scores, sink], dim=-1)
     # A row that sees nothing, not even a sink, has no softmax; its output is 0.
     empty = (logits == -torch.inf).all(-1, keepdim=True)

@@ -40,7 +40,7 @@ from ..arguments import (
 from ..backends import operators
 from ..backends.calls import sink_gradient
 from ..backends.flash import fit, stock_kernel
-from ..call import Call
+from ..call import Call, as_tensor
 from ..merging import merge_attention
 from ..pseudo import pseudo_logsumexp
 
@@ -89,7 +89,7 @@ def context_parallel_attention(
     ring.check_length(query.shape[2], 2 if balanced else 1, "the length of a shard")
     masks = check_masks(query, key, None, window, alibi_slopes, None)
     query, key, value = autocast(query, key, value)
-    sink_logits = check_sink(sink_logits, query)
+    sink_logits = as_tensor(check_sink(sink_logits, query), query)
     scale = check_scale(scale, query)
     kernel = stock_kernel(Call(query, key, value, sink_logits, masks, 0.0, scale))
     query, key, value, value_dim, scale = fit(query, key, value, scale, kernel)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..attention import sink_attention
-from ..backends import hardware
 from ..models.masks import Finding, can_be_read, merged_documents, report
 from ..models.mass import sink_logits_at
 from ..models.modeling import ATTN_IMPLEMENTATION
@@ -25,7 +24,6 @@ from ..models.settings import (
     pseudo_sink_logits,
     without_shift,
 )
-from ..plain import plain_attention
 from .settings import context_of, model_settings
 
 _UNKNOWN_TERMS = {
@@ -94,13 +92,6 @@ def stablemask_attention_forward(
     sink_logits = layer_sink_logits(module, query, key.shape[2], attention_mask, **kwargs)
     # Not `getattr`, which takes a microsecond to find that there is none.
     attend = vars(module).get(WATCHED) or sink_attention
-    plain = attend is sink_attention and window_left is None and not dropout
-    if q_len == 1 and hardware.kind_of(query) == "cpu" and plain:
-        row = plain_attention(
-            query, key, value, sink_logits=sink_logits, scale=scaling, attn_mask=attention_mask
-        )
-        if row is not None:
-            return row.reshape(row.shape[0], 1, row.shape[1], row.shape[3]), None
     out = attend(
         query,
         key,

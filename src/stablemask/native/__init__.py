@@ -1,8 +1,8 @@
 """What the CPU does in C++, compiled where it is used.
 
 A sequence that attends to itself, with gradients (``causal.h``), by tiles (``tiles.h``) or by PyTorch's kernel and
-what a sink takes of its output (``sink.h``); a row of decoding (``row.h``); what a call must be for it
-(``plain.h``), and what Python calls (``library.cpp``).
+what a sink takes of its output (``sink.h``); a row of decoding (``row.h``); and the operators that PyTorch knows
+them by (``library.cpp``), which ``backends/native.py`` calls.
 
 A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
 build`` compiles ``library.cpp``, with PyTorch's own tools, into the folder where PyTorch keeps extensions, and
@@ -10,7 +10,6 @@ the next process finds it there. Without it the same is computed from Python, by
 """
 
 import hashlib
-import importlib.util
 import math
 import os
 import platform
@@ -22,8 +21,7 @@ import sysconfig
 import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -34,7 +32,7 @@ from ..writing import FULL_DISK
 
 SOURCES = Path(__file__).parent
 _NAME = "_native"
-_FILES = ("library.cpp", "plain.h", "row.h", "causal.h", "tiles.h", "sink.h")
+_FILES = ("library.cpp", "row.h", "causal.h", "tiles.h", "sink.h")
 
 # As PyTorch compiles its own kernels for what this processor can do.
 _VECTORS = {
@@ -54,13 +52,20 @@ def library_path() -> Path:
     return Path(kept, "stablemask", name + EXTENSION_SUFFIXES[0]).absolute()
 
 
-def load() -> ModuleType | None:
-    """The library, or None where it was not compiled, does not load, or others could have put it there."""
+def load() -> Path | None:
+    """Have PyTorch know the library's operators.
+
+    Returns:
+        Its path, or None where it was not compiled, does not load, or others could have put it there.
+    """
     path = library_path()
     try:
-        return _import(path) if _is_ours(path.parent) and _is_ours(path) else None
-    except (ImportError, OSError):
-        return None
+        if _is_ours(path.parent) and _is_ours(path):
+            torch.ops.load_library(path)
+            return path
+    except OSError:
+        pass
+    return None
 
 
 def language() -> str:
@@ -131,15 +136,14 @@ def _compile(work: str) -> Path:
             build_directory=work,
             is_python_module=False,
         )
-        built = next(Path(work).glob("*.so"))
-        _import(built)
     except RuntimeError as error:
         raise InputError(f"library.cpp does not compile here: {_reason(str(error))}") from error
-    except (ImportError, OSError) as error:
+    except OSError as error:
         reason = error.__cause__ or error
         raise InputError(f"what library.cpp compiles to does not load here: {reason}") from error
     finally:
         os.environ["PATH"] = before
+    built = next(Path(work).glob("*.so"))
     with built.open("rb+") as file:
         os.fchmod(file.fileno(), 0o700)
         os.fsync(file.fileno())
@@ -157,15 +161,6 @@ def _is_ours(path: Path) -> bool:
     """Whether nobody but this user, and root, may write there."""
     status = path.stat()
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(_NAME, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a library")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _reason(output: str) -> str:
@@ -206,10 +201,10 @@ def set_rules(rules: Rules) -> None:
     global RULES
     RULES = rules
     if LIBRARY is not None:
-        LIBRARY.set_rules(*rules)
+        torch.ops.stablemask.native_rules(*rules)
 
 
-LIBRARY: Any = load()
+LIBRARY = load()
 """The library of this process, if there is one."""
 
 RULES: Rules

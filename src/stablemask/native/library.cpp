@@ -1,178 +1,47 @@
-// What Python calls: attend for ../plain.py, absorb for ../backends/operators.py.
+// The operators of the compiled library, one for the forward and one for its gradients, as PyTorch's dispatcher and
+// autograd know them. ../backends/native.py says what calls they serve, and what shapes they return.
 //
-// After a kernel has streamed its tensors through the processor's own caches, whatever runs next is read
-// from memory anew: checks in Python then take longer than what they check. Here they are a few hundred
-// instructions. Only what a plain call can be is answered; None sends every other, wrong arguments
-// included, the general way.
+//     native_forward(query, key, value, sink_logits, attn_mask, scale) -> out, lse
+//     native_backward(grad, query, key, value, sink_logits, attn_mask, out, lse, scale, of_sink)
+//         -> d_query, d_key, d_value, d_sink
+//
+// Rows are one per sequence, behind a cache (row.h), or as many as keys (causal.h). Checked here is what reading
+// memory depends on; what a user may get wrong is said in Python.
 
 #include <ATen/Dispatch.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
 
-#include <array>
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <tuple>
 
 #include "causal.h"
-#include "plain.h"
 #include "row.h"
 #include "sink.h"
 
 namespace {
 
-using stablemask::is_plain;
 using stablemask::Sinks;
 
-// Plain tensors, or nothing.
-std::optional<std::array<at::Tensor, 3>> read_tensors(PyObject* const* arguments) {
-  std::array<at::Tensor, 3> tensors;
-  for (int i = 0; i < 3; ++i) {
-    if (!THPVariable_CheckExact(arguments[i])) {
-      return std::nullopt;
-    }
-    tensors[i] = THPVariable_Unpack(arguments[i]);
-    if (!is_plain(tensors[i])) {
-      return std::nullopt;
-    }
-  }
-  return tensors;
-}
+// Of bool, which keys a sequence sees.
+using Mask = std::optional<at::Tensor>;
+using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                   const at::Tensor&, const Mask&, double);
+using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const Mask&,
+    const at::Tensor&, const at::Tensor&, double, bool);
 
-bool fit(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-  if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4 ||
-      value.sizes().slice(0, 3) != key.sizes().slice(0, 3) || query.numel() == 0 || key.numel() == 0 ||
-      value.numel() == 0) {
-    return false;
-  }
-  const auto dtype = query.scalar_type();
-  return key.size(0) == query.size(0) && key.size(3) == query.size(3) && query.size(1) % key.size(1) == 0 &&
-      (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
-      key.scalar_type() == dtype && value.scalar_type() == dtype &&
-      query.stride(3) == 1 && key.stride(3) == 1 && value.stride(3) == 1;
-}
-
-// One number for all rows, or a tensor.
-struct SinkLogits {
-  double number = 0;
-  at::Tensor tensor;
-};
-
-std::optional<SinkLogits> read_sink_logits(PyObject* object) {
-  if (PyFloat_CheckExact(object) && !std::isnan(PyFloat_AS_DOUBLE(object))) {
-    return SinkLogits{PyFloat_AS_DOUBLE(object), {}};
-  }
-  if (!THPVariable_CheckExact(object)) {
-    return std::nullopt;
-  }
-  const at::Tensor tensor = THPVariable_Unpack(object);
-  if (!is_plain(tensor) || !at::isFloatingType(tensor.scalar_type()) || tensor.dim() < 2 || tensor.dim() > 3) {
-    return std::nullopt;
-  }
-  return SinkLogits{0, tensor};
-}
-
-// Those of a row, by sequence and head; not if a tensor has others.
-std::optional<Sinks> of_row(const SinkLogits& sink, const at::Tensor& query) {
-  const at::Tensor& tensor = sink.tensor;
-  if (!tensor.defined()) {
-    return Sinks(1, sink.number);
-  }
-  const int64_t batch = query.size(0), heads = query.size(1);
-  if (!at::is_expandable_to(tensor.sizes(), {batch, heads, 1})) {
-    return std::nullopt;
-  }
-  const int64_t batch_stride = tensor.dim() == 3 && tensor.size(0) > 1 ? tensor.stride(0) : 0;
-  const int64_t head_stride = tensor.size(-2) > 1 ? tensor.stride(-2) : 0;
-  Sinks sinks(batch * heads);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "of_row", [&] {
-    const scalar_t* logits = tensor.const_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < batch * heads; ++i) {
-      sinks[i] = static_cast<double>(logits[i / heads * batch_stride + i % heads * head_stride]);
-    }
-  });
-  return sinks;
-}
-
-// ../pseudo.py, log_pseudo_mass.
-double log_pseudo_mass(int64_t position, double gamma) {
-  return -static_cast<double>(position + 1) * gamma - std::log(-std::expm1(-gamma));
-}
-
-// ../pseudo.py, pseudo_logsumexp of the positions from 0 on.
-at::Tensor pseudo_logsumexp(int64_t length, double gamma) {
-  at::Tensor logits = at::empty({1, 1, length}, at::kFloat);
-  float* to = logits.mutable_data_ptr<float>();
-  const double first = log_pseudo_mass(0, gamma);
-  for (int64_t i = 0; i < length; ++i) {
-    to[i] = static_cast<float>(static_cast<double>(i) * -gamma + first);
-  }
-  return logits;
-}
-
-// Of bool: which keys each sequence sees, or all of them see.
-bool is_mask(const at::Tensor& mask, const at::Tensor& key) {
-  return is_plain(mask) && mask.scalar_type() == at::kBool && mask.dim() == 4 && mask.size(1) == 1 &&
-      mask.size(2) == 1 && mask.size(3) == key.size(2) && (mask.size(0) == 1 || mask.size(0) == key.size(0)) &&
-      mask.stride(3) == 1;
-}
-
-// A float, None, or neither.
-bool read_number(PyObject* object, std::optional<double>& number) {
-  if (PyFloat_CheckExact(object)) {
-    number = PyFloat_AS_DOUBLE(object);
-  }
-  return number.has_value() || object == Py_None;
-}
-
-struct Call {
-  at::Tensor query, key, value, mask; // the mask may be undefined
-  SinkLogits sink;
-  std::optional<double> gamma; // in place of the sink
-  double scale;
-};
-
-std::optional<Call> read_call(PyObject* const* arguments) {
-  const auto tensors = read_tensors(arguments);
-  if (!tensors || !stablemask::only_autograd_watches()) {
-    return std::nullopt;
-  }
-  const auto& [query, key, value] = *tensors;
-  std::optional<double> gamma, scale;
-  if (!fit(query, key, value) || !read_number(arguments[4], gamma) ||
-      (gamma && !(*gamma > 0 && std::isfinite(*gamma))) || !read_number(arguments[5], scale) ||
-      (scale && !std::isfinite(*scale))) {
-    return std::nullopt;
-  }
-  const auto sink = gamma ? SinkLogits() : read_sink_logits(arguments[3]);
-  if (!sink) {
-    return std::nullopt;
-  }
-  at::Tensor mask;
-  if (arguments[6] != Py_None) {
-    if (!THPVariable_CheckExact(arguments[6]) || !is_mask(THPVariable_Unpack(arguments[6]), key)) {
-      return std::nullopt;
-    }
-    mask = THPVariable_Unpack(arguments[6]).expand({key.size(0), 1, 1, key.size(2)});
-  }
-  return Call{query, key, value, mask, *sink, gamma, scale.value_or(1 / std::sqrt(query.size(3)))};
-}
-
-// Without gradients.
-at::Tensor attend_row(const Call& call) {
-  const auto sinks = call.gamma ? Sinks(1, log_pseudo_mass(call.key.size(2) - 1, *call.gamma))
-                                : of_row(call.sink, call.query);
-  at::Tensor out;
-  if (sinks) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, call.query.scalar_type(), "attend_row", [&] {
-      out = stablemask::attend_row<scalar_t>(call.query, call.key, call.value, call.mask, *sinks, call.scale);
-    });
-  }
-  return out;
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> operator_of(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 // What was measured of this processor, by dtype; set once, when the library is loaded.
@@ -183,117 +52,198 @@ struct Rules {
 
 Rules rules;
 
-stablemask::Way way(const at::Tensor& query, const at::Tensor& key) {
+void set_rules(at::ArrayRef<double> longest_in_float32, at::ArrayRef<double> shortest_by_tiles) {
+  TORCH_CHECK(longest_in_float32.size() == 2 && shortest_by_tiles.size() == 2, "native_rules takes twice two numbers");
+  std::copy_n(longest_in_float32.data(), 2, rules.longest_in_float32);
+  std::copy_n(shortest_by_tiles.data(), 2, rules.shortest_by_tiles);
+}
+
+stablemask::Way way_of(const at::Tensor& query, const at::Tensor& key) {
   const auto dtype = query.scalar_type();
+  const bool is_row = query.size(2) == 1;
   const bool in_float32 = at::isReducedFloatingType(dtype) &&
       key.size(2) * key.size(3) <= rules.longest_in_float32[dtype == at::kHalf];
-  const bool by_tiles =
-      query.size(2) >= rules.shortest_by_tiles[dtype != at::kFloat] && stablemask::tiles::fit(query, key);
+  const bool by_tiles = !is_row && query.size(2) >= rules.shortest_by_tiles[dtype != at::kFloat] &&
+      stablemask::tiles::fit(query, key);
   return {by_tiles, in_float32};
 }
 
-void read_numbers(PyObject* object, double (&numbers)[2]) {
-  TORCH_CHECK_TYPE(PyTuple_CheckExact(object) && PyTuple_GET_SIZE(object) == 2 &&
-                       PyFloat_CheckExact(PyTuple_GET_ITEM(object, 0)) && PyFloat_CheckExact(PyTuple_GET_ITEM(object, 1)),
-                   "set_rules takes two tuples of two floats");
-  for (int i = 0; i < 2; ++i) {
-    numbers[i] = PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(object, i));
-  }
+at::Tensor with_dense_rows(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-PyObject* set_rules(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 2, "set_rules takes two tuples of two floats");
-  Rules read;
-  read_numbers(arguments[0], read.longest_in_float32);
-  read_numbers(arguments[1], read.shortest_by_tiles);
-  rules = read;
-  Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
+// Tokens first in memory, which is what is promised to compilers, whatever a kernel makes of its arguments' order.
+at::Tensor in_order(const at::Tensor& tensor) {
+  return tensor.transpose(1, 2).contiguous().transpose(1, 2);
 }
 
-// With as many rows as keys.
-at::Tensor attend_causally(const Call& call) {
-  const auto& [query, key, value, mask, sink, gamma, scale] = call;
-  // A scale of 0 or below would make numbers of the -inf that hides later keys.
-  if (mask.defined() || value.size(3) != key.size(3) || !(scale >= std::numeric_limits<float>::min()) ||
-      (sink.tensor.defined() && !at::is_expandable_to(sink.tensor.sizes(), query.sizes().slice(0, 3)))) {
-    return {};
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& sink,
+           const Mask& mask) {
+  const auto dtype = query.scalar_type();
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && sink.dim() == 3,
+              "query, key and value have four axes, and sink_logits three");
+  TORCH_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0, "nothing to compute");
+  TORCH_CHECK(value.sizes().slice(0, 3) == key.sizes().slice(0, 3) && key.size(0) == query.size(0) &&
+                  key.size(3) == query.size(3) && query.size(1) % key.size(1) == 0 &&
+                  at::is_expandable_to(sink.sizes(), query.sizes().slice(0, 3)),
+              "sizes do not fit: query ", query.sizes(), ", key ", key.sizes(), ", value ", value.sizes(),
+              ", sink_logits ", sink.sizes());
+  TORCH_CHECK(at::isFloatingType(dtype) && key.scalar_type() == dtype && value.scalar_type() == dtype &&
+                  at::isFloatingType(sink.scalar_type()),
+              "query, key and value share a floating dtype, and sink_logits has one");
+  for (const at::Tensor* tensor : {&query, &key, &value, &sink}) {
+    TORCH_CHECK(tensor->is_cpu(), "all tensors are on the CPU");
   }
-  const bool is_double = query.scalar_type() == at::kDouble;
-  // Beyond the range of float it is infinite, which at::full would refuse.
-  const double number = is_double ? sink.number : static_cast<double>(static_cast<float>(sink.number));
-  const at::Tensor logits = gamma ? pseudo_logsumexp(query.size(2), *gamma)
-      : sink.tensor.defined()     ? sink.tensor
-                                  : at::full({1, 1, 1}, number, query.options().dtype(is_double ? at::kDouble : at::kFloat));
-  const stablemask::Way by = way(query, key);
-  const bool differentiable =
-      query.requires_grad() || key.requires_grad() || value.requires_grad() || logits.requires_grad();
-  if (at::GradMode::is_enabled() && differentiable) {
-    return stablemask::Causal::apply(query, key, value, logits, scale, by.by_tiles, by.in_float32);
-  }
-  return std::get<0>(stablemask::attend_causally(query, key, value, logits, scale, by));
+  const bool is_row = query.size(2) == 1;
+  TORCH_CHECK(is_row || query.size(2) == key.size(2), "there is one row, or as many as keys");
+  TORCH_CHECK(!mask || (is_row && mask->is_cpu() && mask->scalar_type() == at::kBool && mask->dim() == 4 &&
+                        at::is_expandable_to(mask->sizes(), {key.size(0), 1, 1, key.size(2)})),
+              "attn_mask is of bool, (batch or 1, 1, 1, kv_len), and for one row");
 }
 
-PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 7, "attend takes seven arguments");
-  const auto call = read_call(arguments);
-  if (!call) {
-    Py_RETURN_NONE;
-  }
-  at::Tensor out;
-  {
-    pybind11::gil_scoped_release no_gil;
-    if (call->query.size(2) == 1 && !at::GradMode::is_enabled()) {
-      out = attend_row(*call);
-    } else if (call->query.size(2) == call->key.size(2)) {
-      out = attend_causally(*call);
+// Those of a row, by sequence and head.
+Sinks sinks_of_row(const at::Tensor& sink, const at::Tensor& query) {
+  const int64_t heads = query.size(1), count = sink.numel() == 1 ? 1 : query.size(0) * heads;
+  const int64_t batch_stride = sink.size(0) > 1 ? sink.stride(0) : 0;
+  const int64_t head_stride = sink.size(1) > 1 ? sink.stride(1) : 0;
+  Sinks sinks(count);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, sink.scalar_type(), "sinks_of_row", [&] {
+    const scalar_t* logits = sink.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < count; ++i) {
+      sinks[i] = static_cast<double>(logits[i / heads * batch_stride + i % heads * head_stride]);
     }
-  }
-  if (!out.defined()) {
-    Py_RETURN_NONE;
-  }
-  return THPVariable_Wrap(std::move(out));
-  END_HANDLE_TH_ERRORS
+  });
+  return sinks;
 }
 
-PyObject* absorb(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3, "absorb takes out, lse, sink_logits");
-  const auto tensors = read_tensors(arguments);
-  if (!tensors) {
-    Py_RETURN_NONE;
+// Out (B, H, n, V) and lse (B, H, n), with the sink in it, in float32 or, of double, double.
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                           const at::Tensor& sink, const Mask& mask, double scale) {
+  check(query, key, value, sink, mask);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor rows = with_dense_rows(query), keys = with_dense_rows(key), values = with_dense_rows(value);
+  if (query.size(2) > 1) {
+    TORCH_CHECK(value.size(3) == key.size(3) && scale >= std::numeric_limits<float>::min(),
+                "a sequence has one head_dim, and a scale above 0");
+    const auto [out, lse] = stablemask::attend_causally(rows, keys, values, sink, scale, way_of(query, key));
+    return {in_order(out), lse};
   }
-  const auto& [out, lse, sink] = *tensors;
-  if (out.dim() != 4 || out.stride(3) != 1 || !at::isFloatingType(out.scalar_type()) ||
-      lse.scalar_type() != at::toOpMathType(out.scalar_type()) || sink.scalar_type() != lse.scalar_type() ||
-      lse.sizes() != out.sizes().slice(0, 3) || sink.dim() != 3 || !at::is_expandable_to(sink.sizes(), lse.sizes())) {
-    Py_RETURN_NONE;
-  }
-  at::Tensor total;
-  {
-    pybind11::gil_scoped_release no_gil;
-    total = stablemask::absorb(out, lse, sink.expand(lse.sizes()));
-  }
-  return THPVariable_Wrap(std::move(total));
-  END_HANDLE_TH_ERRORS
+  const at::Tensor seen = mask ? with_dense_rows(mask->expand({key.size(0), 1, 1, key.size(2)})) : at::Tensor();
+  std::tuple<at::Tensor, at::Tensor> found;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "attend_row", [&] {
+    found = stablemask::attend_row<scalar_t>(rows, keys, values, seen, sinks_of_row(sink, query), scale);
+  });
+  return found;
 }
 
-PyMethodDef methods[] = {
-    {"absorb", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(absorb)), METH_FASTCALL,
-     "absorb(out, lse, sink_logits): see stablemask.backends.operators."},
-    {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(attend)), METH_FASTCALL,
-     "attend(query, key, value, sink_logits, gamma, scale, attn_mask): see stablemask.plain."},
-    {"set_rules", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(set_rules)), METH_FASTCALL,
-     "set_rules(longest_in_float32, shortest_by_tiles): see stablemask.native."},
-    {nullptr, nullptr, 0, nullptr},
+// Of the sizes of query, key, value and sink_logits; the last is empty where it is not asked for.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& sink, const Mask& mask, const at::Tensor& out, const at::Tensor& lse, double scale, bool of_sink) {
+  check(query, key, value, sink, mask);
+  TORCH_CHECK(value.size(3) == key.size(3) && scale >= std::numeric_limits<float>::min(),
+              "gradients take one head_dim, and a scale above 0");
+  TORCH_CHECK(grad.sizes() == query.sizes() && out.sizes() == query.sizes() && lse.sizes() == query.sizes().slice(0, 3) &&
+                  grad.scalar_type() == query.scalar_type() && out.scalar_type() == query.scalar_type() &&
+                  lse.scalar_type() == at::toOpMathType(query.scalar_type()),
+              "grad and out are like query, and lse has a number for each row");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto [d_query, d_key, d_value, d_sink] = stablemask::differentiate(
+      with_dense_rows(grad), with_dense_rows(query), with_dense_rows(key), with_dense_rows(value), sink, mask,
+      with_dense_rows(out), lse.contiguous(), scale, way_of(query, key), of_sink);
+  return {in_order(d_query), in_order(d_key), in_order(d_value), d_sink};
+}
+
+std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                const at::Tensor& sink, const Mask& mask, double scale) {
+  static const auto call = operator_of<Forward>("stablemask::native_forward");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call.call(query, key, value, sink, mask, scale);
+}
+
+// The operator, whoever watches; lse goes to its place, for it has no gradient.
+struct Attend : torch::autograd::Function<Attend> {
+  static constexpr bool is_traceable = true; // by compiled autograd, for the backward is an operator too
+
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
+                            const at::Tensor& value, const at::Tensor& sink, const Mask& mask, double scale,
+                            at::Tensor* lse_to) {
+    const auto [out, lse] = call_forward(query, key, value, sink, mask, scale);
+    context->save_for_backward({query, key, value, sink, mask.value_or(at::Tensor()), out, lse});
+    context->saved_data["scale"] = scale;
+    *lse_to = lse;
+    return out;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& grads) {
+    static const auto call = operator_of<Backward>("stablemask::native_backward");
+    if (!grads[0].defined()) {
+      return torch::autograd::variable_list(7);
+    }
+    const auto saved = context->get_saved_variables();
+    const Mask mask = saved[4].defined() ? Mask(saved[4]) : std::nullopt;
+    const bool of_sink = context->needs_input_grad(3);
+    auto [d_query, d_key, d_value, d_sink] = call.call(grads[0], saved[0], saved[1], saved[2], saved[3], mask, saved[5],
+                                                       saved[6], context->saved_data["scale"].toDouble(), of_sink);
+    return {d_query, d_key, d_value, of_sink ? d_sink : at::Tensor(), {}, {}, {}};
+  }
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods};
+std::tuple<at::Tensor, at::Tensor> forward_in_autograd(const at::Tensor& query, const at::Tensor& key,
+                                                       const at::Tensor& value, const at::Tensor& sink, const Mask& mask,
+                                                       double scale) {
+  if (at::GradMode::is_enabled() &&
+      (query.requires_grad() || key.requires_grad() || value.requires_grad() || sink.requires_grad())) {
+    at::Tensor lse;
+    at::Tensor out = Attend::apply(query, key, value, sink, mask, scale, &lse);
+    return {out, lse};
+  }
+  return call_forward(query, key, value, sink, mask, scale);
+}
+
+// Gradients, which have none themselves.
+struct Differentiate : torch::autograd::Function<Differentiate> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const at::Tensor& grad,
+                                                const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                const at::Tensor& sink, const Mask& mask, const at::Tensor& out,
+                                                const at::Tensor& lse, double scale, bool of_sink) {
+    static const auto call = operator_of<Backward>("stablemask::native_backward");
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [d_query, d_key, d_value, d_sink] =
+        call.call(grad, query, key, value, sink, mask, out, lse, scale, of_sink);
+    return {d_query, d_key, d_value, d_sink};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
+    TORCH_CHECK(false, "the flash kernels cannot be differentiated twice; use backend='reference' for "
+                       "second-order gradients");
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_in_autograd(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& sink, const Mask& mask, const at::Tensor& out, const at::Tensor& lse, double scale, bool of_sink) {
+  auto found = Differentiate::apply(grad, query, key, value, sink, mask, out, lse, scale, of_sink);
+  return {found[0], found[1], found[2], found[3]};
+}
 
 } // namespace
 
-PyMODINIT_FUNC PyInit__native() {
-  return PyModule_Create(&module);
+TORCH_LIBRARY_FRAGMENT(stablemask, library) {
+  library.def("native_rules(float[] longest_in_float32, float[] shortest_by_tiles) -> ()", set_rules);
+  library.def("native_forward(Tensor query, Tensor key, Tensor value, Tensor sink_logits, Tensor? attn_mask, "
+              "float scale) -> (Tensor, Tensor)");
+  library.def("native_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor sink_logits, "
+              "Tensor? attn_mask, Tensor out, Tensor lse, float scale, bool of_sink) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(stablemask, CPU, library) {
+  library.impl("native_forward", forward);
+  library.impl("native_backward", backward);
+}
+
+TORCH_LIBRARY_IMPL(stablemask, Autograd, library) {
+  library.impl("native_forward", forward_in_autograd);
+  library.impl("native_backward", backward_in_autograd);
 }

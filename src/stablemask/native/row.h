@@ -22,6 +22,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 namespace stablemask {
@@ -168,9 +169,10 @@ void attend_chunk(const real_t* rows, int64_t width, const Chunk<scalar_t>& keys
   }
 }
 
-// What a row has found in `count` chunks, `stride` apart: the mean of its values, less the sink's share.
+// What a row has found in `count` chunks, `stride` apart: the mean of its values, less the sink's share. The result
+// is the logsumexp of its scores and the sink.
 template <typename real_t, typename scalar_t>
-void join(real_t* found, int64_t count, int64_t stride, double sink, int64_t size, scalar_t* out) {
+real_t join(real_t* found, int64_t count, int64_t stride, double sink, int64_t size, scalar_t* out) {
   real_t largest = -INF<real_t>, sum = 0;
   for (int64_t c = 0; c < count; ++c) {
     largest = std::max(largest, found[c * stride]);
@@ -183,19 +185,22 @@ void join(real_t* found, int64_t count, int64_t stride, double sink, int64_t siz
       found[d] = factor * chunk[d] + (c == 0 ? 0 : found[d]);
     }
   }
-  const real_t kept = 1 / (1 + std::exp(static_cast<real_t>(sink) - largest - std::log(sum)));
+  const real_t lse = largest + std::log(sum), other = static_cast<real_t>(sink);
+  const real_t kept = 1 / (1 + std::exp(other - lse));
   const real_t share = sum == 0 ? 0 : kept / sum;
   for (int64_t d = 0; d < size; ++d) {
     out[d] = static_cast<scalar_t>(found[d + 2] * share);
   }
+  const real_t more = std::max(lse, other), less = std::min(lse, other);
+  return std::isinf(more) ? more : more + std::log1p(std::exp(less - more));
 }
 
-// (batch, heads, 1, value_dim), for queries (batch, heads, 1, head_dim), keys (batch, key heads, n, head_dim)
-// and values (batch, key heads, n, value_dim). The last axis of each is contiguous, and none is empty. A mask
-// is of bool, (batch, 1, 1, n); it may be undefined.
+// Out (batch, heads, 1, value_dim) and lse (batch, heads, 1), for queries (batch, heads, 1, head_dim), keys (batch,
+// key heads, n, head_dim) and values (batch, key heads, n, value_dim). The last axis of each is contiguous, and none is
+// empty. A mask is of bool, (batch, 1, 1, n); it may be undefined.
 template <typename scalar_t>
-at::Tensor attend_row(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
-                  const Sinks& sinks, double scale) {
+std::tuple<at::Tensor, at::Tensor> attend_row(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                              const at::Tensor& mask, const Sinks& sinks, double scale) {
   using real_t = at::opmath_type<scalar_t>;
   constexpr int64_t LANES = Lanes<real_t>::size();
   const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3), value_dim = value.size(3);
@@ -236,15 +241,18 @@ at::Tensor attend_row(const at::Tensor& query, const at::Tensor& key, const at::
   });
 
   at::Tensor out = at::empty({batch, heads, 1, value_dim}, query.options());
+  at::Tensor lse = at::empty({batch, heads, 1}, query.options().dtype(c10::CppTypeToScalarType<real_t>::value));
   scalar_t* outs = out.mutable_data_ptr<scalar_t>();
+  real_t* lses = lse.mutable_data_ptr<real_t>();
   const int64_t row_bytes = chunks * stride * sizeof(real_t);
   at::parallel_for(0, batch * heads, grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       real_t* row = found.get() + (i / groups * chunks * groups + i % groups) * stride;
-      join(row, chunks, groups * stride, sinks.size() == 1 ? sinks[0] : sinks[i], value_dim, outs + i * value_dim);
+      const double sink = sinks.size() == 1 ? sinks[0] : sinks[i];
+      lses[i] = join(row, chunks, groups * stride, sink, value_dim, outs + i * value_dim);
     }
   });
-  return out;
+  return {out, lse};
 }
 
 } // namespace
