@@ -20,7 +20,7 @@ from ..models.tiny import random_ids, tiny_model
 def test_only_matrices_decay(settings, kept, tmp_path):
     model = tiny_model(**settings)
     trainer = LanguageModelTrainer(
-        model=model, batches=lambda *_: None, collate=None, keep=1,
+        model=model, batches=None, collate=None, keep=1,
         args=TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[]),
     )  # fmt: skip
     groups = trainer.create_optimizer().param_groups
@@ -72,7 +72,7 @@ def test_steps_that_log_nothing_read_nothing(padded, tmp_path):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     trainer = Trainer(
-        model=model, batches=lambda *_: None, collate=None, keep=1,
+        model=model, batches=None, collate=None, keep=1,
         args=TrainingArguments(
             str(tmp_path), use_cpu=True, report_to=[], max_steps=6, logging_steps=3, disable_tqdm=True,
             gradient_accumulation_steps=2, save_strategy="no", logging_nan_inf_filter=False,

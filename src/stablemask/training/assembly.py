@@ -3,7 +3,7 @@
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from .processes import is_main, on_main, rank
 from .run import RunResult, given, put_in_place
 from .sequences import SequenceGroup
 from .sharding import is_sharded
-from .trainer import LanguageModelTrainer
+from .trainer import LanguageModelTrainer, begun_at
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -67,10 +67,11 @@ def build_trainer(
     # A sharded model is compiled by the layer, and casts by itself.
     own = {"torch_compile": False, "bf16": False} if is_sharded(model) else {}
     together = 1 if sequences is None else sequences.size
+    step, state = begun_at(checkpoint)
     trainer = make(
         model=model,
         args=TrainingArguments(**(_arguments(options, folder) | own | arguments)),
-        batches=lambda step, state: TrainBatches(
+        batches=TrainBatches(
             data.train,
             seed=options.seed,
             batch_size=options.batch_size,
@@ -89,7 +90,25 @@ def build_trainer(
         sequences=sequences,
     )
     trainer.remove_callback(PrinterCallback)
-    for callback in _callbacks(options, folder, trainer, data, callbacks):
+    record = Record(
+        folder / METRICS_FILE,
+        flops_per_token=training_flops(trainer.model, given(options.context)),
+        peak_flops=options.peak_flops
+        or peak_flops(trainer.args.device, getattr(torch, options.dtype)),
+        data_seconds=lambda: trainer.data_seconds,
+    )
+    # In an order in which each finds in a log what those before it have added.
+    trainer.add_callback(
+        SkipBadSteps(
+            lambda: trainer.step_loss,
+            lambda: trainer.grad_norm,
+            spikes=options.skip_spikes,
+            record=record.add,
+        )
+    )
+    if options.probe_tokens:
+        trainer.add_callback(Probe(data.validation[0]["input_ids"][: options.probe_tokens]))
+    for callback in (*callbacks, record):
         trainer.add_callback(callback)
     if options.tensorboard and is_main():
         from torch.utils.tensorboard import SummaryWriter
@@ -100,34 +119,6 @@ def build_trainer(
     if options.wandb:
         trainer.add_callback(WandbCallback())
     return trainer
-
-
-def _callbacks(
-    options: TrainingOptions,
-    folder: Path,
-    trainer: LanguageModelTrainer,
-    data: TrainingData,
-    more: tuple[TrainerCallback, ...],
-) -> Iterator[TrainerCallback]:
-    """In an order in which each finds in a log what those before it have added."""
-    context = given(options.context)
-    device = trainer.args.device
-    record = Record(
-        folder / METRICS_FILE,
-        flops_per_token=training_flops(trainer.model, context),
-        peak_flops=options.peak_flops or peak_flops(device, getattr(torch, options.dtype)),
-        data_seconds=lambda: trainer.data_seconds,
-    )
-    yield SkipBadSteps(
-        lambda: trainer.step_loss,
-        lambda: trainer.grad_norm,
-        spikes=options.skip_spikes,
-        record=record.add,
-    )
-    if options.probe_tokens:
-        yield Probe(data.validation[0]["input_ids"][: options.probe_tokens])
-    yield from more
-    yield record
 
 
 def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:

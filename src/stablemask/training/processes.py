@@ -53,6 +53,11 @@ def saving_group() -> Any:
     return _group("saving")
 
 
+def stopping_group() -> Any:
+    """A third, of what is said in the background of a step."""
+    return _group("stopping")
+
+
 def _group(name: str) -> Any:
     """A group that the processes make together when they first ask for it."""
     if not dist.is_initialized():
@@ -106,29 +111,29 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
-def all_agree(answer: bool) -> bool:
-    """Whether it is true on every process."""
-    return all(gather(answer))
+def total(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of a tensor on the CPU, in its place."""
+    if control_group() is not None:
+        dist.all_reduce(numbers, group=control_group())
+    return numbers
 
 
 def _check_launcher(options: TrainingOptions) -> None:
-    asked = {name: os.environ.get(f"ACCELERATE_{name}", "").lower() for name in _LAUNCHER}
-    for name, (wanted, instead) in _LAUNCHER.items():
-        if asked[name] not in ("", "no", "false", *wanted(options)):
+    for name, option in _LAUNCHER.items():
+        asked = os.environ.get(f"ACCELERATE_{name}", "").lower()
+        same = (name, asked, options.dtype) == ("MIXED_PRECISION", "bf16", "bfloat16")
+        if asked not in ("", "no", "false") and not same:
             raise InputError(
-                f"the launcher asks for {name.lower()} {asked[name]!r} (ACCELERATE_{name}), which would "
-                f"change the run behind its options; leave it out there and {instead}"
+                f"the launcher asks for {name.lower()} {asked!r} (ACCELERATE_{name}), which would "
+                f"change the run behind its options; leave it out there and give {option}"
             )
 
 
-_LAUNCHER: dict[str, tuple[Callable[[TrainingOptions], tuple[str, ...]], str]] = {
-    "MIXED_PRECISION": (
-        lambda options: ("bf16",) if options.dtype == "bfloat16" else (),
-        "give --dtype",
-    ),
-    "DYNAMO_BACKEND": (lambda options: (), "give --compile"),
-    "USE_FSDP": (lambda options: (), "give --fsdp"),
-    "USE_DEEPSPEED": (lambda options: (), "give --fsdp"),
-    "USE_MEGATRON_LM": (lambda options: (), "give --fsdp"),
-    "USE_PARALLELISM_CONFIG": (lambda options: (), "give --fsdp or --context-parallel"),
+_LAUNCHER = {
+    "MIXED_PRECISION": "--dtype",
+    "DYNAMO_BACKEND": "--compile",
+    "USE_FSDP": "--fsdp",
+    "USE_DEEPSPEED": "--fsdp",
+    "USE_MEGATRON_LM": "--fsdp",
+    "USE_PARALLELISM_CONFIG": "--fsdp or --context-parallel",
 }

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException  # no Exception, but a BaseException
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
@@ -23,7 +22,8 @@ from ..data.batches import TrainBatches, eval_loader, loader, merge_states
 from ..errors import InputError
 from ..reading import first_line, read_json
 from . import checkpoints
-from .processes import all_agree, control_group, gather, is_main
+from .callbacks.guards import bare_optimizer
+from .processes import gather, is_main, on_main, total
 from .sequences import SequenceGroup
 from .sharding import is_sharded
 from .state import load_state, save_state, whole_weights
@@ -42,7 +42,7 @@ class LanguageModelTrainer(Trainer):
     ``eval_loss`` is the mean over tokens, whatever the lengths in a batch.
 
     Args:
-        batches: makes the batches of this process, from a step and the state that the data had then.
+        batches: what this process trains on.
         collate: makes a batch of a list of examples.
         keep: how many of the latest checkpoints stay; the best one by ``eval_loss`` stays too.
         async_save: write checkpoints in the background.
@@ -61,7 +61,7 @@ class LanguageModelTrainer(Trainer):
         self,
         *,
         model: Any,
-        batches: Callable[[int, dict], TrainBatches],
+        batches: TrainBatches,
         collate: Callable | None,
         keep: int,
         async_save: bool = False,
@@ -72,47 +72,40 @@ class LanguageModelTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self.keep = keep
         self.data_seconds = 0.0
-        self.step_loss = torch.zeros((), device=self.args.device)
-        self.grad_norm = torch.zeros(())
-        self._uncounted: torch.Tensor | int = 0  # real tokens of padded batches since the last log
-        self._make_batches, self._collate = batches, collate
-        self._sequences = sequences
+        self.step_loss = self.grad_norm = torch.zeros(())
+        self._loss_so_far: torch.Tensor | float = 0.0  # of the step's batches before the last
+        self._uncounted: torch.Tensor | int = 0  # tokens since the last log
+        self._batches, self._collate, self._sequences = batches, collate, sequences
+        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self._async_save = async_save
         self._in_shards = async_save or is_sharded(model)
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future | None = None
-        self._first_step, self._data_state = 0, dict[str, Any]()
         assert self.args.output_dir is not None
         self._folder = Path(self.args.output_dir)
 
     # Data
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is not None:
-            checkpoint = Path(resume_from_checkpoint)
-            self._first_step = checkpoints.step_of(checkpoint)
-            file = checkpoint / DATA_FILE
-            with foreign(checkpoint):
-                self._data_state = dict(read_json(file)) if file.exists() else {}
-                TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             self._finish_saving()
 
     def get_train_dataloader(self) -> Any:
-        self._batches = self._make_batches(self._first_step, self._data_state)
-        if self._first_step >= self.args.max_steps:
+        if self._batches.step >= self.args.max_steps:
             return ()
         workers, pin = self.args.dataloader_num_workers, self.args.dataloader_pin_memory
-        return _Feed(self._take, loader(self._batches, workers=workers, pin_memory=pin))
+        return self._taken(loader(self._batches, workers=workers, pin_memory=pin))
 
-    def _take(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        begun = time.perf_counter()
-        batch = next(batches)
-        self.data_seconds += time.perf_counter() - begun
-        self._batches.consumed(batch)
-        return batch if self._sequences is None else self._sequences.share(batch)
+    def _taken(self, batches: DataLoader) -> Iterator[dict[str, Any]]:
+        waiting = iter(batches)
+        while True:
+            begun = time.perf_counter()
+            batch = next(waiting)
+            self.data_seconds += time.perf_counter() - begun
+            self._batches.consumed(batch)
+            yield batch if self._sequences is None else self._sequences.share(batch)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         assert self.args.eval_batch_size is not None
@@ -131,20 +124,16 @@ class LanguageModelTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith((".sinks", ".log_gamma"))]
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.step_loss = torch.zeros((), device=self.args.device)
-        return super().get_batch_samples(*args, **kwargs)
-
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        last = self.accelerator.sync_gradients
         if is_sharded(self.model):
-            self.model.set_requires_gradient_sync(self.accelerator.sync_gradients)
-        if "attention_mask" in inputs:
-            self._uncounted = self._uncounted + inputs["attention_mask"].sum()
-        else:  # every batch has the same size
-            tokens = inputs["input_ids"].numel() * self.args.world_size
-            self.state.num_input_tokens_seen += tokens
+            self.model.set_requires_gradient_sync(last)
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        self._uncounted = self._uncounted + tokens
         loss = super().training_step(model, inputs, *args)
-        self.step_loss += loss
+        self.step_loss = self._loss_so_far + loss
+        self._loss_so_far = 0.0 if last else self.step_loss
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -152,11 +141,8 @@ class LanguageModelTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _count_tokens(self) -> None:
-        """Add the real tokens of padded batches, on all processes; this waits for the device."""
-        tokens = torch.as_tensor(self._uncounted).cpu()
-        if control_group() is not None:
-            dist.all_reduce(tokens, group=control_group())
-        self.state.num_input_tokens_seen += int(tokens)
+        """Add the tokens of all processes, without padding; this waits for the device."""
+        self.state.num_input_tokens_seen += int(total(torch.as_tensor(self._uncounted).cpu()))
         self._uncounted = 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -173,55 +159,51 @@ class LanguageModelTrainer(Trainer):
         self._finish_saving()
         self._count_tokens()
         name = f"checkpoint-{self.state.global_step}"
-        if not all_agree(not (self._folder / name).exists()):
-            return
         partial = self._folder / checkpoints.INCOMPLETE
-        if is_main():
+
+        def begin() -> bool:
             shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+            return not (self._folder / name).exists()
+
+        if not on_main(begin):
+            return
         self._written: Future | None = None
-        try:
+        with self._whole_or_absent(name):
             super()._save_checkpoint(model, trial)
-            data_state = merge_states(gather(self._batches.state_dict()))
+            data_state = merge_states(gather(self._batches.state_dict()))  # all have written now
             if is_main():
                 (partial / name / DATA_FILE).write_text(json.dumps(data_state))
-            self.accelerator.wait_for_everyone()
-            if self._written is None:
-                self._commit(name, self.state.best_global_step)
-            else:
-                self._writing = self._writer.submit(
-                    self._commit_when_written, self._written, name, self.state.best_global_step
-                )
-        except (Exception, CheckpointException) as error:
-            self._give_up(name, error)
-        if self._writing is None:
-            self.accelerator.wait_for_everyone()
+        rest = name, self.state.best_global_step, self._written
+        if self._written is None:
+            self._commit(*rest)
+        else:
+            self._writing = self._writer.submit(self._commit, *rest)
 
-    def _commit(self, name: str, best_step: int | None) -> None:
-        if not is_main():
-            return
-        partial = self._folder / checkpoints.INCOMPLETE
-        checkpoints.commit(partial / name, self._folder / name)
-        shutil.rmtree(partial, ignore_errors=True)
-        for old in checkpoints.list_checkpoints(self._folder)[: -self.keep]:
-            if checkpoints.step_of(old) != best_step:
-                checkpoints.remove(old)
+    def _commit(self, name: str, best_step: int | None, written: Future | None) -> None:
+        with self._whole_or_absent(name):
+            if written is not None:
+                written.result()
+            if not is_main():
+                return
+            partial = self._folder / checkpoints.INCOMPLETE
+            checkpoints.commit(partial / name, self._folder / name)
+            shutil.rmtree(partial, ignore_errors=True)
+            for old in checkpoints.list_checkpoints(self._folder)[: -self.keep]:
+                if checkpoints.step_of(old) != best_step:
+                    checkpoints.remove(old)
 
-    def _commit_when_written(self, written: Future, name: str, best_step: int | None) -> None:
+    @contextmanager
+    def _whole_or_absent(self, name: str) -> Iterator[None]:
         try:
-            written.result()
-            self._commit(name, best_step)
+            yield
         except (Exception, CheckpointException) as error:
-            self._give_up(name, error)
-
-    def _give_up(self, name: str, error: BaseException) -> NoReturn:
-        full = shutil.disk_usage(self._folder).free < 1 << 20
-        if is_main():
-            shutil.rmtree(self._folder / checkpoints.INCOMPLETE, ignore_errors=True)
-        if full:  # which torch.save reports as a RuntimeError of its own
-            reason = os.strerror(errno.ENOSPC)
-            raise OSError(errno.ENOSPC, reason, str(self._folder / name)) from error
-        raise error
+            full = shutil.disk_usage(self._folder).free < 1 << 20
+            if is_main():
+                shutil.rmtree(self._folder / checkpoints.INCOMPLETE, ignore_errors=True)
+            if full:  # which torch.save reports as a RuntimeError of its own
+                reason = os.strerror(errno.ENOSPC)
+                raise OSError(errno.ENOSPC, reason, str(self._folder / name)) from error
+            raise
 
     def _finish_saving(self) -> None:
         writing, self._writing = self._writing, None
@@ -241,7 +223,10 @@ class LanguageModelTrainer(Trainer):
         if is_main():
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
         self._written = save_state(
-            self._bare_model, self._bare_optimizer, _state_of(folder), wait=not self._async_save
+            self._bare_model,
+            bare_optimizer(self.optimizer),
+            _state_of(folder),
+            wait=not self._async_save,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -252,16 +237,17 @@ class LanguageModelTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        optimizer = bare_optimizer(self.optimizer)
         with foreign(checkpoint):
             if not _state_of(checkpoint).is_dir():
                 super()._load_optimizer_and_scheduler(checkpoint)
             else:
-                load_state(self._bare_model, self._bare_optimizer, _state_of(checkpoint))
+                load_state(self._bare_model, optimizer, _state_of(checkpoint))
                 scheduler = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
                 self.lr_scheduler.load_state_dict(scheduler)
             # The part of the run before may have had fewer steps to come, and so a lower rate.
             shapes = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas)
-            for group, (peak, shape) in zip(self._bare_optimizer.param_groups, shapes):
+            for group, (peak, shape) in zip(optimizer.param_groups, shapes):
                 group["lr"] = peak * shape(self.lr_scheduler.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -271,10 +257,6 @@ class LanguageModelTrainer(Trainer):
     @property
     def _bare_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def _bare_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     # The model
 
@@ -310,24 +292,27 @@ class LanguageModelTrainer(Trainer):
     def _add_eval_loss(self, loss: torch.Tensor, targets: torch.Tensor) -> Any:
         """Count the mean loss of a batch; what a prediction step returns."""
         count = (targets != -100).sum()
-        # Read at the end, together. A batch of nothing but padding has no mean.
-        mean = torch.where(count > 0, loss, 0.0).float()
-        self._eval_batches.append(torch.stack((mean, count.to(mean))))
+        # Read at the end. A batch of nothing but padding has no mean.
+        nats = torch.where(count > 0, loss, 0.0).double() * count
+        self._eval_sums += torch.stack((nats, count.double()))
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._eval_batches: list[torch.Tensor] = []
+        self._eval_sums.zero_()
         output = super().evaluation_loop(*args, **kwargs)
-        sums = torch.zeros(2, dtype=torch.float64)
-        if self._eval_batches:
-            means, counts = torch.stack(self._eval_batches).cpu().double().unbind(-1)
-            sums = torch.stack((means @ counts, counts.sum()))
-        if control_group() is not None:
-            dist.all_reduce(sums, group=control_group())
-        nats, tokens = sums.tolist()
+        nats, tokens = total(self._eval_sums.cpu()).tolist()
         assert output.metrics is not None
         output.metrics["eval_loss"] = nats / tokens
         return output
+
+
+def begun_at(checkpoint: Path | None) -> tuple[int, dict[str, Any]]:
+    """The step that a run goes on from, and the state that its data had then."""
+    if checkpoint is None:
+        return 0, {}
+    with foreign(checkpoint):
+        TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        return checkpoints.step_of(checkpoint), dict(read_json(checkpoint / DATA_FILE))
 
 
 def _state_of(checkpoint: str | Path) -> Path:
@@ -358,15 +343,3 @@ def foreign(checkpoint: str | Path | None) -> Iterator[None]:
         )
         refusal.told_by_main = not is_main()
         raise refusal from error
-
-
-class _Feed:
-    """An endless train loader, each of whose batches is taken by ``take``."""
-
-    def __init__(self, take: Callable[[Iterator], Any], batches: DataLoader) -> None:
-        self.take, self.batches = take, batches
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.batches)
-        while True:
-            yield self.take(batches)

@@ -92,10 +92,10 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        if not getattr(_bare(optimizer), "_step_supports_amp_scaling", False):
+        if not getattr(bare_optimizer(optimizer), "_step_supports_amp_scaling", False):
             raise ValueError(
                 "SkipBadSteps needs an optimizer that can leave a step out by itself, as PyTorch's fused "
-                f"ones do, got {type(_bare(optimizer)).__name__} without fused=True"
+                f"ones do, got {type(bare_optimizer(optimizer)).__name__} without fused=True"
             )
         # The Trainer would restore another instance, and make it of the JSON in `args`. Without an
         # entry, as in an old checkpoint, it could not save.
@@ -119,7 +119,7 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         good = loss.isfinite() & norm.isfinite() & (loss <= mean + self._spikes * deviation)
         bad = (~good).to(loss)
         # What a GradScaler tells it: the step is left out on the device, and the host does not wait to know.
-        _bare(optimizer).found_inf = bad
+        bare_optimizer(optimizer).found_inf = bad
         numbers = hardware.read_later(torch.stack((loss, norm, bad)))
         step, tells = state.global_step + 1, state.is_world_process_zero
         self._outcome = _Outcome(step, numbers, mean, deviation, tells)
@@ -132,7 +132,7 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        del _bare(optimizer).found_inf
+        del bare_optimizer(optimizer).found_inf
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -197,7 +197,7 @@ class SkipBadSteps(TrainerCallback, ExportableState):
         self._logged.clear()
 
 
-def _bare(optimizer: Any) -> Any:
+def bare_optimizer(optimizer: Any) -> Any:
     """The optimizer within Accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 

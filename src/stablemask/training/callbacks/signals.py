@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..processes import stopping_group
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -33,7 +35,6 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self._own: int = 0  # the signal that this process got
         self._told = False
-        self._group: dist.ProcessGroup | None = None
         self._flag: Tensor | None = None
         self._exchange: Any = None
 
@@ -65,10 +66,6 @@ class StopOnSignal(TrainerCallback):
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving a checkpoint, then stopping\n".encode())
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
-
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begin_exchange()
 
@@ -92,22 +89,18 @@ class StopOnSignal(TrainerCallback):
         if self._end_exchange():
             control.should_training_stop = True
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
-
     def _begin_exchange(self) -> None:
-        if self._group is not None:
+        group = stopping_group()
+        if group is not None:
             self._flag = torch.tensor(self._own)
             self._exchange = dist.all_reduce(
-                self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
+                self._flag, dist.ReduceOp.MAX, group=group, async_op=True
             )
 
     def _end_exchange(self) -> bool:
         """Whether the run ends, which all processes answer alike."""
         number = self._own
-        if self._group is not None:
+        if self._exchange is not None:
             self._exchange.wait()
             assert self._flag is not None
             number = int(self._flag)
