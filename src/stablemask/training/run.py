@@ -32,7 +32,7 @@ from ..evaluation.perplexity import perplexity_of
 from ..options import load_yaml, option_fields, save_yaml
 from ..reading import parse_json, read_json
 from ..versions import tell_newer
-from ..writing import only_writer
+from ..writing import only_writer, write_whole
 from . import checkpoints
 from .options import FREE_ON_RESUME, KEPT_ON_RESUME, TrainingOptions
 from .processes import join_processes, on_main
@@ -202,7 +202,7 @@ def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[st
         if load_yaml(folder / options_file(options)).get("steps") != options.steps:
             lasting = dataclasses.replace(options, resume=False)
             save_yaml(lasting, folder / options_file(options))
-            _write_json(folder / RUN_FILE, before | {"command": record["command"]})
+            _write_record(folder, before | {"command": record["command"]})
         return
     save_yaml(options, folder / options_file(options))  # from here on --resume finds the run
     versions = {
@@ -211,7 +211,7 @@ def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[st
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    _write_json(folder / RUN_FILE, {"corpus": key, **record, "versions": versions})
+    _write_record(folder, {"corpus": key, **record, "versions": versions})
 
 
 def put_in_place(
@@ -229,7 +229,7 @@ def put_in_place(
     record = read_json(folder / RUN_FILE) | more
     record["result"] = {"step": result.step, "eval_loss": result.eval_loss}
     write_card(record)
-    _write_json(folder / RUN_FILE, record)
+    _write_record(folder, record)
 
 
 def command_line(options: TrainingOptions) -> str:
@@ -248,7 +248,5 @@ def command_line(options: TrainingOptions) -> str:
     return shlex.join(words)
 
 
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_whole(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")

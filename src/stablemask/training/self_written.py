@@ -12,6 +12,7 @@ Each text is sampled with the prefix in front, unless it begins with it, as thos
 """
 
 import copy
+import io
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from ..inference.author import Author
 from ..inference.model import check_length, check_token_ids, evaluating
 from ..processor import UNITS
 from ..reading import read_json
-from ..writing import writing
+from ..writing import write_whole, writing
 from .machine import default_dtype
 
 SHARES = {"prose": 0.45, "code": 0.30, "chats": 0.25}
@@ -89,7 +90,7 @@ def write_texts(
             asks for, the folder holds texts of other settings, or cannot be written to.
     """
     folder = Path(folder)
-    _check(model, prefix, texts, length, seed, batch_size, temperature)
+    _check(model, prefix, temperature, texts=texts, length=length, seed=seed, batch_size=batch_size)
     kinds, form, without = _kinds(kinds, tokenizer, length)
     counts = _counts(kinds, texts)
     settings = {
@@ -104,12 +105,8 @@ def write_texts(
         for start in range(0, count, batch_size)
     ]
     paths = [folder / f"{number:05}-{kind}.npy" for number, (kind, _) in enumerate(batches)]
-    there = {
-        number: _load(path, (rows, length))
-        for number, (path, (_, rows)) in enumerate(zip(paths, batches, strict=True))
-    }
-    written = {number: tokens for number, tokens in there.items() if tokens is not None}
-    missing = [number for number in there if number not in written]
+    written = [_load(path, (rows, length)) for path, (_, rows) in zip(paths, batches, strict=True)]
+    missing = [number for number, tokens in enumerate(written) if tokens is None]
     if missing and without:
         print(f"stablemask: the model writes itself no chats: {without}", file=sys.stderr)
     if missing:
@@ -127,9 +124,10 @@ def write_texts(
             for number in missing:
                 # By its number, so that a batch is what it would be in a run that was not interrupted.
                 rng = np.random.default_rng((seed, number))
-                written[number] = author.write(*batches[number], rng)
-                _save(paths[number], written[number])
-    tokens = np.concatenate([written[number] for number in there])
+                batch = author.write(*batches[number], rng)
+                _save(paths[number], batch)
+                written[number] = batch
+    tokens = np.concatenate([batch for batch in written if batch is not None])
     return SelfWritten(
         tokens,
         [kind for kind, count in counts.items() for _ in range(count)],
@@ -151,32 +149,18 @@ def _writing_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, parameters)
 
 
-def _check(
-    model: PreTrainedModel,
-    prefix: int | None,
-    texts: int,
-    length: int,
-    seed: int,
-    batch_size: int,
-    temperature: float,
-) -> None:
-    least = {
-        "texts": (texts, 1),
-        "length": (length, 2),
-        "seed": (seed, 0),
-        "batch_size": (batch_size, 1),
-    }
-    for name, (value, lowest) in least.items():
-        if value < lowest:
-            raise InputError(f"{name} must be at least {lowest}, got {value}")
+def _check(model: PreTrainedModel, prefix: int | None, temperature: float, **counts: int) -> None:
+    for name, least in (("texts", 1), ("length", 2), ("seed", 0), ("batch_size", 1)):
+        if counts[name] < least:
+            raise InputError(f"{name} must be at least {least}, got {counts[name]}")
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature must be a positive number, got {temperature}")
     if prefix is not None:
         if prefix < 0:
             raise InputError(f"the prefix must be a token id, got {prefix}")
         check_token_ids(model, prefix)
-    with_prefix = length + (prefix is not None)
-    check_length(model, with_prefix, f"a text of {length} tokens")
+    length = counts["length"]
+    check_length(model, length + (prefix is not None), f"a text of {length} tokens")
 
 
 def _kinds(
@@ -237,10 +221,7 @@ def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
                 )
         return
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -252,7 +233,6 @@ def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _save(path: Path, tokens: np.ndarray) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, tokens)
-    os.replace(partial, path)
+    content = io.BytesIO()
+    np.save(content, tokens)
+    write_whole(path, content.getvalue())

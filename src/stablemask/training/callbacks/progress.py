@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -20,6 +19,7 @@ from ...evaluation.perplexity import perplexity_of, perplexity_text
 from ...models.configuration import StableMaskConfig
 from ...models.cost import flops_per_token
 from ...reading import parse_json
+from ...writing import write_whole
 
 _LOSS = ("loss", "grad_norm", "learning_rate")
 # What the loss is made of where a model is adapted.
@@ -251,6 +251,4 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, TypeError, LookupError):
             continue  # a line that a kill cut short
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_whole(path, "".join(kept))
