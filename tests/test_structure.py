@@ -96,7 +96,8 @@ def test_no_circle_of_files():
 def test_what_the_first_import_loads():
     program = (
         "import sys, stablemask; assert 'torch' not in sys.modules; stablemask.sink_attention\n"
-        "print(*{'transformers', 'datasets', 'matplotlib', 'yaml'}.intersection(sys.modules))"
+        "print(*{'transformers', 'datasets', 'matplotlib', 'yaml', 'torch.distributed.tensor'}"
+        ".intersection(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (run.stdout, run.stderr) == ("\n", "")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from ..processes import context
 
 START_SECONDS = 90
 CALL_SECONDS = 40
@@ -20,11 +21,6 @@ class Ranks:
 
     def __init__(self, size: int, store: str):
         self.size = size
-        # Forked from a process that has only imported, which is done once for all.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch.distributed.tensor", "stablemask.hf", "tests.oracle"]
-        )
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

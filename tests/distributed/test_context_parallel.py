@@ -99,9 +99,8 @@ def _sinks(dtype, balanced, masks, chunk):
 
 
 @pytest.mark.parametrize("masks", MASKS)
-@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize(("balanced", "chunk"), [(True, 1), (True, 7), (False, 7)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1, 7])
 def test_two_ranks_equal_the_definition(two_ranks, dtype, balanced, masks, chunk):
     two_ranks.run(_sinks, dtype, balanced, masks, chunk)
 
@@ -113,8 +112,7 @@ def _emulated(capability, *arguments):
 
 
 @pytest.mark.parametrize("masks", MASKS)
-@pytest.mark.parametrize("balanced", [True, False])
-@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize(("balanced", "chunk"), [(True, 7), (False, 1)])
 @pytest.mark.parametrize(
     ("dtype", "card"),
     [

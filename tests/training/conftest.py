@@ -2,8 +2,11 @@
 
 import json
 import random
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +107,13 @@ def assert_same_weights(folder: Path, other: Path, file: str = "model.safetensor
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def kill_when_there(file: Path, run: Any) -> None:
+    """Kill a process as soon as it has written a file."""
+    while not file.exists():
+        assert run.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.0005)
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL

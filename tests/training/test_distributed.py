@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import stablemask.hf  # noqa: F401
+from stablemask.cli.main import main
 from stablemask.errors import InputError
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
 from tests import marks
+from tests.processes import start
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -44,29 +47,32 @@ def options(prose) -> PretrainOptions:
     )  # fmt: skip
 
 
-def launch(processes: int, options: PretrainOptions, *, nodes=("--standalone",)):
-    """The command as torchrun starts it, by flags."""
-    command = shlex.split(command_line(options))[1:] + ["--resume"] * options.resume
+def words_of(options: PretrainOptions) -> list[str]:
+    return shlex.split(command_line(options))[1:] + ["--resume"] * options.resume
+
+
+def launch(processes: int, options: PretrainOptions) -> list[Any]:
+    """The command on several processes, which a launcher has told of each other."""
+    port = str(free_port())
+    return [
+        start(
+            main, words_of(options), output=Path(f"{options.out}-{rank}.txt"), RANK=str(rank),
+            LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def launch_node(node: int, port: str, options: PretrainOptions) -> subprocess.Popen:
+    """One process of two, each by a torchrun of its own."""
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc-per-node={processes}",
-            "-m", "stablemask", *command,
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}",
+            "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1",
+            "-m", "stablemask", *words_of(options),
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def launch_node(node: int, port: str, options: PretrainOptions):
-    return launch(
-        1,
-        options,
-        nodes=[
-            "--nnodes=2",
-            f"--node-rank={node}",
-            "--master-addr=127.0.0.1",
-            f"--master-port={port}",
-        ],
-    )
 
 
 def free_port() -> int:
@@ -76,10 +82,17 @@ def free_port() -> int:
 
 
 def run(processes: int, options: PretrainOptions) -> str:
-    process = launch(processes, options)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    return stdout
+    """What they say on stdout, all together."""
+    outputs = [Path(f"{options.out}-{rank}.txt") for rank in range(processes)]
+    started = launch(processes, options)
+    try:
+        for process, output in zip(started, outputs):
+            process.join(600)
+            assert process.exitcode == 0, output.with_suffix(".err").read_text()
+    finally:
+        for process in started:
+            process.kill()
+    return "".join(output.read_text() for output in outputs)
 
 
 def losses(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -144,20 +157,6 @@ def test_compiled_in_bfloat16_it_learns_as_much(changes, options, alone, tmp_pat
     assert (losses(folder)["loss"] - losses(alone)["loss"]).abs().max() < 0.04
 
 
-def kill_a_rank_after(checkpoint: str, folder: Path, job: subprocess.Popen) -> str:
-    """Kill one of the processes once a checkpoint is there; what the job says."""
-    while not (folder / "checkpoints" / checkpoint).exists():
-        assert job.poll() is None, job.communicate()[1]
-        time.sleep(0.01)
-    *_, victim = psutil.Process(job.pid).children()
-    victim.kill()
-    begun = time.monotonic()
-    _, stderr = job.communicate(timeout=60)
-    assert time.monotonic() - begun < 60
-    assert job.returncode != 0
-    return stderr
-
-
 @pytest.mark.parametrize(
     ("changes", "then"),
     [
@@ -174,8 +173,13 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on_elsewhere(
 ):
     folder = tmp_path / "run"
     options = replace(options, out=str(folder), **changes)
-    stderr = kill_a_rank_after("checkpoint-10", folder, launch(2, options))
-    assert "SIGKILL" in stderr
+    first, second = launch(2, options)
+    while not (folder / "checkpoints" / "checkpoint-10").exists():
+        assert first.is_alive(), (tmp_path / "run-0.err").read_text()
+        time.sleep(0.01)
+    second.kill()
+    first.join(600)
+    assert first.exitcode == 1
     assert not (folder / "model.safetensors").exists()
 
     # The batch that all share stays; each has another part of it.
@@ -202,9 +206,14 @@ def test_a_node_whose_other_node_loses_a_process_ends_too(options, tmp_path):
     options = replace(options, out=str(folder), batch_size=2, steps=100_000, save_every=5)
     port = str(free_port())
     nodes = [launch_node(node, port, options) for node in range(2)]
-    stderr = kill_a_rank_after("checkpoint-5", folder, nodes[1])
+    while not (folder / "checkpoints" / "checkpoint-5").exists():
+        assert nodes[1].poll() is None, nodes[1].communicate()[1]
+        time.sleep(0.01)
+    *_, victim = psutil.Process(nodes[1].pid).children()
+    victim.kill()
+    _, stderr = nodes[1].communicate(timeout=60)
     assert "SIGKILL" in stderr
-    _, stderr = nodes[0].communicate(timeout=60)
+    nodes[0].communicate(timeout=60)
     assert nodes[0].returncode != 0
 
 
@@ -212,22 +221,25 @@ def test_the_slurm_script_stops_in_time_and_goes_on_in_the_next_job(
     options, alone, tolerance, tmp_path, monkeypatch
 ):
     """With an srun of two processes and an scontrol that notes what it is asked for."""
-    programs = {
-        "srun": """shift
-            for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids+=($!); done
-            for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
-        "scontrol": """if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> requests; fi""",
-    }
-    for name, text in programs.items():
+
+    def install(name: str, text: str) -> None:
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
+
+    install(
+        "srun",
+        """shift
+        for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids+=($!); done
+        for pid in "${pids[@]}"; do wait "$pid" || exit 1; done""",
+    )
+    install("scontrol", 'if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >> requests; fi')
     monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     for name, value in {"JOB_NODELIST": "node", "JOB_ID": "7", "CPUS_PER_TASK": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     folder, requests = tmp_path / "run", tmp_path / "requests"
-    _, _, *flags = shlex.split(command_line(replace(options, batch_size=2)))
-    job = [str(ROOT / "examples" / "slurm.sh"), str(folder), *flags]
+    options = replace(options, batch_size=2)
+    job = [str(ROOT / "examples" / "slurm.sh"), str(folder), *words_of(options)[1:]]
 
     first = subprocess.Popen(job, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (folder / "metrics.jsonl").exists():
@@ -236,14 +248,17 @@ def test_the_slurm_script_stops_in_time_and_goes_on_in_the_next_job(
     for process in psutil.Process(first.pid).children(recursive=True):
         if "stablemask" in process.cmdline():
             process.send_signal(signal.SIGUSR1)
-    _, stderr = first.communicate(timeout=60)
+    _, stderr = first.communicate(timeout=600)
     assert first.returncode == 0, stderr
     assert requests.read_text() == "requeue 7\n"
     assert not (folder / "model.safetensors").exists()
 
-    subprocess.run(job, cwd=tmp_path, check=True, timeout=120)
-    assert requests.read_text() == "requeue 7\n"
+    run(2, replace(options, out=str(folder), resume=True))
     assert_same_losses(folder, alone, tolerance)
+    install("srun", 'echo "${@: -1}" > last')
+    subprocess.run(job, cwd=tmp_path, check=True)
+    assert (tmp_path / "last").read_text() == "--resume\n"
+    assert requests.read_text() == "requeue 7\n"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +27,14 @@ from stablemask.training.finetune import describe_finetuning, finetune
 from stablemask.training.options import FinetuneOptions
 from stablemask.training.run import command_line
 
-from .conftest import assert_same_weights, metrics
+from ..processes import start
+from .conftest import assert_same_weights, kill_when_there, metrics
 
 STEPS = 20
 MASS = {"gamma": 1 / 128, "horizon": None, "hold": 127}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options(base, prose) -> FinetuneOptions:
     return FinetuneOptions(
         model=str(base), data=str(prose), steps=STEPS, out="", context=32, batch_size=4,
@@ -45,7 +43,7 @@ def options(base, prose) -> FinetuneOptions:
     )  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chat_options(options, chats) -> FinetuneOptions:
     return replace(options, data=str(chats), context=64, lora=True)
 
@@ -57,15 +55,10 @@ def adapting(options) -> FinetuneOptions:
 
 
 @pytest.fixture(scope="module")
-def adapted(base, prose, tmp_path_factory) -> Path:
+def adapted(options, tmp_path_factory) -> Path:
     """A run with --adapt, on text of both kinds, that was never interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "adapted"
-    options = FinetuneOptions(
-        model=str(base), data=str(prose), steps=STEPS, out=str(folder), context=32, batch_size=4,
-        learning_rate=3e-3, dtype="float32", eval_every=5, save_every=4, eval_tokens=128,
-        log_every=5, keep_checkpoints=10, tensorboard=False, adapt=True, texts=24,
-    )  # fmt: skip
-    finetune(options)
+    finetune(replace(options, out=str(folder), adapt=True, texts=24))
     return folder
 
 
@@ -153,18 +146,7 @@ def test_a_run_leaves_what_a_user_needs(adapted, base):
 
 def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(adapted, options, tmp_path):
     options = replace(options, out=str(tmp_path / "run"), adapt=True, texts=24)
-    code = (
-        "import sys; from stablemask.cli import finetune; from stablemask.cli.parser import *;"
-        "finetune.run(parse_options(finetune.FinetuneOptions, sys.argv[1:]))"
-    )
-    words = shlex.split(command_line(options))[2:]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.DEVNULL)
-    awaited = tmp_path / "run" / "checkpoints" / "checkpoint-8"
-    while not awaited.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_when_there(tmp_path / "run" / "checkpoints" / "checkpoint-8", start(finetune, options))
 
     assert finetune(replace(options, resume=True)).step == STEPS
     assert_same_weights(tmp_path / "run", adapted)
@@ -173,11 +155,18 @@ def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(adapted, o
         assert [row.get(name) for row in ours] == [row.get(name) for row in theirs]
 
 
+@pytest.fixture(scope="module")
+def whole(chat_options, tmp_path_factory) -> FinetuneOptions:
+    """An adapter with --adapt, on conversations."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    options = replace(chat_options, out=str(folder), steps=8, adapt=True, texts=8)
+    assert finetune(options).step == 8
+    return options
+
+
 @pytest.mark.parametrize("step", [2, 6])
-def test_a_stopped_adapter_on_conversations_goes_on(step, chat_options, tmp_path, monkeypatch):
-    whole = replace(chat_options, out=str(tmp_path / "whole"), steps=8, adapt=True, texts=8)
-    assert finetune(whole).step == 8
-    fading = [row["alpha"] for row in metrics(tmp_path / "whole") if "alpha" in row]
+def test_a_stopped_adapter_on_conversations_goes_on(step, whole, tmp_path, monkeypatch):
+    fading = [row["alpha"] for row in metrics(Path(whole.out)) if "alpha" in row]
     assert fading == [0.0]  # logged at step 5: gone after two fifths of the steps
     part = replace(whole, out=str(tmp_path / "part"))
     stop_at(step, monkeypatch)
@@ -188,10 +177,10 @@ def test_a_stopped_adapter_on_conversations_goes_on(step, chat_options, tmp_path
     monkeypatch.setattr(adapt, "choose_prefix", None)
     monkeypatch.setattr(adapt, "calibrate", lambda *_: None)
     assert finetune(replace(part, resume=True, steps=None)).step == 8
-    assert_same_weights(tmp_path / "part", tmp_path / "whole", "adapter_model.safetensors")
+    folders = tmp_path / "part", Path(whole.out)
+    assert_same_weights(*folders, "adapter_model.safetensors")
     settings = [
-        json.loads((tmp_path / name / "adapter_config.json").read_text())["stablemask"]
-        for name in ("part", "whole")
+        json.loads((folder / "adapter_config.json").read_text())["stablemask"] for folder in folders
     ]
     assert settings[0] == settings[1]
 

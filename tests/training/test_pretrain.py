@@ -4,9 +4,7 @@ import json
 import math
 import re
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
 from stablemask.writing import only_writer
 
-from .conftest import STEPS, assert_same_weights, metrics
+from .conftest import STEPS, metrics
 
 
 def test_a_run_leaves_everything_a_user_needs(uninterrupted, options):
@@ -56,11 +54,6 @@ def test_the_loss_falls_and_the_metrics_say_so(uninterrupted):
     assert [row["step"] for row in rows if "eval_loss" in row] == [20, 40]
 
 
-def test_the_same_seed_gives_the_same_weights(uninterrupted, options, tmp_path):
-    pretrain(replace(options, out=str(tmp_path / "again")))
-    assert_same_weights(tmp_path / "again", uninterrupted)
-
-
 @pytest.fixture
 def poisoned(monkeypatch):
     """The loss of the tenth step is not a number."""
@@ -78,10 +71,16 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(StableMaskForCausalLM, "forward", poison)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(poisoned, options, tmp_path, capsys):
+def test_a_step_that_is_not_finite_is_skipped_and_told_between_the_logs(
+    poisoned, options, tmp_path, capsys
+):
     result = pretrain(replace(options, out=str(tmp_path / "run"), eval_every=1000, steps=20))
     assert math.isfinite(result.eval_loss)
-    assert "step 10 is skipped" in capsys.readouterr().err
+    told = capsys.readouterr().err  # without a terminal, a line a log
+    assert "step 10 is skipped" in told
+    lines = [line for line in told.splitlines() if "tokens/s" in line]
+    assert [line.partition(":")[0] for line in lines] == [f"step {n}/20" for n in (5, 10, 15, 20)]
+    assert all("loss" in line and "left" in line for line in lines)
     assert [row["step"] for row in metrics(tmp_path / "run") if "skipped_because" in row] == [10]
     assert [r["skipped"] for r in metrics(tmp_path / "run") if "loss" in r] == [0, 1, 1, 1]
 
@@ -89,6 +88,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(poisoned, options, tmp
 def test_too_many_of_them_stop_the_run_before_the_weights(poisoned, options, tmp_path, monkeypatch):
     monkeypatch.setitem(SkipBadSteps.__init__.__kwdefaults__, "limit", 1)
     options = replace(options, out=str(tmp_path / "run"), eval_every=1000)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".pretrain.yaml.7.partial").write_text("preset: ti")  # of a killed start
     with pytest.raises(RunError, match="not finite at step 10"):
         pretrain(options)
     last = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
@@ -179,16 +180,6 @@ def test_values_that_mean_the_same_are_taken(tmp_path):
     assert [read[n] for n in names] == [5, str(tmp_path), 0.5, [0, 1], 1.0]
 
 
-def test_cost_of_a_large_model_without_allocating_it():
-    start = time.perf_counter()
-    text = describe_cost(PretrainOptions(steps=10, out="unused", preset="1.4b"))
-    assert "1,415,677,952" in text
-    assert "FLOPs per token" in text
-    assert "GiB" in text
-    assert time.perf_counter() - start < 60
-    assert not Path("unused").exists()
-
-
 def test_the_command_line_gives_the_same_options(options):
     import shlex
 
@@ -225,15 +216,3 @@ def test_a_dry_run_needs_neither_steps_nor_a_folder_and_a_run_both(options):
     for missing in ("steps", "out"):
         with pytest.raises(InputError, match=f"--{missing}"):
             pretrain(replace(options, **{"out": "runs/x", missing: None}))
-
-
-def test_progress_without_a_terminal_is_a_line_a_log(options, tmp_path, capsys):
-    pretrain(replace(options, out=str(tmp_path / "run"), steps=10))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
-    assert [line.partition(":")[0] for line in lines] == ["step 5/10", "step 10/10"]
-    assert all("loss" in line and "left" in line for line in lines)
-
-
-def test_what_a_kill_left_hidden_does_not_block_a_new_run(options, tmp_path):
-    (tmp_path / ".pretrain.yaml.7.partial").write_text("preset: ti")
-    assert pretrain(replace(options, out=str(tmp_path), steps=2)).step == 2

@@ -10,8 +10,6 @@ import random
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stablemask.cli.main import main
 from stablemask.errors import InputError
 from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
@@ -26,13 +25,10 @@ from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
 from tests import marks
+from tests.processes import start
 from tests.test_reading import DEEP
 
-from .conftest import STEPS, assert_same_weights, metrics
-
-
-def command(options: PretrainOptions, *more: str) -> list[str]:
-    return [sys.executable, "-m", *shlex.split(command_line(options)), *more]
+from .conftest import STEPS, assert_same_weights, kill_when_there, metrics
 
 
 def test_the_best_checkpoint_stays_beside_the_last(options, tmp_path, monkeypatch):
@@ -66,13 +62,8 @@ def test_kill_and_resume_gives_the_weights_of_a_run_never_interrupted(
 ):
     folder = tmp_path / "run"
     options = replace(options, out=str(folder), async_save=async_save)
-    process = subprocess.Popen(command(options), stderr=subprocess.DEVNULL)
     awaited = folder / moment if "." in moment else folder / "checkpoints" / moment
-    while not awaited.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_when_there(awaited, start(pretrain, options))
     assert not (folder / "model.safetensors").exists()
     for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints"):
         checkpoints.verify(checkpoint)
@@ -94,16 +85,15 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on(
 ):
     folder = tmp_path / "run"
     options = replace(options, out=str(folder), save_every=1000)
-    process = subprocess.Popen(
-        command(options), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    output = tmp_path / "output"
+    process = start(main, shlex.split(command_line(options))[1:], output=output)
     while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.001)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    assert "--resume" in stdout
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
+    assert "--resume" in output.read_text()
     (checkpoint,) = checkpoints.list_checkpoints(folder / "checkpoints")
     assert 5 <= checkpoints.step_of(checkpoint) < STEPS
 
