@@ -129,14 +129,6 @@ def test_a_row_that_sees_nothing_beside_a_sink_of_nothing_gives_nothing():
         torch.testing.assert_close(given, mask.expand(4, -1).float())
 
 
-def test_windows_are_seen():
-    maps = attention_maps(tiny_transformer("Gemma3"), random_ids(LENGTH))
-    beyond = torch.ones(LENGTH, LENGTH).tril(-5).bool()
-    given = [real[:, beyond].abs().sum().item() for real in maps.real]
-    assert given[0] == given[2] == 0
-    assert given[1] > 0
-
-
 @pytest.mark.parametrize("make", [lambda: tiny_transformer("Llama"), tiny_model])
 def test_statistics_are_those_of_the_maps(make):
     model, ids = make(), random_ids(LENGTH)
@@ -173,13 +165,6 @@ def test_the_attention_comes_back_after_an_error():
         reduce_attention(model, random_ids(LENGTH), fail)
     assert model.config._attn_implementation == "sdpa"
     assert attention_maps(model, random_ids(LENGTH)).real.isfinite().all()
-
-
-def test_half_precision_gives_float32_maps():
-    model = tiny_transformer("Llama", torch.bfloat16)
-    maps = attention_maps(model, random_ids(LENGTH))
-    assert maps.real.dtype == torch.float32
-    torch.testing.assert_close(maps.real.sum(-1), torch.ones(3, 4, LENGTH))
 
 
 def test_softmax_of_any_family_cannot_tell_identical_tokens_apart():

@@ -60,12 +60,6 @@ def test_the_mask_ratio_is_that_of_the_method():
     torch.testing.assert_close(maps.pseudo, expected.expand(2, 4, LENGTH))
 
 
-def test_softmax_has_a_mask_ratio_of_0():
-    maps = attention_maps(tiny_model(attention="softmax"), random_ids(LENGTH))
-    assert (maps.pseudo == 0).all()
-    assert real_share(maps) == pytest.approx(1)
-
-
 def test_half_precision_models_give_float32_maps():
     maps = attention_maps(tiny_model(torch.bfloat16), random_ids(LENGTH))
     assert maps.real.dtype == torch.float32
@@ -88,15 +82,6 @@ def test_maps_leave_the_model_as_it_was():
     assert torch.equal(first.real, second.real)
     assert model.training
     assert all(not layer.self_attn._forward_pre_hooks for layer in model.model.layers)
-
-
-@pytest.mark.parametrize("position", ["rope", "alibi", "nope"])
-def test_softmax_without_absolute_positions_cannot_tell_identical_tokens_apart(position):
-    torch.manual_seed(0)
-    softmax = tiny_model(torch.float64, attention="softmax", position_encoding=position)
-    assert identical_token_spread(softmax, 32, 3).spread < 1e-5
-    stable = tiny_model(torch.float64, position_encoding=position)
-    assert identical_token_spread(stable, 32, 3).spread > 1e-2
 
 
 @pytest.mark.parametrize("position", POSITION_ENCODINGS)

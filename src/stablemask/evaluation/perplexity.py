@@ -1,10 +1,8 @@
 """Perplexity of a text by a strided sliding window, at any window length."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..bars import progress_bar
 from ..errors import InputError
-from ..inference.model import check_length, check_token_ids, evaluating
+from ..inference.model import check_length, check_token_ids, evaluating, last_logits
 
 # Logits of one batch hold at most so many numbers, 256 MiB in float32.
 LOGITS_PER_BATCH = 2**26
@@ -158,15 +156,17 @@ def token_losses(model: PreTrainedModel, ids: Tensor, prefix: int | None = None)
     with evaluating(model):
         for batch in ids.split(batch_size):
             read = with_prefix(batch, prefix).to(model.device)
-            logits = model(input_ids=read, use_cache=False).logits[:, -length:-1]
-            losses.append(
-                F.cross_entropy(
-                    logits.float().flatten(0, 1), read[:, -length + 1 :].flatten(), reduction="none"
-                )
-                .view(len(batch), -1)
-                .cpu()
-            )
+            losses.append(_last_losses(model, read, length - 1).cpu())
     return torch.cat(losses)
+
+
+def _last_losses(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    """Negative log-likelihood of the last tokens of each sequence, in nats, float32 (batch, count)."""
+    options = last_logits(model, count + 1)
+    logits = model(input_ids=ids, use_cache=False, **options).logits[:, -count - 1 : -1]
+    targets = ids[:, -count:].flatten()
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+    return losses.view(len(ids), count)
 
 
 def with_prefix(ids: Tensor, prefix: int | None) -> Tensor:
@@ -198,14 +198,7 @@ def _as_ids(tokens: Sequence[int] | np.ndarray | Tensor, max_tokens: int | None)
 
 def _sum_of_losses(model: PreTrainedModel, windows: Tensor, counts: list[int]) -> float:
     """Negative log-likelihood of the last ``counts[i]`` tokens of each window ``i``, in nats."""
-    kept = max(counts)
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = kept + 1
-    logits = model(input_ids=windows, **options).logits[:, -kept - 1 : -1]
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), windows[:, -kept:].flatten(), reduction="none"
-    ).view(len(windows), kept)
-    first = kept - torch.tensor(counts, device=losses.device)
-    is_scored = torch.arange(kept, device=losses.device) >= first[:, None]
+    losses = _last_losses(model, windows, max(counts))
+    first = max(counts) - torch.tensor(counts, device=losses.device)
+    is_scored = torch.arange(max(counts), device=losses.device) >= first[:, None]
     return losses[is_scored].double().sum().item()

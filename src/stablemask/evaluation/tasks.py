@@ -1,10 +1,8 @@
 """Benchmark tasks, by EleutherAI's lm-evaluation-harness, on any causal language model."""
 
 import difflib
-import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.hub import require_hub
 from ..errors import InputError
+from ..inference.model import errors_only
 from ..shell import pip_install
 
 
@@ -62,7 +61,7 @@ def evaluate_tasks(
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
-    with _errors_only("lm_eval", "huggingface_hub", "datasets"):
+    with errors_only("lm_eval", "huggingface_hub", "datasets"):
         loaded = _load_tasks(tasks, include_path)
         for task in loaded["tasks"].values():
             _check_and_set_up(task, num_fewshot, DEFAULT_OTHER_SEED)
@@ -121,17 +120,3 @@ def _check_and_set_up(task: Any, num_fewshot: int | None, seed: int) -> None:
     if given is None or (given != 0 and num_fewshot is not None):
         task.set_config("num_fewshot", num_fewshot or 0)
     task.set_fewshot_seed(seed)
-
-
-@contextmanager
-def _errors_only(*names: str) -> Iterator[None]:
-    """Keep loggers from reporting what is not wrong, or what we report."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -14,7 +14,6 @@ alike: ``logits, *cache = graph(input_ids, attention_mask, cache)``.
 """
 
 import inspect
-import logging
 import os
 import tempfile
 import warnings
@@ -32,7 +31,7 @@ from ..errors import InputError
 from ..models.cache import CACHE
 from ..shell import pip_install
 from ..writing import writing
-from .model import evaluating
+from .model import errors_only, evaluating
 
 Graph = Callable[..., tuple[Tensor, ...]]
 
@@ -110,7 +109,9 @@ def export_onnx(
     assert program.example_inputs is not None
     inputs = program.example_inputs[0]
     num_layers = len(inputs[2]) // 2 if cache else 0
-    with _without_hints_to_programmers():
+    # The exporter warns of packages we do not need, and of names that axes share on purpose.
+    with errors_only("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         onnx_program = torch.onnx.export(
             program,
             input_names=["input_ids", "attention_mask", *_names("past_key_values", num_layers)],
@@ -211,20 +212,6 @@ def _replacing(path: str | os.PathLike) -> Iterator[Path]:
         # The file of that name last: a graph never stands without its weights.
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
             os.replace(file, path.with_name(file.name))
-
-
-@contextmanager
-def _without_hints_to_programmers() -> Iterator[None]:
-    """The exporter warns of packages we do not need, and of names that axes share on purpose."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _keys_and_values(cache: Any) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """What must be known of a model before it runs: its device, its limits, its mode."""
 
+import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,6 +71,12 @@ def check_token_ids(model: PreTrainedModel, highest: int) -> None:
         )
 
 
+def last_logits(model: PreTrainedModel, rows: int) -> dict[str, int]:
+    """What keeps a pass from working out the logits of other than the last rows, for models that take it."""
+    takes = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": rows} if "logits_to_keep" in takes else {}
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of decoder layers, whatever the family calls it.
 
@@ -80,3 +88,17 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise InputError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Keep loggers from reporting what is not wrong, or what we report."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import InputError
 from ..hf.settings import changed_settings, model_settings
 from ..models.cache import CACHE
+from .model import last_logits
 
 
 def window_cache(model: PreTrainedModel, window: int) -> Cache:
@@ -147,7 +148,7 @@ def decode_with_window(
         cache = window_cache(model, window)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+        last = last_logits(model, 1)
         for chunk in input_ids.split(generation_config.prefill_chunk_size or window, dim=1):
             logits = cached_logits(model, chunk, cache, **last)
         recent = input_ids[:, -window:]
@@ -168,7 +169,3 @@ def decode_with_window(
         if streamer is not None:
             streamer.end()
     return torch.cat((input_ids, input_ids.new_tensor([new])), dim=1)
-
-
-def _keeps_logits(model: PreTrainedModel) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
