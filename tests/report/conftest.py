@@ -35,4 +35,4 @@ def folders(options, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="package")
 def comparison(folders) -> Comparison:
-    return compare(folders, max_tokens=1000, prompt="the ", command=COMMAND, progress=False)
+    return compare(folders, max_tokens=1000, prompt="the ", command=COMMAND)

@@ -109,7 +109,7 @@ def test_plain_data(comparison):
 
 
 def test_a_length_the_text_does_not_fill_says_why(folders):
-    comparison = compare(folders, max_tokens=100, progress=False)
+    comparison = compare(folders, max_tokens=100)
     *scored, long = comparison.runs["stablemask"].perplexity
     assert all(row["perplexity"] for row in scored)
     assert long["perplexity"] is None

@@ -53,7 +53,7 @@ def make(family: str, tokenizer, **overrides):
 def pair(tokenizer) -> list[Inspection]:
     stable = apply_stablemask(make("Llama", tokenizer), gamma=0.1, start=1, shift=-0.5)
     return [
-        inspect_model(model, tokenizer, TEXT, label=label, progress=False)
+        inspect_model(model, tokenizer, TEXT, label=label)
         for label, model in (("plain", make("Llama", tokenizer)), ("stable", stable))
     ]
 
@@ -70,7 +70,7 @@ def images(text: str) -> list[np.ndarray]:
 
 def test_the_numbers_are_the_models(tokenizer):
     model = make("Llama", tokenizer)
-    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=20, progress=False)
+    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=20)
     every = tokenizer(TEXT)["input_ids"]
     ids = torch.tensor(every[:20])
     with torch.no_grad():
@@ -93,9 +93,7 @@ def test_the_numbers_are_the_models(tokenizer):
 
 def test_with_a_token_in_front_the_same_tokens_are_scored(tokenizer):
     model, prefix = make("Llama", tokenizer), 5
-    inspection = inspect_model(
-        model, tokenizer, TEXT, label="a", max_tokens=20, prefix=prefix, progress=False
-    )
+    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=20, prefix=prefix)
     ids = torch.tensor([[prefix, *tokenizer(TEXT)["input_ids"][:20]]])
     with torch.no_grad():
         losses = F.cross_entropy(model(ids).logits[0, 1:-1], ids[0, 2:])
@@ -105,14 +103,12 @@ def test_with_a_token_in_front_the_same_tokens_are_scored(tokenizer):
     assert inspection.first_token == pytest.approx(
         attention_maps(model, ids[0]).real[:, :, 1:, 0].mean().item()
     )
-    other = inspect_model(model, tokenizer, TEXT, label="b", max_tokens=20, progress=False)
+    other = inspect_model(model, tokenizer, TEXT, label="b", max_tokens=20)
     text = html.unescape(render_inspection([inspection, other]))
     assert f"a reads {inspection.prefix} in front of the text" in text
     assert "different tokens" not in text
     begins = tokenizer(TEXT)["input_ids"][0]
-    same = inspect_model(
-        model, tokenizer, TEXT, label="b", max_tokens=20, prefix=begins, progress=False
-    )
+    same = inspect_model(model, tokenizer, TEXT, label="b", max_tokens=20, prefix=begins)
     assert (same.prefix, same.tokens) == (None, other.tokens)
 
 
@@ -145,7 +141,7 @@ def test_a_chart_by_layer_for_each_of_four_numbers(pair):
 )
 def test_kinds_of_attention(model, kind, tokenizer):
     model = model(tokenizer)
-    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=12, progress=False)
+    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=12)
     assert inspection.attention == kind
     assert (inspection.settings is not None) == (kind == "stablemask")
     assert (inspection.pseudo > 0) == (kind != "softmax")
@@ -153,7 +149,7 @@ def test_kinds_of_attention(model, kind, tokenizer):
 
 def test_long_texts_are_drawn_in_blocks_by_their_largest_share(tokenizer):
     model, text = make("Llama", tokenizer, max_position_embeddings=128), TEXT * 4
-    arguments = {"label": "a", "max_tokens": 100, "progress": False}
+    arguments = {"label": "a", "max_tokens": 100}
     whole = inspect_model(model, tokenizer, text, **arguments)
     small = inspect_model(model, tokenizer, text, **arguments, map_bytes=12 * 900)
     assert (whole.block, small.block) == (1, 4)
@@ -237,9 +233,7 @@ def test_every_number_says_what_it_means(pair):
 
 
 def test_what_was_cut_is_said(tokenizer, pair):
-    cut = inspect_model(
-        make("Llama", tokenizer), tokenizer, TEXT, label="a", max_tokens=8, progress=False
-    )
+    cut = inspect_model(make("Llama", tokenizer), tokenizer, TEXT, label="a", max_tokens=8)
     total = len(tokenizer(TEXT)["input_ids"])
     text = html.unescape(render_inspection([cut]))
     assert f"a reads the first 8 of the text's {total} tokens; the rest is cut off" in text
@@ -248,7 +242,7 @@ def test_what_was_cut_is_said(tokenizer, pair):
 
 def test_different_tokenizers_are_shown_apart_and_said(tokenizer, pair):
     coarse = train_tokenizer([TEXT * 20], 260)
-    other = inspect_model(make("Llama", coarse), coarse, TEXT, label="b", progress=False)
+    other = inspect_model(make("Llama", coarse), coarse, TEXT, label="b")
     assert len(other.tokens) > len(pair[0].tokens)
     assert "different tokens" in render_inspection([pair[0], other])
     assert "different tokens" not in render_inspection(pair)
@@ -256,9 +250,7 @@ def test_different_tokenizers_are_shown_apart_and_said(tokenizer, pair):
 
 def test_models_of_other_depths_and_widths(tokenizer, pair):
     sizes = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 8}
-    deep = inspect_model(
-        make("Llama", tokenizer, **sizes), tokenizer, TEXT, label="deep", progress=False
-    )
+    deep = inspect_model(make("Llama", tokenizer, **sizes), tokenizer, TEXT, label="deep")
     text = render_inspection([pair[1], deep])
     assert Reader(text).tags.count("details") == 5
     assert len(images(text)) == 3 * 4 + 5 * 8
@@ -321,26 +313,26 @@ AttentionMaskInterface.register("test_doubled", sdpa_mask)
 def test_bad_input(tokenizer, family, overrides, text, max_tokens, words):
     model = make(family, tokenizer, **overrides)
     with pytest.raises(InputError, match=words):
-        inspect_model(model, tokenizer, text, label="a", max_tokens=max_tokens, progress=False)
+        inspect_model(model, tokenizer, text, label="a", max_tokens=max_tokens)
 
 
 def test_damaged_weights(tokenizer):
     model = make("Llama", tokenizer)
     model.lm_head.weight.data[0] = math.nan
     with pytest.raises(InputError, match="not finite"):
-        inspect_model(model, tokenizer, TEXT, label="a", progress=False)
+        inspect_model(model, tokenizer, TEXT, label="a")
 
 
 def test_every_setting_of_the_mass_is_told(tokenizer):
     settings = {"gamma": "learned", "layers": [1], "floor": 2.0, "hold": 7}
     model = tiny_model(stablemask=settings, vocab_size=len(tokenizer))
-    inspection = inspect_model(model, tokenizer, TEXT, label="own", progress=False)
+    inspection = inspect_model(model, tokenizer, TEXT, label="own")
     assert attention_in_words(inspection) == (
         "stablemask: learned gamma, infinite horizon, constant from position 7, floor 2, in layers 1"
     )
     shift = [[-3.0, 0.0, 1.0, 4.5]] * 3
     model = apply_stablemask(make("Llama", tokenizer), gamma=0.1, shift=shift, hold=0)
-    inspection = inspect_model(model, tokenizer, TEXT, label="other", progress=False)
+    inspection = inspect_model(model, tokenizer, TEXT, label="other")
     assert attention_in_words(inspection) == (
         "stablemask: gamma 0.1, infinite horizon, log mass shifted by -3 to 4.5 by layer and head, "
         "constant from position 0"
@@ -351,6 +343,6 @@ def test_a_loss_whose_exponential_is_no_float(tokenizer, monkeypatch):
     model = make("Llama", tokenizer)
     losses = inspection_module.token_losses
     monkeypatch.setattr(inspection_module, "token_losses", lambda *given: losses(*given) + 800)
-    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=8, progress=False)
+    inspection = inspect_model(model, tokenizer, TEXT, label="a", max_tokens=8)
     assert inspection.perplexity == math.inf
     assert "<td>inf</td>" in render_inspection([inspection])

@@ -156,7 +156,6 @@ def compare(
     temperature: float = 0.8,
     seed: int = 0,
     command: str | None = None,
-    progress: bool = True,
 ) -> Comparison:
     """Measure the models in run folders that ``pretrain`` has finished.
 
@@ -166,7 +165,6 @@ def compare(
         prompt: what each model continues; by default the beginning of the validation text.
         temperature, seed: of the continuation; temperature 0 is greedy.
         command: the command to name in the report as the one that made it.
-        progress: show bars, where stderr is a terminal.
 
     Raises:
         InputError: a folder holds no finished run, or the runs cannot be compared: another preset,
@@ -190,7 +188,7 @@ def compare(
 
     measured: dict[str, dict[str, Any]] = {}
     maps: dict[str, AttentionMaps] = {}
-    for label, run in progress_bar(found.items(), "measuring", show=progress):
+    for label, run in progress_bar(found.items(), "measuring"):
         model: Any = load_model(str(run.folder), dtype=torch.float32, device=choose_device(None))
         maps[label] = attention_maps(model, snippet)
         identical = identical_token_spread(model, context, common)
@@ -201,7 +199,7 @@ def compare(
             "parameters": model.num_parameters(),
             "gamma": (model.config.stablemask or {}).get("gamma"),
             **_training(run.folder),
-            "perplexity": list(_perplexities(model, tokens, context, max_tokens, progress)),
+            "perplexity": list(_perplexities(model, tokens, context, max_tokens)),
             **_attention(model, corpus),
             "identical_distance": [float(f"{value:.5g}") for value in distance.tolist()],
             "identical_spread": identical.spread,
@@ -319,7 +317,7 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def _perplexities(
-    model: Any, tokens: np.ndarray, context: int, max_tokens: int, progress: bool
+    model: Any, tokens: np.ndarray, context: int, max_tokens: int
 ) -> Iterator[dict[str, Any]]:
     for multiple in MULTIPLES:
         length = multiple * context
@@ -331,7 +329,6 @@ def _perplexities(
                 length=length,
                 stride=length,
                 max_tokens=max_tokens,
-                progress=progress,
             )
         except InputError as error:  # one length may be impossible and the others not
             yield {**row, "tokens": 0, "nats": None, "perplexity": None, "note": str(error)}

@@ -8,9 +8,9 @@ from .drawing import lines
 from .figures import draw_all
 from .page import listed, render
 from .summary import (
-    captions,
     caveat,
     is_short,
+    numbers_of_captions,
     sinks,
     table,
     takeaway,
@@ -37,7 +37,7 @@ SHOWN_OPTIONS = (
 def render_comparison(comparison: Comparison) -> str:
     """The whole page."""
     runs = list(comparison.runs.values())
-    drawings, texts = draw_all(comparison), captions(comparison)
+    drawings = draw_all(comparison)
     return render(
         "comparison.html",
         title=f"Attention compared: {listed(list(comparison.runs))}",
@@ -49,7 +49,9 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison,
         legend=list(zip(comparison.runs, lines([run.attention for run in runs]))),
         rows=table(comparison),
-        figures=[(name, title, drawings[name], texts[name]) for name, title in FIGURES.items()],
+        figures=[(name, title, drawings[name]) for name, title in FIGURES.items()],
+        captions=numbers_of_captions(comparison),
+        what_differs=what_differs(comparison),
         trainings="\n".join(run.record["command"] for run in runs),
         provenance=_provenance(comparison, runs),
         settings=_settings(runs),

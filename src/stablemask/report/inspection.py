@@ -101,7 +101,6 @@ def inspect_model(
     prefix: int | None = None,
     special_tokens: bool = True,
     map_bytes: int = MAP_BYTES,
-    progress: bool = True,
 ) -> Inspection:
     """Read a text with a model and see where its attention goes.
 
@@ -113,7 +112,6 @@ def inspect_model(
         special_tokens: whether the text gets those that its tokenizer puts around one.
         map_bytes: how much of the page its attention maps may take; long texts of models with many
             heads are drawn in blocks of tokens.
-        progress: show a bar, where stderr is a terminal.
 
     Raises:
         InputError: the text is too short or not Unicode, ``max_tokens`` is not from 2 to 1024 or more than the model
@@ -139,7 +137,7 @@ def inspect_model(
 
     layers: list[LayerStatistics] = []
     maps: list[HeadMaps] = []
-    with progress_bar(total=num_layers, desc=label, unit="layer", show=progress) as bar:
+    with progress_bar(total=num_layers, desc=label, unit="layer") as bar:
 
         def record(attention: LayerAttention) -> None:
             layers.append(LayerStatistics.of(attention))

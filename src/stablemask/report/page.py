@@ -37,7 +37,7 @@ def _templates() -> Environment:
         scale_ticks=[(100 * tick**0.5, f"{tick:.0%}") for tick in SCALE_TICKS],
         scale_stops=",".join(shade((i / 16) ** 2)[0] for i in range(17)),
     )
-    environment.filters["printable"] = printable
+    environment.filters.update(printable=printable, listed=listed, share="{:.1%}".format)
     return environment
 
 

@@ -11,8 +11,6 @@ from ..evaluation.sinks import even_first_token
 from .comparison import Comparison, RunMeasurement
 from .page import SINK, listed
 
-# Outputs of unit scale that differ by less than this differ by the rounding of float32.
-ROUNDING = 1e-4
 MANIFOLD = 10  # from this ratio on it is told as such, not in percent
 ATTENTION_OPTIONS = {"attention", "gamma", "horizon", "hold", "floor", "layers"}
 
@@ -155,18 +153,54 @@ def _gaps(run: RunMeasurement, base: RunMeasurement) -> list[tuple[float, float]
     ]
 
 
-def captions(comparison: Comparison) -> dict[str, str]:
-    """What each figure of ``figures.draw_all`` shows, by its name."""
-    write = {
-        "loss": _loss,
-        "perplexity": _perplexity,
-        "map": _map,
-        "heads": _heads,
-        "ratio": _ratio,
-        "layers": _layers,
-        "identical": _identical,
+def numbers_of_captions(comparison: Comparison) -> dict[str, Any]:
+    """What the captions of the figures, in ``templates/captions.html``, name beside the comparison itself."""
+    base, runs = _base(comparison), comparison.runs
+    return {
+        "even": even_first_token(comparison.context),
+        "even_on_the_snippet": even_first_token(len(comparison.snippet)),
+        "gaps": {label: _gaps(run, base) for label, run in _others(comparison)},
+        "changes": {
+            label: [
+                f"{change(ours['perplexity'], theirs['perplexity'])} at {ours['length']:,} tokens"
+                for ours, theirs in zip(run.perplexity, base.perplexity)
+                if _is_finite(ours) and _is_finite(theirs)
+            ]
+            for label, run in _others(comparison)
+        },
+        "not_scored": [
+            f"{row['length']:,}"
+            for index, row in enumerate(base.perplexity)
+            if any(run.perplexity[index]["perplexity"] is None for run in runs.values())
+        ],
+        "on_the_map": listed(
+            [
+                f"in {label}, {_to_first(run, comparison.head):.1%} and "
+                f"{fmean(run.map_pseudo[comparison.head][1:]):.1%}"
+                for label, run in runs.items()
+            ]
+        ),
+        "of_heads": listed(
+            [
+                f"from {min(shares):.1%} to {max(shares):.1%} in {label}"
+                for label, run in runs.items()
+                if (shares := [_to_first(run, head) for head in range(len(run.map_real))])
+            ]
+        ),
+        "ratios": {label: _first_and_last(run) for label, run in runs.items()},
+        "with_sink": sinks(comparison),
     }
-    return {name: " ".join(sentences(comparison)) for name, sentences in write.items()}
+
+
+def _to_first(run: RunMeasurement, head: int) -> float:
+    """What the later rows of the snippet give the first token."""
+    return fmean(row[0] for row in run.map_real[head][1:])
+
+
+def _first_and_last(run: RunMeasurement) -> tuple[float, float]:
+    """The mask ratio at the first position and at the last, over layers and heads."""
+    heads = [head for layer in run.mask_ratio for head in layer]
+    return fmean(head[0] for head in heads), fmean(head[-1] for head in heads)
 
 
 def what_differs(comparison: Comparison) -> str:
@@ -181,171 +215,6 @@ def what_differs(comparison: Comparison) -> str:
             "same text, same order of batches, same seed, same schedule."
         )
     return f"Mind that the runs differ in {names}."
-
-
-def _loss(comparison: Comparison) -> list[str]:
-    sentences = [
-        what_differs(comparison),
-        "A point of the training loss (pale) is the mean since the one before.",
-    ]
-    for label, run in _others(comparison):
-        gaps = _gaps(run, _base(comparison))
-        if not gaps:
-            continue
-        below = sum(gap < 0 for _, gap in gaps)
-        step, last = gaps[-1]
-        sentences.append(
-            f"The validation loss of {label} is below that of {comparison.baseline} at {below} of "
-            f"{len(gaps)} evaluations; at the last, step {step:.0f}, it is {abs(last):.3f} nats a "
-            f"token {'lower' if last < 0 else 'higher'}."
-        )
-    return sentences
-
-
-def _perplexity(comparison: Comparison) -> list[str]:
-    base = _base(comparison)
-    sentences = []
-    for label, run in _others(comparison):
-        parts = [
-            f"{change(ours['perplexity'], theirs['perplexity'])} at {ours['length']:,} tokens"
-            for ours, theirs in zip(run.perplexity, base.perplexity)
-            if _is_finite(ours) and _is_finite(theirs)
-        ]
-        if parts:
-            sentences.append(
-                f"Against {comparison.baseline}, the perplexity of {label} is {listed(parts)}."
-            )
-    known = {
-        label: {row["length"]: row["perplexity"] for row in run.perplexity if _is_finite(row)}
-        for label, run in comparison.runs.items()
-    }
-    longest = max(
-        length for by_length in [*known.values(), {comparison.context: 0}] for length in by_length
-    )
-    growth = []
-    for label, by_length in known.items():
-        if longest > comparison.context and {comparison.context, longest} <= by_length.keys():
-            ratio = by_length[longest] / by_length[comparison.context]
-            by = f"{ratio - 1:+.1%}" if ratio < MANIFOLD else f"a factor of {ratio:.3g}"
-            growth.append(f"{label}'s by {by}")
-    if growth:
-        sentences.append(
-            f"From {comparison.context:,} to {longest:,} tokens it changes: {listed(growth)}."
-        )
-    everything = base.record["validation_tokens"]
-    which = "all" if comparison.validation_tokens == everything else "the first"
-    missing = sorted({row["length"] for run in comparison.runs.values() for row in run.perplexity
-                      if row["perplexity"] is None})  # fmt: skip
-    if missing:
-        lengths = listed([f"{length:,}" for length in missing])
-        sentences.append(f"Not scored by every run: {lengths} tokens (the reasons are below).")
-    sentences.append(
-        f"Scored on {which} {comparison.validation_tokens:,} validation tokens in windows that do not "
-        "overlap, as in the project's tables: the first tokens of each window have little to go "
-        "by. The command stablemask evaluate overlaps its windows unless told otherwise (--stride), so its "
-        "values are others."
-    )
-    return sentences
-
-
-def _map(comparison: Comparison) -> list[str]:
-    head, even = comparison.head, even_first_token(len(comparison.snippet))
-    shares = []
-    for label, run in comparison.runs.items():
-        first = fmean(row[0] for row in run.map_real[head][1:])
-        pseudo = fmean(run.map_pseudo[head][1:])
-        shares.append(f"in {label}, {first:.1%} and {pseudo:.1%}")
-    return [
-        f"Layer {comparison.layer}, head {head} on the beginning of the validation text: of all "
-        "heads, the one that gives the first token most, over all runs.",
-        "A row shares exactly 1 among its own token, the tokens before it and, in the narrow last "
-        "column, the pseudo mass, which carries no value; gray is the future, which no row sees.",
-        f"Rows after the first give the first token and the pseudo mass, on average: "
-        f"{listed(shares)}; spread evenly, the first token would have {even:.1%}.",
-        "The models were trained apart, so a head need not do the same in all of them.",
-    ]
-
-
-def _heads(comparison: Comparison) -> list[str]:
-    parts = []
-    for label, run in comparison.runs.items():
-        by_head = [fmean(row[0] for row in head[1:]) for head in run.map_real]
-        parts.append(f"from {min(by_head):.1%} to {max(by_head):.1%} in {label}")
-    return [
-        f"All heads of layer {comparison.layer} on the same text and the same colour scale.",
-        f"What they give the first token goes {listed(parts)}.",
-    ]
-
-
-def _ratio(comparison: Comparison) -> list[str]:
-    last = comparison.context - 1
-    sentences = []
-    for label, run in comparison.runs.items():
-        heads = [head for layer in run.mask_ratio for head in layer]
-        if not any(map(any, heads)):
-            sentences.append(f"{label} has no pseudo mass: its ratio is 0 everywhere.")
-            continue
-        start, end = fmean(head[0] for head in heads), fmean(head[-1] for head in heads)
-        low, high = min(head[-1] for head in heads), max(head[-1] for head in heads)
-        sentences.append(
-            f"Over all layers and heads of {label}, the mask ratio goes from {start:.1%} at "
-            f"position 0 to {end:.1%} at position {last:,}, where heads range from {low:.1%} to "
-            f"{high:.1%}."
-        )
-        if isinstance(run.gamma, float):
-            sentences.append(
-                f"With one gamma ({run.gamma:.4g}) the pseudo mass M of a position is the same in "
-                "every head; the ratio M / (Z + M) is not, for the real mass Z is the head's own."
-            )
-        elif run.gamma is not None:
-            sentences.append(
-                f"In {label} every head has a gamma, and so a pseudo mass, of its own."
-            )
-    smoothing = comparison.context // 32
-    if smoothing > 1:
-        sentences.append(
-            f"One line a head, from pale (head 0) to dark; running means over {smoothing} positions."
-        )
-    sentences.append(_averaged(comparison))
-    return sentences
-
-
-def _layers(comparison: Comparison) -> list[str]:
-    def means(values: Callable[[RunMeasurement], list[float]]) -> str:
-        runs = comparison.runs.items()
-        return listed([f"{fmean(values(run)):.1%} in {label}" for label, run in runs])
-
-    even, with_sink = even_first_token(comparison.context), sinks(comparison)
-    return [
-        f"The first token gets {means(lambda run: run.first_token)} (mean over layers).",
-        "Whatever the pseudo mass takes lowers every other share too; of what is left to real "
-        f"tokens, the first gets {means(lambda run: run.first_token_of_real)}.",
-        f"Real tokens receive {means(lambda run: run.real_share)}.",
-        f"Spread evenly, attention would leave the first token {even:.1%} (dotted); row 0, which "
-        "sees nothing else, is left out of these two.",
-        (
-            f"A layer that gives it more than twice as much is found in {listed(with_sink)}."
-            if with_sink
-            else "No layer of any run gives it more than twice as much, so none has made it a sink."
-        ),
-        _averaged(comparison),
-    ]
-
-
-def _identical(comparison: Comparison) -> list[str]:
-    sentences = [
-        f"One token, {comparison.identical_token!r}, repeated {comparison.context:,} times: does the "
-        "final hidden state depend on where it stands?"
-    ]
-    for label, run in comparison.runs.items():
-        spread = run.identical_spread
-        verdict = (
-            "rounding, so the output says nothing of the position"
-            if spread < ROUNDING
-            else "far more than rounding, so the output depends on the position"
-        )
-        sentences.append(f"In {label} it moves by at most {spread:.2g}: {verdict}.")
-    return sentences
 
 
 def change(value: float, base: float) -> str:
@@ -378,10 +247,3 @@ def _base(comparison: Comparison) -> RunMeasurement:
 
 def _others(comparison: Comparison) -> list[tuple[str, RunMeasurement]]:
     return list(comparison.runs.items())[1:]
-
-
-def _averaged(comparison: Comparison) -> str:
-    return (
-        f"Mean over {comparison.attention_blocks} blocks of {comparison.context:,} tokens, spread "
-        "over the validation text."
-    )
