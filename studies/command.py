@@ -12,7 +12,7 @@ import torch
 
 from stablemask.data.sources import open_source
 from stablemask.errors import InputError
-from stablemask.options import option, option_fields
+from stablemask.options import command_words, option
 from stablemask.writing import only_writer
 
 from . import (
@@ -135,9 +135,5 @@ def _check(options: StudyOptions, out: Path) -> None:
 
 def _command(options: StudyOptions) -> str:
     """The command with these options, defaults left out."""
-    words = ["python", "-m", "studies", *options.names]
-    for field in option_fields(StudyOptions):
-        value = getattr(options, field.name)
-        if value != field.default and field.name not in ("names", "resume", "page", "against"):
-            words += [field.flag, str(value)]
-    return shlex.join(words)
+    words = command_words(options, without=("resume", "page", "against"))
+    return shlex.join(["python", "-m", "studies", *words])

@@ -22,7 +22,8 @@ from stablemask.evaluation.attention_maps import LayerAttention, reduce_attentio
 from stablemask.evaluation.perplexity import perplexity
 from stablemask.evaluation.quantization import quantize_int8
 from stablemask.models import StableMaskForCausalLM
-from stablemask.models.presets import PRESETS, preset_config
+from stablemask.models.configuration import preset_config
+from stablemask.models.presets import PRESETS
 
 from .kinds import KINDS, config_fields
 from .study import SOURCE, Job

@@ -13,8 +13,9 @@ import torch
 
 from stablemask.evaluation.attention_maps import last_hidden_state
 from stablemask.models import StableMaskConfig, StableMaskForCausalLM
+from stablemask.models.configuration import preset_config
 from stablemask.models.cost import count_parameters
-from stablemask.models.presets import PRESETS, preset_config
+from stablemask.models.presets import PRESETS
 
 from .kinds import KINDS, config_fields
 from .study import Claim, Job, Record, Section

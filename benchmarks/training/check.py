@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from stablemask.attention import sink_attention
 from stablemask.models import layers, modeling
-from stablemask.models.presets import preset_config
+from stablemask.models.configuration import preset_config
 
 from ..correctness import IncorrectError
 from .trainers import llama_config

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from stablemask.models.configuration import preset_config
 from stablemask.models.modeling import StableMaskForCausalLM
-from stablemask.models.presets import preset_config
 from stablemask.training.assembly import build_trainer
 from stablemask.training.options import PretrainOptions
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from stablemask.models.configuration import StableMaskConfig
+from stablemask.models.configuration import StableMaskConfig, preset_config
 from stablemask.models.modeling import StableMaskForCausalLM
-from stablemask.models.presets import preset_config
 
 # Blocks in a batch: on the CPU so that a step takes seconds at most, on CUDA so that it is busy.
 BATCH_SIZES = {

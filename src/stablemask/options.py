@@ -9,25 +9,34 @@
 """
 
 import dataclasses
+import difflib
 import numbers
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stablemask.errors import InputError
+from stablemask.reading import reading
+from stablemask.writing import whole_file
 
 
 def option(
-    default: Any, help: str, *, choices: Sequence[str] | None = None, positional: bool = False
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    positional: bool = False,
+    group: str | None = None,
 ) -> Any:
-    """A dataclass field that carries its help text and, where limited, its allowed values.
+    """A dataclass field that carries its help text and, where its text is limited, the allowed values.
 
     Pass ``dataclasses.MISSING`` as the default of a required option. The value of a ``positional`` one,
-    or the values of its list, stand on the command line without a flag.
+    or the values of its list, stand on the command line without a flag. A ``group`` is a heading in the
+    help, of this option and those that follow.
     """
-    metadata = {"help": help, "choices": choices, "positional": positional}
+    metadata = {"help": help, "choices": choices, "positional": positional, "group": group}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -39,10 +48,10 @@ class OptionField:
 
     name: str
     kind: Any
-    help: str
-    choices: tuple[str, ...] | None
     default: Any
-    positional: bool = False
+    help: str
+    positional: bool
+    group: str | None
 
     @property
     def flag(self) -> str:
@@ -66,19 +75,24 @@ def option_fields(options_class: type) -> list[OptionField]:
     kinds = get_type_hints(options_class)
     fields = []
     for field in dataclasses.fields(options_class):
-        choices = field.metadata.get("choices")
-        factory = field.default_factory
-        fields.append(
-            OptionField(
-                name=field.name,
-                kind=kinds[field.name],
-                help=field.metadata.get("help", ""),
-                choices=tuple(choices) if choices else None,
-                default=field.default if factory is dataclasses.MISSING else factory(),
-                positional=field.metadata.get("positional", False),
-            )
-        )
+        factory, metadata = field.default_factory, dict(field.metadata)
+        kind, choices = kinds[field.name], metadata.pop("choices")
+        if choices is not None:
+            kind = _with_choices(kind, tuple(choices))
+        default = field.default if factory is dataclasses.MISSING else factory()
+        fields.append(OptionField(field.name, kind, default, **metadata))
     return fields
+
+
+def _with_choices(kind: Any, choices: tuple[str, ...]) -> Any:
+    """The choices in place of ``str``, wherever it stands in a type."""
+    if kind is str:
+        return Literal[choices]
+    if get_origin(kind) is list:
+        return list[_with_choices(get_args(kind)[0], choices)]  # type: ignore[misc]
+    if len(members := union_members(kind)) > 1:
+        return Union[tuple(_with_choices(member, choices) for member in members)]  # noqa: UP007
+    return kind
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
@@ -110,51 +124,31 @@ _KIND_NAMES = {
 }
 
 
-def convert_text(text: str, kind: Any, choices: Sequence[str] | None = None) -> Any:
-    """The value a flag's text stands for; ValueError says what would be right."""
-    return _convert(text, kind, choices, _text_as)
+def convert(value: Any, kind: Any) -> Any:
+    """What the text of a flag, a value of a YAML file or of a caller stands for.
 
-
-def convert_value(value: Any, kind: Any, choices: Sequence[str] | None = None) -> Any:
-    """The same for a value read from YAML, which has a type of its own already."""
-    return _convert(value, kind, choices, _value_as)
-
-
-def _convert(value: Any, kind: Any, choices: Sequence[str] | None, convert_as: Any) -> Any:
+    Raises:
+        ValueError: it is nothing of this type; it says what would be right.
+    """
     # "none" must not become the text of a `str | None`, so None is tried first.
-    members = sorted(union_members(kind), key=lambda member: member is not type(None))
-    for member in members:
+    for member in sorted(union_members(kind), key=lambda member: member is not type(None)):
         try:
-            converted = convert_as(value, member)
+            return _convert(value, member)
         except (ValueError, TypeError):
             continue
-        for item in converted if isinstance(converted, list) else [converted]:
-            if choices and item is not None and item not in choices:
-                raise ValueError(f"{item!r} is not one of {', '.join(choices)}")
-        return converted
     raise ValueError(f"{value!r} is not {kind_name(kind)}")
 
 
-def _text_as(text: str, kind: Any) -> Any:
+def _convert(value: Any, kind: Any) -> Any:
     if kind is type(None):
-        if text.lower() == "none":
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
     elif get_origin(kind) is Literal:
-        for choice in get_args(kind):
-            if text == str(choice):
-                return choice
-    elif kind in (int, float, str, Path):
-        return kind(text)
-    raise ValueError
-
-
-def _value_as(value: Any, kind: Any) -> Any:
-    if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
     elif get_origin(kind) is list:
         items = value if isinstance(value, list | tuple) else [value]
-        return [convert_value(item, get_args(kind)[0]) for item in items]
+        return [convert(item, get_args(kind)[0]) for item in items]
     elif kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
@@ -163,16 +157,10 @@ def _value_as(value: Any, kind: Any) -> Any:
         if isinstance(value, numbers.Real | str):
             return float(value)
     elif kind is int:
-        if isinstance(value, numbers.Integral):  # NumPy's too
+        if isinstance(value, numbers.Integral | str):  # NumPy's too
             return int(value)
-    elif kind is str:
-        if isinstance(value, str | int | Path):
-            return str(value)
-    elif kind is Path:
-        if isinstance(value, str):
-            return Path(value)
-    elif isinstance(value, kind):
-        return value
+    elif isinstance(value, str | int | Path):
+        return kind(value)
     raise ValueError
 
 
@@ -184,7 +172,7 @@ def check_values(options: Any) -> None:
     """
     for field in option_fields(type(options)):
         try:
-            value = convert_value(getattr(options, field.name), field.kind, field.choices)
+            value = convert(getattr(options, field.name), field.kind)
         except ValueError as error:
             raise InputError(f"{field.name}: {error}") from None
         setattr(options, field.name, value)
@@ -201,34 +189,55 @@ def options_from_values(options_class: type, values: Mapping[str, Any], source: 
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            known = ", ".join(fields)
-            raise InputError(f"{source}: unknown option {key!r}; the options are {known}")
+            advice = did_you_mean(name, fields) or f"the options are {', '.join(fields)}"
+            raise InputError(f"{source}: unknown option {key!r}; {advice}")
         if name in checked:
             raise InputError(f"{source}: the option {name!r} is given twice")
         try:
-            checked[name] = convert_value(value, fields[name].kind, fields[name].choices)
+            checked[name] = convert(value, fields[name].kind)
         except ValueError as error:
             raise InputError(f"{source}: {key}: {error}") from None
     return checked
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of the names there are, empty where none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def changed(options: Any, names: Sequence[str]) -> list[str]:
+    """Those of the named options that are not at their defaults."""
+    defaults = {field.name: field.default for field in option_fields(type(options))}
+    return [name for name in names if getattr(options, name) != defaults[name]]
+
+
+def command_words(options: Any, *, without: Sequence[str] = ()) -> list[str]:
+    """The words that give these options on a command line; defaults, and those of ``without``, are left out."""
+    words: list[str] = []
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
+        if value == field.default or field.name in without:
+            continue
+        if isinstance(value, bool):
+            words.append(field.flag if value else field.flag.replace("--", "--no-", 1))
+        else:
+            words += [] if field.positional else [field.flag]
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
 
 
 def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The mapping in a YAML file; InputError where it cannot be read or is no mapping."""
     import yaml  # not a core dependency: `stablemask env` must run without it
 
-    path = Path(path)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a YAML file of options") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder; give a YAML file of options") from None
+        with reading(path):
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -240,21 +249,6 @@ def save_yaml(options: Any, path: str | os.PathLike) -> None:
     """Write a dataclass of options as YAML that ``--config`` reads back, whole or not at all."""
     import yaml
 
-    path = Path(path)
-    values = {
-        field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)
-    }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -45,6 +45,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place at the end; it is made first, to fail before the work."""
+    path = Path(path)
+    with writing(path):
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; name a file as --out")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.touch()
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def only_writer(out: Path, *, is_file: bool = False) -> Iterator[None]:
     """Make the folder ``out``, or that of a file, and keep other processes from writing there as well.
 

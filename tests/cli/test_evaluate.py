@@ -11,8 +11,6 @@ from stablemask.data import load_documents, load_tokenizer, tokenize_documents
 from stablemask.evaluation import perplexity
 from stablemask.hf.loading import load_model
 
-from .test_main import stablemask
-
 
 @pytest.fixture
 def run(model_folder, text_file, capsys):
@@ -75,13 +73,6 @@ def test_a_length_that_cannot_be_scored_says_why_beside_the_others(
     assert "table has 32" in past["error"]
 
 
-def test_as_a_user_types_it(model_folder, text_file):
-    result = stablemask("evaluate", "--model", model_folder, "--data", text_file, "--lengths", "1x")
-    assert result.returncode == 0
-    assert result.stderr == ""
-    assert json.loads(result.stdout.splitlines()[-1])["results"][0]["perplexity"] > 1
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -92,13 +83,16 @@ def test_as_a_user_types_it(model_folder, text_file):
         (["--lengths", "1"], "length must be at least 2, got 1"),
         (["--lengths", "16,32", "--stride", "0"], "stride must be from 1"),
         (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
-        (["--dtype", "float8"], "--dtype: 'float8' is not one of auto, float32, bfloat16, float16"),
-        (["--split", "test"], "--split: 'test' is not one of validation, train, all"),
         (["--model", "no/such/folder"], "no/such/folder"),
+        (["--tasks", "any", "--stride", "8"], "--stride is of perplexity"),
+        (["--tasks", "any", "--text-column", "body"], "--text-column is of perplexity"),
+        (["--num-fewshot", "2"], "--num-fewshot is of tasks; name them with --tasks"),
+        (["--tasks", "any", "--include-path", "own"], "include_path must be a folder"),
     ],
 )
 def test_bad_input(model_folder, text_file, capsys, argv, words):
-    assert main(["evaluate", "--model", model_folder, "--data", text_file, *argv]) == 2
+    data = [] if "--tasks" in argv else ["--data", text_file]
+    assert main(["evaluate", "--model", model_folder, *data, *argv]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("stablemask: error: ")
     assert words in error
@@ -138,24 +132,6 @@ def test_tasks(model_folder, own_task, capsys):
     assert main([*argv, "--limit", "1"]) == 0
     limited = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert limited["limit"] == limited["results"]["next_word"]["sample_len"] == 1
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--tasks", "any", "--stride", "8"], "--stride is of perplexity"),
-        (["--tasks", "any", "--text-column", "body"], "--text-column is of perplexity"),
-        (["--tasks", "any", "--lengths", "64"], "--lengths is of perplexity"),
-        (["--num-fewshot", "2"], "--num-fewshot is of tasks; name them with --tasks"),
-        (["--include-path", "own"], "--include-path is of tasks"),
-        (["--tasks", "any", "--include-path", "own"], "include_path must be a folder"),
-    ],
-)
-def test_options_of_the_other_way_are_refused(model_folder, capsys, argv, words):
-    assert main(["evaluate", "--model", model_folder, *argv]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("stablemask: error: ")
-    assert words in last
 
 
 def test_a_perplexity_past_all_bounds_is_valid_json(model_folder, text_file, tmp_path, capsys):
@@ -204,7 +180,7 @@ def records(tmp_path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("split", ["validation", "train", "all"])
+@pytest.mark.parametrize("split", ["validation", "all"])
 def test_a_run_is_scored_on_what_it_held_out(run_folder, records, capsys, split):
     folder = run_folder(data=records, text_column="body", mixture=[])
     asked = ["--data", records, "--text-column", "body", "--split", split]
@@ -260,7 +236,7 @@ def test_a_model_that_is_no_run_asks_for_a_text(model_folder, capsys):
     assert "no model folder at 'no/such/folder'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
 def test_dtype(run, model_folder, text_file, dtype):
     _, summary = run("--lengths", "32", "--dtype", dtype, "--split", "all", "--max-tokens", "500")
     assert summary["dtype"] == dtype.replace("auto", "float32")

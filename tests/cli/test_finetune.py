@@ -76,11 +76,6 @@ def edited(folder: str, copy: Path, change) -> str:
     return str(copy)
 
 
-def without_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
 def with_other_tokenizer(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     tokenizer.add_tokens(["jumps over", "lazy dog"])
@@ -90,11 +85,6 @@ def with_other_tokenizer(folder: Path) -> None:
 def as_adapter(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "m"}')
-
-
-def cut_weights(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
 
 
 def as_bloom(folder: Path) -> None:
@@ -115,10 +105,8 @@ def with_few_positions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "flags", "words"),
     [
-        (without_tokenizer, [], "tokenizer"),
         (with_other_tokenizer, [], "outside the model's vocabulary"),
         (as_adapter, [], "is an adapter; merge it"),
-        (cut_weights, [], "damaged or cut short"),
         (as_bloom, ["--adapt", "--gamma", "0.1"], "cannot be adapted"),
         (with_few_positions, [], "learned position table"),
     ],
@@ -149,7 +137,6 @@ def test_a_model_that_will_not_do(change, flags, words, finetune, softmax_folder
         (["--context", "1"], "context must be at least 2"),
         (["--context", "99999"], "do not fill a block"),
         (["--resume"], "holds no run to resume"),
-        (["--text-column", "body", "--lora", "--lora-alpha", "x"], "lora-alpha"),
     ],
 )
 def test_a_bad_option(flags, words, finetune, softmax_folder, tmp_path):

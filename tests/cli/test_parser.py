@@ -1,35 +1,52 @@
 """Options from flags and from YAML: every type, who wins, and what a mistake says."""
 
-from dataclasses import MISSING, dataclass
+import sys
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 
+from stablemask.cli.main import main
 from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError
-from stablemask.options import load_yaml, option, save_yaml
-from stablemask.training.options import FinetuneOptions, PretrainOptions
+from stablemask.options import command_words, load_yaml, option, save_yaml
 
 
 @dataclass(kw_only=True)
 class Options:
+    """A test."""
+
     model: str = option(MISSING, "which model")
-    max_new_tokens: int = option(64, "how many, at most 100% of the context")
+    max_new_tokens: int = option(64, "how many, at most 100% of the context", group="text")
     temperature: float = option(0.0, "heat")
     stream: bool = option(False, "print as it comes")
+    cache: bool = option(True, "keep keys")
     horizon: int | None = option(None, "columns")
     gamma: float | Literal["slopes"] | None = option(None, "decay rate")
     position: str = option("rope", "encoding", choices=["rope", "alibi"])
-    precision: Literal["float32", "bfloat16"] = option("float32", "dtype")
-    out: Path = option(Path("runs"), "folder")
+    out: Path = option(Path("runs"), "folder", group="files")
     prompt: list[str] = option([], "texts")
     lengths: list[int] = option([1, 2], "lengths")
+    dtypes: list[str] | None = option(None, "precisions", choices=["float32", "bfloat16"])
     tokenizer: str | None = option(None, "which tokenizer")
 
 
+@dataclass(kw_only=True)
+class Positional:
+    adapter: str = option(MISSING, "which adapter", positional=True)
+    out: Path = option(MISSING, "folder")
+
+
+@dataclass(kw_only=True)
+class Several:
+    runs: list[str] = option([], "which runs", positional=True, choices=["a", "b"])
+    seeds: int = option(1, "how many")
+
+
 def parse(*argv: str) -> Options:
-    return parse_options(Options, argv, prog="stablemask test", description="A test.")
+    return parse_options(Options, argv, prog="stablemask test")
 
 
 def parse_yaml(tmp_path: Path, text: str, *argv: str) -> Options:
@@ -38,12 +55,9 @@ def parse_yaml(tmp_path: Path, text: str, *argv: str) -> Options:
     return parse("--config", str(config), *argv)
 
 
-def test_defaults_are_those_of_the_dataclass():
-    assert parse("--model", "m") == Options(model="m")
-
-
-def test_list_defaults_are_not_shared():
+def test_defaults_are_those_of_the_dataclass_and_not_shared():
     Options(model="m").prompt.append("x")
+    assert parse("--model", "m") == Options(model="m")
     assert Options(model="m").prompt == []
 
 
@@ -55,24 +69,30 @@ def test_list_defaults_are_not_shared():
         (["--temperature", "2"], "temperature", 2.0),
         (["--stream"], "stream", True),
         (["--no-stream"], "stream", False),
+        (["--no-cache"], "cache", False),
         (["--horizon", "256"], "horizon", 256),
         (["--horizon", "none"], "horizon", None),
         (["--gamma", "0.5"], "gamma", 0.5),
         (["--gamma", "-1"], "gamma", -1.0),
         (["--gamma", "slopes"], "gamma", "slopes"),
         (["--position", "alibi"], "position", "alibi"),
-        (["--precision", "bfloat16"], "precision", "bfloat16"),
         (["--out", "a/b"], "out", Path("a/b")),
         (["--prompt", "a b", "c", "--prompt", "d"], "prompt", ["a b", "c", "d"]),
         (["--lengths", "4", "8"], "lengths", [4, 8]),
+        (["--dtypes", "bfloat16"], "dtypes", ["bfloat16"]),
         (["--tokenizer", "gpt2"], "tokenizer", "gpt2"),
         (["--tokenizer", "none"], "tokenizer", None),
     ],
 )
-def test_flags(argv, name, value):
-    parsed = getattr(parse("--model", "m", *argv), name)
-    assert parsed == value
-    assert type(parsed) is type(value)
+def test_flags_and_the_words_that_give_them_again(argv, name, value):
+    parsed = parse("--model", "m", *argv)
+    assert getattr(parsed, name) == value
+    assert type(getattr(parsed, name)) is type(value)
+    assert parse(*command_words(parsed)) == parsed
+    assert command_words(replace(parsed, tokenizer="t"), without=["tokenizer", name]) == [
+        "--model",
+        "m",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,140 +121,89 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     text = "model: m\nmax-new-tokens: 3\nstream: true\ntemperature: 0.5\n"
     parsed = parse_yaml(tmp_path, text, "--max-new-tokens", "5", "--no-stream")
     assert (parsed.max_new_tokens, parsed.stream, parsed.temperature) == (5, False, 0.5)
-
-
-def test_empty_file_gives_nothing(tmp_path):
     assert parse_yaml(tmp_path, "", "--model", "m") == Options(model="m")
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["--model", "must be given"]),
-        (["--model", "m", "--max-new-tokens", "x"], ["--max-new-tokens", "'x'", "whole number"]),
-        (["--model", "m", "--max-new-tokens", "1.5"], ["--max-new-tokens", "whole number"]),
-        (["--model", "m", "--position", "nope"], ["--position", "'nope'", "rope, alibi"]),
-        (["--model", "m", "--precision", "int8"], ["--precision", "'int8'", "float32, bfloat16"]),
-        (["--model", "m", "--gamma", "steep"], ["--gamma", "a number or one of slopes or none"]),
-        (["--model", "m", "--max-new", "3"], ["--max-new"]),  # no abbreviations
-        (["--model", "m", "more"], ["more"]),
-        (["--model"], ["--model"]),
+        ([], "--model must be given; see `stablemask test --help`"),
+        (
+            ["--max-new-tokens", "1.5"],
+            "argument --max-new-tokens: '1.5' is not a whole number; see ",
+        ),
+        (["--position", "nope"], "--position: 'nope' is not one of rope, alibi; see "),
+        (["--dtypes", "float32", "int8"], "--dtypes: 'int8' is not one of float32, bfloat16"),
+        (["--gamma", "steep"], "--gamma: 'steep' is not a number or one of slopes or none"),
+        (["--horizon", "many"], "--horizon: 'many' is not a whole number or none"),
+        (["more"], "unrecognized arguments: more; see `stablemask test --help`"),
+        (["--max-new-token", "3"], "--max-new-token 3; did you mean --max-new-tokens?"),
+        (["--max_new_tokens=3"], "--max_new_tokens=3; did you mean --max-new-tokens?"),
+        (["--out"], "argument --out: expected one argument; see "),
     ],
 )
 def test_wrong_flags_are_one_sentence_that_names_them(argv, words):
     with pytest.raises(InputError) as error:
-        parse(*argv)
-    assert all(word in str(error.value) for word in words), str(error.value)
-    assert "stablemask test --help" in str(error.value)
+        parse(*(argv and ["--model", "m", *argv]))
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("modle: m", ["'modle'", "max_new_tokens"]),
-        ("model: m\nmax-new-tokens: many", ["max-new-tokens", "'many'", "whole number"]),
-        ("model: m\nmax-new-tokens: true", ["max-new-tokens", "whole number"]),
-        ("model: m\nmax-new-tokens: 1.5", ["max-new-tokens", "whole number"]),
-        ("model: m\nstream: 1", ["stream", "true or false"]),
-        ("model: m\ntemperature: hot", ["temperature", "a number"]),
-        ("model: no", ["model", "text"]),
-        ("model: m\nposition: nope", ["position", "rope, alibi"]),
-        ("model: m\nlengths: [1, x]", ["lengths", "a list, each item a whole number"]),
-        ("model: m\nlengths: x", ["lengths", "a list"]),
-        ("max_new_tokens: 1\nmax-new-tokens: 2", ["max_new_tokens", "twice"]),
-        ("- model", ["no options"]),
-        ("model: [", ["not valid YAML"]),
-        ("model: m\nlengths", ["not valid YAML"]),
+        ("modle: m", "unknown option 'modle'; did you mean model?"),
+        ("zzz: m", "unknown option 'zzz'; the options are model, max_new_tokens, "),
+        ("model: m\nmax-new-tokens: many", "max-new-tokens: 'many' is not a whole number"),
+        ("model: m\nmax-new-tokens: true", "max-new-tokens: True is not a whole number"),
+        ("model: m\nmax-new-tokens: 1.5", "max-new-tokens: 1.5 is not a whole number"),
+        ("model: m\nstream: 1", "stream: 1 is not true or false"),
+        ("model: m\ntemperature: hot", "temperature: 'hot' is not a number"),
+        ("model: no", "model: False is not text"),
+        ("model: m\nposition: nope", "position: 'nope' is not one of rope, alibi"),
+        ("model: m\nlengths: [1, x]", "lengths: [1, 'x'] is not a list, each item a whole number"),
+        ("max_new_tokens: 1\nmax-new-tokens: 2", "the option 'max_new_tokens' is given twice"),
+        ("- model", "holds no options"),
+        ("model: [", "not valid YAML"),
+        ("[" * 1500, "nested too deep"),
     ],
 )
 def test_wrong_yaml_names_the_file_and_the_key(tmp_path, text, words):
     with pytest.raises(InputError) as error:
         parse_yaml(tmp_path, text)
-    assert all(word in str(error.value) for word in ["config.yaml", *words]), str(error.value)
-
-
-def test_missing_binary_and_folder_as_config(tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
-    for name, words in [("absent", "no such file"), ("binary", "not valid YAML"), (".", "folder")]:
-        with pytest.raises(InputError, match=words):
-            parse("--config", str(tmp_path / name))
-
-
-def test_help_tells_defaults_choices_and_requirements(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse("--help")
-    assert exit_.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for words in [
-        "--model TEXT which model (required)",
-        "--max-new-tokens N how many, at most 100% of the context (default: 64)",
-        "--stream, --no-stream print as it comes --horizon",
-        "--lengths N [N ...] lengths (default: 1 2)",
-        "--position {rope,alibi}",
-        "--precision float32|bfloat16",
-        "--gamma X|slopes decay rate",
-        "--out PATH",
-        "--config FILE",
-    ]:
-        assert words in text, words
-
-
-def test_saved_options_read_back_equal(tmp_path):
-    options = Options(
-        model="yes",  # a boolean to YAML unless it is quoted
-        temperature=1e-7,
-        gamma="slopes",
-        prompt=["ä: b\n", "- c"],
-        out=Path("x y"),
-        tokenizer="12",
-    )
-    save_yaml(options, tmp_path / "saved.yaml")
-    assert parse("--config", str(tmp_path / "saved.yaml")) == options
-    assert [path.name for path in tmp_path.iterdir()] == ["saved.yaml"]
-
-
-def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path):
-    path = tmp_path / "saved.yaml"
-    save_yaml(Options(model="old"), path)
-    with pytest.raises(Exception, match="represent"):
-        save_yaml(Options(model=object()), path)  # type: ignore[arg-type]
-    assert load_yaml(path)["model"] == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["saved.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("options", "argv", "words"),
-    [
-        (PretrainOptions, ["--gamma", "fast"], "'fast' is not a number or one of slopes, learned"),
-        (PretrainOptions, ["--hold", "soon"], "'soon' is not a whole number or one of never"),
-        (FinetuneOptions, ["--gamma", "learned"], "'learned' is not a number or one of slopes or"),
-        (FinetuneOptions, ["--hold", "1.5"], "'1.5' is not a whole number or one of never"),
-    ],
-)
-def test_a_training_option_that_takes_numbers_and_names_names_them_all(options, argv, words):
-    with pytest.raises(InputError) as caught:
-        parse_options(options, argv)
-    assert words in str(caught.value)
+    assert "config.yaml" in str(error.value)
+    assert words in str(error.value)
 
 
 def test_yaml_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
     (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "deep.yaml").write_text("[" * 5000)
     for name, words in {
-        "loop": "cannot read .*loop: Too many levels",
-        "deep.yaml/x": "cannot read .*: Not a directory",
+        "absent": "cannot read '.*absent': No such file",
+        "loop": "cannot read '.*loop': Too many levels",
+        "binary/x": "cannot read .*: Not a directory",
         "n" * 300: "cannot read .*: File name too long",
-        "deep.yaml": "nested too deep",
-        ".": "is a folder",
+        ".": "cannot read .*: Is a directory",
+        "binary": "binary is not valid YAML",
     }.items():
         with pytest.raises(InputError, match=words):
             load_yaml(tmp_path / name)
 
 
-@dataclass(kw_only=True)
-class Positional:
-    adapter: str = option(MISSING, "which adapter", positional=True)
-    out: Path = option(MISSING, "folder")
+def test_help_tells_groups_defaults_choices_and_requirements(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: stablemask test --model TEXT [options] A test. options: -h")
+    for words in [
+        "--config FILE YAML file of options; flags win over it --model TEXT which model (required) text: ",
+        " text: --max-new-tokens N how many, at most 100% of the context (default: 64)",
+        "--stream, --no-stream print as it comes --cache, --no-cache keep keys (default: on) --horizon",
+        "--gamma X|slopes decay rate",
+        "--position rope|alibi encoding (default: rope) files: --out PATH",
+        "--lengths N [N ...] lengths (default: 1 2)",
+    ]:
+        assert words in text, words
 
 
 @pytest.mark.parametrize("argv", [["a", "--out", "o"], ["--out", "o", "a"]])
@@ -245,8 +214,55 @@ def test_a_single_value_may_stand_without_a_flag(argv):
 def test_a_single_value_without_a_flag_is_required_and_one(capsys):
     with pytest.raises(InputError, match=r"^ADAPTER and --out must be given"):
         parse_options(Positional, [])
-    with pytest.raises(InputError, match="b"):
+    with pytest.raises(InputError, match="unrecognized arguments: b"):
         parse_options(Positional, ["a", "b", "--out", "o"])
     with pytest.raises(SystemExit):
         parse_options(Positional, ["--help"], prog="stablemask merge")
-    assert "stablemask merge [options] ADAPTER" in capsys.readouterr().out
+    assert "usage: stablemask merge --out PATH [options] ADAPTER\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "runs"),
+    [([], []), (["--seeds", "2"], []), (["b", "--seeds", "2", "a"], ["b", "a"])],
+)
+def test_several_values_may_stand_without_a_flag(argv, runs, capsys):
+    parsed = parse_options(Several, argv)
+    assert parsed.runs == runs
+    assert parse_options(Several, command_words(parsed)) == parsed
+    with pytest.raises(InputError, match="'c' is not one of a, b"):
+        parse_options(Several, [*argv, "c"])
+    with pytest.raises(SystemExit):
+        parse_options(Several, ["--help"], prog="p")
+    assert "usage: p [options] [a|b ...]\n" in capsys.readouterr().out
+
+
+def test_saved_options_read_back_equal_and_a_save_that_fails_leaves_the_old_file(tmp_path):
+    options = Options(
+        model="yes",  # a boolean to YAML unless it is quoted
+        temperature=1e-7,
+        gamma="slopes",
+        prompt=["ä: b\n", "- c"],
+        out="x y",  # type: ignore[arg-type]
+        tokenizer="12",
+    )
+    path = tmp_path / "saved.yaml"
+    save_yaml(options, path)
+    with pytest.raises(Exception, match="represent"):
+        save_yaml(Options(model=object()), path)  # type: ignore[arg-type]
+    assert parse("--config", str(path)) == replace(options, out=Path("x y"))
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.yaml"]
+
+
+def test_a_shell_that_completes_is_told_every_command_and_flag(monkeypatch):
+    def autocomplete(parser):
+        (commands,) = parser._subparsers._group_actions
+        assert {"pretrain", "serve"} < set(commands.choices)
+        flags = commands.choices["pretrain"]._option_string_actions
+        assert {"--config", "--learning-rate", "--no-compile"} < set(flags)
+        assert "alibi" in flags["--position"].choices
+        sys.exit(0)
+
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=autocomplete))
+    with pytest.raises(SystemExit):
+        main([])

@@ -1,13 +1,8 @@
-"""Time our attention against stock SDPA on this machine, within a minute.
-
-A cell is the median ratio of calls that take turns, so that a noisy machine disturbs both alike. The outputs
-that are timed are held against the dense definition in float64 first, up to 2,048 tokens.
-"""
+"""Time our attention against stock SDPA on this machine."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,10 +12,9 @@ from torch.nn import functional as F
 from stablemask import native
 from stablemask.attention import stable_mask_attention
 from stablemask.cli.env import DTYPES, available_devices
+from stablemask.cli.options import BenchOptions
 from stablemask.errors import InputError, RunError
-from stablemask.options import option
 
-SUMMARY = "our time over stock SDPA's on this machine, within a minute"
 HEADS, HEAD_DIM = 8, 64
 TOKENS = (
     2048  # of all sequences of a cell; the definition stores every score, and checks no longer ones
@@ -30,14 +24,6 @@ ROUNDS = 5  # at least
 BLOCK_SECONDS = 0.005  # a sample is as many calls as fill this, far above the clock's noise
 
 Function = Callable[[], object]
-
-
-@dataclass(kw_only=True)
-class BenchOptions:
-    lengths: list[int] = option([512, 2048], "tokens of a sequence, and of the cache when decoding")
-    dtypes: list[str] | None = option(
-        None, "by default all that the device is made for", choices=DTYPES["cuda"]
-    )
 
 
 def run(options: BenchOptions) -> None:
@@ -50,7 +36,7 @@ def run(options: BenchOptions) -> None:
     print(f"{name}; torch {torch.__version__}; plain calls in {native.language()}")
     print(f"our time over stock SDPA's, {HEADS} heads of {HEAD_DIM}; below 1 ours is faster\n")
     print(f"{'tokens':<27}" + "".join(f"{length:>8,}" for length in options.lengths))
-    for dtype in options.dtypes or DTYPES[device]:
+    for dtype in DTYPES[device]:
         lines: dict[str, str] = {}
         for length in options.lengths:
             for kind, ours, stock in _cells(length, getattr(torch, dtype), device):

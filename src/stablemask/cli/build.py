@@ -1,21 +1,9 @@
-"""Compile what the CPU does in C++, for the PyTorch and Python installed; it needs a C++ compiler.
-
-A cached step of one token then takes about half of stock SDPA's time, and so do sequences on processors with
-AVX-512, trained too. Results are the same to rounding. Run it again after an update of PyTorch or of this package.
-"""
-
-from dataclasses import dataclass
+"""Compile what the CPU does in C++."""
 
 import torch
 
 from stablemask import native
-
-SUMMARY = "compile what the CPU does in C++: short sequences, and decoding"
-
-
-@dataclass(kw_only=True)
-class BuildOptions:
-    pass
+from stablemask.cli.options import BuildOptions
 
 
 def run(options: BuildOptions) -> None:

@@ -2,31 +2,16 @@
 
 import shlex
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
-from stablemask.cli.page import labels, where_it_is, whole_file
+from stablemask.cli.options import CompareOptions
+from stablemask.cli.page import labels, where_it_is
 from stablemask.errors import InputError
-from stablemask.options import option
+from stablemask.options import command_words
 from stablemask.report.comparison import compare
 from stablemask.report.comparison_page import render_comparison
 from stablemask.report.summary import caveat, takeaway, text_table, what_differs
-
-SUMMARY = "runs of your own, side by side"
-
-
-@dataclass(kw_only=True)
-class CompareOptions:
-    runs: list[str] = option(
-        [],
-        "folders of runs of one preset, context and text; the others are compared with the first",
-        positional=True,
-    )
-    out: Path | None = option(None, "HTML file to write, with figures and a sample of each run")
-    max_tokens: int = option(2**17, "read so many validation tokens of a run at most")
-    prompt: str | None = option(
-        None, "what the samples go on with; by default the validation text's beginning"
-    )
+from stablemask.writing import whole_file
 
 
 def run(options: CompareOptions) -> None:
@@ -38,7 +23,7 @@ def run(options: CompareOptions) -> None:
             dict(zip(labels(options.runs), folders, strict=True)),
             max_tokens=options.max_tokens,
             prompt=options.prompt,
-            command=_command(options),
+            command=shlex.join(["stablemask", "compare", *command_words(options)]),
         )
         if page is not None:
             page.write_text(render_comparison(comparison), encoding="utf-8")
@@ -47,8 +32,3 @@ def run(options: CompareOptions) -> None:
     )
     if options.out is not None:
         print(f"\n{where_it_is(options.out)}")
-
-
-def _command(options: CompareOptions) -> str:
-    out = [] if options.out is None else ["--out", str(options.out)]
-    return shlex.join(["stablemask", "compare", *options.runs, *out])

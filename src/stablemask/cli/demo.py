@@ -4,33 +4,25 @@ import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from stablemask.cli.page import where_it_is, whole_file
+from stablemask.cli.options import DemoOptions
+from stablemask.cli.page import where_it_is
 from stablemask.errors import InputError
-from stablemask.options import option, option_fields
+from stablemask.options import command_words
 from stablemask.report.comparison import compare
 from stablemask.report.comparison_page import render_comparison
 from stablemask.report.summary import caveat, takeaway, text_table
 from stablemask.shell import runnable
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import OPTIONS_FILE, pretrain
-
-SUMMARY = "train softmax and StableMask side by side, and report"
+from stablemask.writing import whole_file
 
 KINDS = ("softmax", "stablemask")
 RESULTS, REPORT = "results.json", "report.html"
-
-
-@dataclass(kw_only=True)
-class DemoOptions:
-    out: str = option("runs/demo", "folder for both runs, the results and the report")
-    steps: int = option(300, "optimizer steps of each training")
-    data: str = option("builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
-    resume: bool = option(False, "go on with the demo in --out; what is finished is used again")
 
 
 def run(options: DemoOptions) -> int:
@@ -109,13 +101,8 @@ def _advice_when_interrupted(options: DemoOptions) -> Iterator[None]:
 
 
 def _command(options: DemoOptions, *, resume: bool = False) -> str:
-    """The command with these options, defaults left out."""
-    words = ["stablemask", "demo"]
-    for field in option_fields(DemoOptions):
-        value = getattr(options, field.name)
-        if value != field.default and field.name != "resume":
-            words += [field.flag, str(value)]
-    return shlex.join(words + ["--resume"] * resume)
+    words = command_words(replace(options, resume=resume))
+    return shlex.join(["stablemask", "demo", *words])
 
 
 def _what_next(options: DemoOptions) -> str:

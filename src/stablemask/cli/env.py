@@ -14,11 +14,9 @@ from stablemask import __version__, native
 from stablemask.attention import sink_attention
 from stablemask.backends import BACKENDS
 from stablemask.backends.choice import order
-from stablemask.options import option
+from stablemask.cli.options import EnvOptions
 from stablemask.private import PRIVATE, missing
 from stablemask.versions import installed, newer_than_tested
-
-SUMMARY = "what is installed, and which attention backends work here"
 
 PACKAGES = (
     "torch",
@@ -34,11 +32,6 @@ PACKAGES = (
 )
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-
-
-@dataclass(kw_only=True)
-class EnvOptions:
-    json: bool = option(False, "print one JSON object instead of the table")
 
 
 @dataclass(frozen=True)

@@ -3,60 +3,32 @@
 """
 
 import time
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from stablemask import __version__, strict_json
-from stablemask.cli.models import device_option, dtype_option, load
+from stablemask.cli.models import load
+from stablemask.cli.options import EvaluateOptions
 from stablemask.data import load_documents, load_tokenizer, tokenize_documents
 from stablemask.errors import InputError
 from stablemask.evaluation import perplexity, perplexity_text
 from stablemask.evaluation.tasks import evaluate_tasks, results_table
 from stablemask.hf.loading import load_config
-from stablemask.options import option
+from stablemask.options import changed
 from stablemask.training.trained_on import TrainedOn, trained_on
 
-SUMMARY = "perplexity of a model on a text by length, or its scores in tasks"
-
 # Of one way of evaluating, without meaning in the other.
-OF_PERPLEXITY = ("data", "split", "text_column", "lengths", "stride", "max_tokens")
-OF_TASKS = ("include_path", "limit", "num_fewshot")
-
-
-@dataclass(kw_only=True)
-class EvaluateOptions:
-    model: str = option(MISSING, "folder or hub name of the model")
-    data: str | None = option(
-        None,
-        "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]; by default what the model was "
-        "trained on, where its folder says so",
-    )
-    split: Literal["validation", "train", "all"] = option("validation", "which part of the data")
-    text_column: str | None = option(
-        None, "field of a record that holds its text; by default text, or that of the training"
-    )
-    lengths: list[str] = option(["1x", "2x", "4x"], "in tokens, or in training lengths")
-    stride: int | None = option(None, "new tokens a window scores; by default half its length")
-    max_tokens: int | None = option(None, "read so many tokens of the text at most")
-    tasks: list[str] = option([], "instead: tasks or groups of the lm-evaluation-harness")
-    include_path: Path | None = option(None, "folder of tasks of your own, in its YAML format")
-    limit: int | None = option(None, "take the first so many examples of each task")
-    num_fewshot: int | None = option(None, "solved examples before each; by default the task's own")
-    batch_size: int | None = option(
-        None, "windows in a batch, by default what memory allows; of tasks, requests, by default 1"
-    )
-    dtype: str = dtype_option()
-    device: str | None = device_option()
+OF_PERPLEXITY: tuple[str, ...] = ("data", "split", "text_column", "lengths", "stride", "max_tokens")
+OF_TASKS: tuple[str, ...] = ("include_path", "limit", "num_fewshot")
 
 
 def run(options: EvaluateOptions) -> None:
-    _refuse_mixture(options)
+    _refuse_options_of_the_other(options)
     text = None if options.tasks else _text(options)  # before the weights are read
-    model = load(options.model, options.dtype, options.device)
+    model = load(options)
     if text is None:
         _run_tasks(options, model)
     else:
@@ -95,17 +67,16 @@ def _documents(options: EvaluateOptions, text: TrainedOn) -> list[str]:
         ) from error
 
 
-def _refuse_mixture(options: EvaluateOptions) -> None:
+def _refuse_options_of_the_other(options: EvaluateOptions) -> None:
     """An option that would be ignored is a mistake."""
-    default = EvaluateOptions(model=options.model)
-    for name in OF_PERPLEXITY if options.tasks else OF_TASKS:
-        if getattr(options, name) != getattr(default, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{flag} is of perplexity, which --tasks does not measure; leave one out"
-                if options.tasks
-                else f"{flag} is of tasks; name them with --tasks"
-            )
+    names, why = OF_TASKS, "is of tasks; name them with --tasks"
+    if options.tasks:
+        names, why = (
+            OF_PERPLEXITY,
+            "is of perplexity, which --tasks does not measure; leave one out",
+        )
+    for name in changed(options, names):
+        raise InputError(f"--{name.replace('_', '-')} {why}")
 
 
 def _run_tasks(options: EvaluateOptions, model: PreTrainedModel) -> None:
@@ -141,7 +112,6 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel, text: Trai
     tokens = tokenize_documents(documents, tokenizer)
     bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
 
-    table = _Table(model)
     results: list[dict[str, Any]] = []
     refused: list[InputError] = []
     for length in lengths:
@@ -159,11 +129,11 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel, text: Trai
             row = {**asdict(result), "seconds": time.perf_counter() - start}
         except InputError as error:  # one length may be impossible and the others not
             refused.append(error)
+            if len(refused) == len(lengths):
+                raise
             row = {"length": length, "error": str(error)}
-        if len(refused) == len(lengths):
-            raise refused[0]
         results.append(row)
-        table.print_row(row)
+        _print_row(row, trained_length(model), first=len(results) == 1)
 
     summary = {
         "model": options.model,
@@ -207,33 +177,25 @@ def _parse_length(text: str, model: PreTrainedModel) -> int:
     raise InputError(f"the model names no training length; give tokens, not {text!r}")
 
 
-class _Table:
-    """Prints each row as soon as it is known: the long lengths take their time."""
+COLUMNS = "{:>8}  {:>8}  {:>11}  {:>10}  {:>9}  {:>10}  {:>8}"
+NAMES = ("length", "trained", "perplexity", "nats/token", "bits/byte", "tokens", "tokens/s")
 
-    names = ("length", "trained", "perplexity", "nats/token", "bits/byte", "tokens", "tokens/s")
-    columns = "{:>8}  {:>8}  {:>11}  {:>10}  {:>9}  {:>10}  {:>8}"
 
-    def __init__(self, model: PreTrainedModel):
-        self.trained = trained_length(model)
-        self.empty = True
-
-    def print_row(self, row: dict[str, Any]) -> None:
-        if self.empty:
-            print(self.columns.format(*self.names), flush=True)
-            self.empty = False
-        multiple = f"{row['length'] / self.trained:.4g}x" if self.trained else "-"
-        if "error" in row:
-            print(f"{row['length']:>8}  {multiple:>8}  not scored: {row['error']}", flush=True)
-            return
-        print(
-            self.columns.format(
-                row["length"],
-                multiple,
-                perplexity_text(row["perplexity"]),
-                f"{row['nats_per_token']:.4f}",
-                f"{row['bits_per_byte']:.4f}",
-                row["tokens"],
-                f"{row['tokens'] / row['seconds']:.0f}",
-            ),
-            flush=True,
-        )
+def _print_row(row: dict[str, Any], trained: int | None, *, first: bool) -> None:
+    """As soon as it is known, for the long lengths take their time."""
+    if first:
+        print(COLUMNS.format(*NAMES))
+    multiple = f"{row['length'] / trained:.4g}x" if trained else "-"
+    if "error" in row:
+        print(f"{row['length']:>8}  {multiple:>8}  not scored: {row['error']}", flush=True)
+        return
+    cells = (
+        row["length"],
+        multiple,
+        perplexity_text(row["perplexity"]),
+        f"{row['nats_per_token']:.4f}",
+        f"{row['bits_per_byte']:.4f}",
+        row["tokens"],
+        f"{row['tokens'] / row['seconds']:.0f}",
+    )
+    print(COLUMNS.format(*cells), flush=True)

@@ -1,12 +1,9 @@
 """Write a model as an ONNX file or a torch.export program, and check that it gives the model's logits."""
 
-from dataclasses import MISSING, dataclass
-from pathlib import Path
-from typing import Literal
-
 import torch
 
 from stablemask import strict_json
+from stablemask.cli.options import ExportOptions
 from stablemask.errors import InputError, RunError
 from stablemask.hf import load_model
 from stablemask.inference.export import (
@@ -15,19 +12,6 @@ from stablemask.inference.export import (
     largest_difference,
     load_onnx,
 )
-from stablemask.options import option
-
-SUMMARY = "a model as an ONNX file or a torch.export program"
-
-
-@dataclass(kw_only=True)
-class ExportOptions:
-    model: str = option(MISSING, "folder or hub name of the model")
-    out: Path = option(MISSING, "the file: NAME.onnx, or NAME.pt2 for torch.export")
-    cache: bool = option(False, "take and give keys and values, to decode with")
-    batch_size: int | None = option(None, "fix the batch, with --length; by default any")
-    length: int | None = option(None, "fix the length, with --batch-size; by default any")
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "of the weights")
 
 
 def run(options: ExportOptions) -> None:

@@ -4,8 +4,6 @@ from stablemask.cli.outcome import report
 from stablemask.training.finetune import describe_finetuning, finetune
 from stablemask.training.options import FinetuneOptions
 
-SUMMARY = "train a pretrained model further, or adapt it to StableMask"
-
 
 def run(options: FinetuneOptions) -> int:
     if options.dry_run:

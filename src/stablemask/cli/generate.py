@@ -1,73 +1,41 @@
 """Continue prompts with a trained model, greedily or by sampling: some, a file of them, or a stream."""
 
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stablemask.cli.models import device_option, dtype_option, load
+from stablemask.cli.models import load
+from stablemask.cli.options import GenerateOptions
 from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
 from stablemask.inference import generate
 from stablemask.inference.batch import answer_prompts, open_answers, read_prompts, refuse_lines
 from stablemask.inference.generate import check_chat_template, check_settings, encode_prompt
-from stablemask.options import option
 from stablemask.writing import only_writer
-
-SUMMARY = "continue prompts with a trained model"
-
-
-@dataclass(kw_only=True)
-class GenerateOptions:
-    model: str = option(MISSING, "folder or hub name of the model")
-    prompt: list[str] = option([], "text to continue, or several")
-    prompts: Path | None = option(None, "file of prompts: .txt, a line each, or .jsonl with prompt")
-    out: Path | None = option(
-        None, "with --prompts: .jsonl file of the answers, written as they come"
-    )
-    batch_size: int = option(8, "with --prompts: how many run together")
-    resume: bool = option(False, "with --prompts: go on with the file of answers")
-    chat: bool = option(False, "put prompts through the tokenizer's chat template")
-    max_new_tokens: int | None = option(
-        64, "add at most so many tokens; none, with --window and --stream: until the end token"
-    )
-    temperature: float = option(0.0, "0 takes the likeliest token, above it tokens are sampled")
-    top_p: float = option(1.0, "sample among the likeliest tokens that hold this probability")
-    top_k: int | None = option(None, "sample among so many likeliest tokens")
-    seed: int | None = option(None, "makes sampling repeatable")
-    window: int | None = option(
-        None, "let a token see so many tokens, and keep no more: a text may then go on for ever"
-    )
-    stream: bool = option(False, "print the text as it comes")
-    dtype: str = dtype_option()
-    device: str | None = device_option()
 
 
 def run(options: GenerateOptions) -> None:
     _check(options)
-    if options.prompts is not None:
-        assert options.out is not None
+    if options.prompts is not None and options.out is not None:
         with only_writer(options.out, is_file=True):
-            return _answer_file(options)
+            _answer_file(options, options.prompts, options.out)
+        return
     answer, _ = _load(options)
-    answer = partial(answer, seed=options.seed)
-
-    def answer_aloud(prompt: str) -> None:
-        # With the first piece, so that a prompt that is refused is not shown.
-        start = iter([_shown(prompt)])
-        answer([prompt], stream=lambda text: print(next(start, "") + text, end="", flush=True))
-        print(next(start, ""))
-
-    def _shown(prompt: str) -> str:
-        return "" if options.chat else prompt  # an answer does not go on with the question
-
+    # An answer in a chat does not go on with the question.
+    heads = ["" if options.chat else prompt for prompt in options.prompt]
     if options.stream:
-        for prompt in options.prompt:
-            answer_aloud(prompt)
+        for prompt, head in zip(options.prompt, heads, strict=True):
+            _answer_aloud(partial(answer, [prompt], seed=options.seed), iter([head]))
     else:
-        for prompt, text in zip(options.prompt, answer(options.prompt), strict=True):
-            print(_shown(prompt) + text)
+        for head, text in zip(heads, answer(options.prompt, seed=options.seed), strict=True):
+            print(head + text)
+
+
+def _answer_aloud(answer: Callable[..., list[str]], head: Iterator[str]) -> None:
+    # With the first piece, so that a prompt that is refused is not shown.
+    answer(stream=lambda text: print(next(head, "") + text, end="", flush=True))
+    print(next(head, ""))
 
 
 def _check(options: GenerateOptions) -> None:
@@ -87,49 +55,34 @@ def _check(options: GenerateOptions) -> None:
 
 
 def _settings(options: GenerateOptions) -> dict[str, Any]:
-    names = "max_new_tokens temperature top_p top_k window"
-    return {name: getattr(options, name) for name in names.split()}
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "window")
+    return {name: getattr(options, name) for name in names}
 
 
-def _load(options: GenerateOptions) -> tuple[Callable[..., list[str]], Callable[..., list[int]]]:
+def _load(options: GenerateOptions) -> tuple[Callable[..., list[str]], Callable[[str], list[int]]]:
     """``generate`` and ``encode_prompt`` for the model and the settings of the command."""
-    model = load(options.model, options.dtype, options.device)
-    tokenizer = load_tokenizer(options.model)
+    model, tokenizer = load(options), load_tokenizer(options.model)
     if options.chat:
         check_chat_template(tokenizer)
     answer = partial(generate, model, tokenizer, chat=options.chat, **_settings(options))
-    encode = partial(
-        encode_prompt,
-        model,
-        tokenizer,
-        max_new_tokens=options.max_new_tokens,
-        chat=options.chat,
-    )
-    return answer, encode
+    most = options.max_new_tokens
+    return answer, partial(encode_prompt, model, tokenizer, max_new_tokens=most, chat=options.chat)
 
 
-def _answer_file(options: GenerateOptions) -> None:
-    assert options.prompts is not None
-    assert options.out is not None
-    by_line = read_prompts(options.prompts, chat=options.chat)
+def _answer_file(options: GenerateOptions, prompts: Path, out: Path) -> None:
+    by_line = read_prompts(prompts, chat=options.chat)
     records = list(by_line.values())
-    done = open_answers(options.out, records, resume=options.resume)
+    done = open_answers(out, records, resume=options.resume)
     if done < len(records):
         answer, encode = _load(options)
-        # Now rather than hours into the run.
         wrong = {}
-        for number, record in by_line.items():
+        for number, record in by_line.items():  # now rather than hours into the run
             try:
                 encode(record["prompt"])
             except InputError as error:
                 wrong[number] = str(error)
-        refuse_lines(options.prompts, wrong)
+        refuse_lines(prompts, wrong)
         answer_prompts(
-            records,
-            options.out,
-            answer,
-            done=done,
-            batch_size=options.batch_size,
-            seed=options.seed,
+            records, out, answer, done=done, batch_size=options.batch_size, seed=options.seed
         )
-    print(f"{len(records)} answers in {options.out}, {len(records) - done} of them new")
+    print(f"{len(records)} answers in {out}, {len(records) - done} of them new")

@@ -1,33 +1,18 @@
 """Where a model's attention goes on a text, as one HTML page: sinks, mask ratio, attention maps."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from stablemask.cli.models import device_option, dtype_option, load
-from stablemask.cli.page import labels, where_it_is, whole_file
+from stablemask.cli.models import load
+from stablemask.cli.options import InspectOptions
+from stablemask.cli.page import labels, where_it_is
 from stablemask.data import load_tokenizer
 from stablemask.errors import InputError
-from stablemask.options import option
-from stablemask.report.inspection import MAP_BYTES, MAX_TOKENS, Inspection, inspect_model
+from stablemask.report.inspection import MAP_BYTES, Inspection, inspect_model
 from stablemask.report.inspection_page import render_inspection, summary_rows, takeaway
-
-SUMMARY = "where a model's attention goes on a text, as an HTML page"
-
-
-@dataclass(kw_only=True)
-class InspectOptions:
-    model: str = option(MISSING, "folder or hub name of the model")
-    text: str = option(MISSING, "what it reads")
-    out: str = option(MISSING, "the HTML file to write")
-    against: str | None = option(None, "folder or hub name of a second model, shown side by side")
-    prefix: str | None = option(
-        None, "a token, or its id, that --model reads in front of the text: where it has its sink"
-    )
-    max_tokens: int = option(64, f"read so many tokens of the text at most, 2 to {MAX_TOKENS}")
-    dtype: str = dtype_option()
-    device: str | None = device_option()
+from stablemask.writing import whole_file
 
 
 def run(options: InspectOptions) -> None:
@@ -42,7 +27,7 @@ def run(options: InspectOptions) -> None:
             prefix = _token_id(tokenizer, options.prefix) if is_first else None
             inspections.append(
                 inspect_model(
-                    load(name, options.dtype, options.device),
+                    load(replace(options, model=name)),
                     tokenizer,
                     options.text,
                     label=label,

@@ -1,27 +1,42 @@
 """The `stablemask` command: choose a command, run it, turn bad input into one line and exit 2."""
 
-import ast
 import importlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from inspect import getdoc
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
 from stablemask import __version__
-from stablemask.cli.parser import parse_options
+from stablemask.cli import options as of
+from stablemask.cli.parser import complete, parse_options
 from stablemask.errors import InputError, RunError
+from stablemask.options import did_you_mean
 from stablemask.shell import pip_install
+from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.writing import BAD_PATH, FULL_DISK
 
-# In the order a new user meets them. Each is the module of that name in this folder.
-COMMANDS = (
-    "env", "build", "demo", "pretrain", "finetune", "merge", "generate", "serve", "evaluate", "compare", "inspect", "export",
-    "bench",
-)  # fmt: skip
+# In the order a new user meets them. Each is run by the module of that name in this folder, which is
+# imported once its options are read: PyTorch takes seconds.
+COMMANDS: dict[str, type] = {
+    "env": of.EnvOptions,
+    "build": of.BuildOptions,
+    "demo": of.DemoOptions,
+    "pretrain": PretrainOptions,
+    "finetune": FinetuneOptions,
+    "merge": of.MergeOptions,
+    "generate": of.GenerateOptions,
+    "serve": of.ServeOptions,
+    "evaluate": of.EvaluateOptions,
+    "compare": of.CompareOptions,
+    "inspect": of.InspectOptions,
+    "export": of.ExportOptions,
+    "bench": of.BenchOptions,
+}
 
 _PACKAGE = Path(__file__).parents[1]
 _format_of_python = warnings.formatwarning
@@ -67,19 +82,21 @@ def exit_code(command: Callable[[], int]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    if not argv:
-        raise InputError("no command given; see `stablemask --help`")
-    name, *rest = argv
+    complete(COMMANDS)
+    name, *rest = argv or [""]
+    if name in COMMANDS:
+        options: Any = parse_options(COMMANDS[name], rest, prog=f"stablemask {name}")
+        return _import_command(name).run(options) or 0
     if name in ("-h", "--help"):
         print(_overview())
-        return 0
-    if name == "--version":
+    elif name == "--version":
         print(f"stablemask {__version__}")
-        return 0
-    if name not in _available():
-        raise InputError(f"no command {name!r}; the commands are {', '.join(_available())}")
-    command = _import_command(name)
-    return run_with_options(command.run, rest, f"stablemask {name}", command.__doc__)
+    elif not name:
+        raise InputError("no command given; see `stablemask --help`")
+    else:
+        advice = did_you_mean(name, COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
+        raise InputError(f"no command {name!r}; {advice}")
+    return 0
 
 
 def run_with_options(
@@ -126,16 +143,11 @@ def _format_warning(
     return f"stablemask: {message}\n" if os.environ.get("RANK", "0") == "0" else ""
 
 
-def _available() -> list[str]:
-    return [name for name in COMMANDS if _source(name).exists()]
-
-
-def _source(name: str) -> Path:
-    return Path(__file__).with_name(f"{name}.py")
-
-
 def _overview() -> str:
-    lines = [f"  {name:<10} {_summary(name)}" for name in _available()]
+    commands = [
+        f"  {name:<10} {(getdoc(options) or '').splitlines()[0]}"
+        for name, options in COMMANDS.items()
+    ]
     return "\n".join(
         [
             "usage: stablemask COMMAND [options]",
@@ -143,21 +155,12 @@ def _overview() -> str:
             "Attention with a pseudo mass, and the tools to train language models with it.",
             "",
             "commands:",
-            *lines,
+            *commands,
             "",
             "`stablemask COMMAND --help` lists the options of a command; every one of them can",
             "also stand in a YAML file given with --config.",
         ]
     )
-
-
-def _summary(name: str) -> str:
-    """The SUMMARY of a command, read without importing it: its imports may load torch."""
-    for statement in ast.parse(_source(name).read_text(encoding="utf-8")).body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id="SUMMARY")], value=ast.Constant(value=str(text))):
-                return text
-    return ""
 
 
 def _fault_outside(error: BaseException) -> tuple[str, int] | None:

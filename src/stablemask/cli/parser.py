@@ -1,14 +1,17 @@
 """Turn a dataclass of options into an argparse parser and a YAML reader."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from inspect import getdoc
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from stablemask.errors import InputError
 from stablemask.options import (
     OptionField,
-    convert_text,
+    convert,
+    did_you_mean,
     load_yaml,
     option_fields,
     options_from_values,
@@ -28,24 +31,35 @@ def parse_options(
     """Read the options of a command from its flags and, with ``--config``, from a YAML file.
 
     A flag wins over the file, the file over the default. Anything wrong raises InputError;
-    ``--help`` prints and exits with 0.
+    ``--help`` prints and exits with 0. The description is by default the docstring of the class.
     """
     fields = option_fields(options_class)
-    positional = next((field for field in fields if field.positional), None)
-    usage = "%(prog)s [options]"
-    if positional:
-        one = _metavar(positional)
-        usage += f" {one}" if positional.item_kind is None else f" [{one} ...]"
-    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file of options; flags win over it"
+    bare = [field for field in fields if field.positional]
+    usage = ["%(prog)s"]
+    usage += [
+        f"{field.flag} {_metavar(field)}"
+        for field in fields
+        if field.required and field not in bare
+    ]
+    usage += ["[options]"]
+    usage += [_metavar(field) if field.required else f"[{_metavar(field)} ...]" for field in bare]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join(usage),
+        description=description or getdoc(options_class),
+        allow_abbrev=False,
     )
-    for field in fields:
-        _add_flag(parser, field)
+    add_options(parser, options_class)
 
     # The plain way would take no value before the first flag for no value at all.
-    parse = parser.parse_intermixed_args if positional else parser.parse_args
-    flags = vars(parse(argv))
+    parse = parser.parse_known_intermixed_args if bare else parser.parse_known_args
+    given, unknown = parse(argv)
+    if unknown:
+        wrong = f"unrecognized arguments: {' '.join(unknown)}"
+        if advice := did_you_mean(unknown[0].partition("=")[0], [field.flag for field in fields]):
+            raise InputError(f"{wrong}; {advice}")
+        parser.error(wrong)
+    flags = vars(given)
     config = flags.pop("config")
     values = {}
     if config is not None:
@@ -53,7 +67,7 @@ def parse_options(
     values |= flags
     missing = [field for field in fields if field.required and field.name not in values]
     if missing:
-        names = [_metavar(field) if field.positional else field.flag for field in missing]
+        names = [_metavar(field) if field in bare else field.flag for field in missing]
         parser.error(f"{' and '.join(names)} must be given")
     return options_class(**values)
 
@@ -66,37 +80,59 @@ class _Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)  # argparse's own swallows a full disk
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: OptionField) -> None:
-    # A flag that is not given leaves no trace, so that the YAML file and the defaults can speak.
-    common: dict[str, Any] = {
-        "dest": field.name,
-        "default": argparse.SUPPRESS,
-        "help": _help(field),
-    }
-    if bool in union_members(field.kind):
-        parser.add_argument(field.flag, action=argparse.BooleanOptionalAction, **common)
+def add_options(parser: argparse.ArgumentParser, options_class: type) -> None:
+    """A flag for each option of a dataclass, and ``--config``."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of options; flags win over it"
+    )
+    group: Any = parser
+    for field in option_fields(options_class):
+        if field.group is not None:
+            group = parser.add_argument_group(field.group)
+        _add_flag(group, field)
+
+
+def complete(commands: Mapping[str, type]) -> None:
+    """Tell a shell what may follow, where it asks as argcomplete has set it up to do, and end."""
+    if "_ARGCOMPLETE" not in os.environ:
         return
-    common["metavar"] = _metavar(field)
+    import argcomplete
+
+    parser = argparse.ArgumentParser()
+    parsers = parser.add_subparsers()
+    for name, options_class in commands.items():
+        add_options(parsers.add_parser(name), options_class)
+    argcomplete.autocomplete(parser)
+
+
+def _add_flag(group: Any, field: OptionField) -> None:
+    # A flag that is not given leaves no trace, so that the YAML file and the defaults can speak.
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+    if bool in union_members(field.kind):
+        group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **common)
+        return
+    kind = field.item_kind or field.kind
+    common |= {"metavar": _metavar(field), "type": _converter(kind)}
+    if get_origin(kind) is Literal and not field.positional:
+        common["choices"] = get_args(
+            kind
+        )  # for a shell that completes; the converter refuses others
     if field.positional:
-        del common["dest"]
-        convert = _converter(field.item_kind or field.kind, field.choices)
-        nargs = "?" if field.item_kind is None else "*"
-        parser.add_argument(field.name, nargs=nargs, type=convert, **common)
+        group.add_argument(field.name, nargs="?" if field.item_kind is None else "*", **common)
     elif field.item_kind is not None:
-        convert = _converter(field.item_kind, field.choices)
-        parser.add_argument(field.flag, nargs="+", action="extend", type=convert, **common)
+        group.add_argument(field.flag, nargs="+", action="extend", **common)
     else:
-        parser.add_argument(field.flag, type=_converter(field.kind, field.choices), **common)
+        group.add_argument(field.flag, **common)
 
 
-def _converter(kind: Any, choices: Sequence[str] | None) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
+def _converter(kind: Any) -> Callable[[str], Any]:
+    def converted(text: str) -> Any:
         try:
-            return convert_text(text, kind, choices)
+            return convert(text, kind)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    return convert
+    return converted
 
 
 def _help(field: OptionField) -> str:
@@ -112,8 +148,6 @@ def _help(field: OptionField) -> str:
 
 
 def _metavar(field: OptionField) -> str:
-    if field.choices:
-        return "{" + ",".join(field.choices) + "}"
     if field.positional and field.item_kind is None:
         return field.name.upper()
     words: list[str] = []

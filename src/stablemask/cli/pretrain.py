@@ -5,8 +5,6 @@ from stablemask.training.dry_run import describe_cost
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
 
-SUMMARY = "train a language model from scratch"
-
 
 def run(options: PretrainOptions) -> int:
     if options.dry_run:

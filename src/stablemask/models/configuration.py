@@ -4,11 +4,10 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from ..errors import InputError
 from .cache import CACHE_NAMES
+from .presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
 from .settings import complete_settings, is_number, require_positive_int
-
-POSITION_ENCODINGS = ("rope", "alibi", "nope", "learned", "sinusoidal")
-ATTENTION_KINDS = ("stablemask", "softmax", "softmax1", "learned-sink")
 
 _SIZES = (
     "vocab_size",
@@ -249,3 +248,14 @@ def _changed(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         rope = fields.get("rope_parameters") or {}
         fields["rope_parameters"] = rope | {"rope_theta": fields.pop("rope_theta")}
     return fields
+
+
+def preset_config(name: str, **overrides: Any) -> StableMaskConfig:
+    """The configuration of a preset, any field replaced by keyword.
+
+    Raises:
+        InputError: no preset has this name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return StableMaskConfig(**{**PRESETS[name], **overrides})

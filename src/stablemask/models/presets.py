@@ -1,9 +1,9 @@
-"""Model sizes by name."""
+"""What a model can be told by name: its size, its attention and its positions. Nothing is loaded for it."""
 
 from typing import Any
 
-from ..errors import InputError
-from .configuration import StableMaskConfig
+POSITION_ENCODINGS = ("rope", "alibi", "nope", "learned", "sinusoidal")
+ATTENTION_KINDS = ("stablemask", "softmax", "softmax1", "learned-sink")
 
 # From tiny on each within 3 % of its name in parameters; nano and micro, 0.3 and 0.9 million, are for
 # studies of many models. 50304 is GPT-2's vocabulary, padded to a multiple
@@ -69,14 +69,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
     },
 }
-
-
-def preset_config(name: str, **overrides: Any) -> StableMaskConfig:
-    """The configuration of a preset, any field replaced by keyword.
-
-    Raises:
-        InputError: no preset has this name.
-    """
-    if name not in PRESETS:
-        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return StableMaskConfig(**{**PRESETS[name], **overrides})

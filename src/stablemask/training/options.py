@@ -1,21 +1,24 @@
 """What a training run can be told, and the checks that need no data."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 from dataclasses import MISSING, dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from typing_extensions import Self
-
-from ..data.mixture import parse_mixture
-from ..data.sources import BUILTIN
 from ..errors import InputError
-from ..models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS, StableMaskConfig
-from ..models.presets import PRESETS, preset_config
-from ..models.settings import given_settings
-from ..options import check_values, option
+from ..models.presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
+from ..options import changed, check_values, option
 from ..shell import pip_install
 from .machine import default_dtype, world_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..models.configuration import StableMaskConfig
+
+# What takes long to import is imported where it is used: `stablemask pretrain --help` reads this file.
 
 # Options that may differ between the parts of a run: they change nothing that is computed, but for the
 # number of steps, by which a run goes on where it had ended.
@@ -38,50 +41,56 @@ class TrainingOptions:
 
     command: ClassVar[str]
 
-    steps: int | None = option(None, "optimizer steps; only --dry-run goes without")
-    out: str | None = option(None, "folder for the run and its model; only --dry-run goes without")
-    data: str = option(MISSING, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
+    steps: int | None = option(None, "optimizer steps; --dry-run goes without", group="the run")
+    out: str | None = option(None, "folder for the run and its model; --dry-run goes without")
+    resume: bool = option(False, "go on with the run in --out, also to more --steps than it had")
+    dry_run: bool = option(False, "check the options, print what would be done, and stop")
+    seed: int = option(0, "of new weights, and of the order of the data")
+
+    data: str = option(
+        MISSING, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]", group="data"
+    )
     text_column: str = option("text", "column of a record's text; messages, for conversations")
     context: int | None = option(None, "tokens in a training block; by default the model's")
     batch_size: int = option(16, "blocks in a batch, on each device")
     global_batch_size: int | None = option(
-        None,
-        "blocks in a step, over all devices, by as many batches as it takes; by default one on each",
+        None, "blocks in a step, in as many batches as it takes; by default one on each device"
     )
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    workers: int | None = option(
+        None, "processes that load data, for each device; by default none, or one for streams"
+    )
+
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", group="optimizer")
     min_learning_rate: float = option(0.1, "where the cosine ends, as a share of the peak")
     warmup: int | None = option(None, "steps of linear warm-up; by default a tenth of the steps")
     weight_decay: float = option(0.1, "decoupled weight decay of AdamW")
     beta2: float = option(0.98, "decay of AdamW's second moment")
     clip: float = option(1.0, "largest norm of the gradients")
+    skip_spikes: float = option(0.0, "skip a loss so many deviations above the last ones, 0: none")
+
     dtype: str = option(
         "auto",
         "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it",
         choices=("auto", "float32", "bfloat16"),
+        group="speed and memory",
     )
     compile: bool = option(False, "run the model through torch.compile")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     fsdp: bool = option(False, "shard weights, gradients and optimizer (FSDP2); by default DDP")
-    workers: int | None = option(
-        None, "processes that load data, for each device; by default none, or one for streams"
-    )
-    skip_spikes: float = option(0.0, "skip a loss so many deviations above the last ones, 0: none")
-    probe_tokens: int = option(512, "tokens whose attention each evaluation looks at, 0: none")
-    log_every: int = option(10, "steps between log lines")
-    eval_every: int | None = option(None, "steps between evaluations; by default a tenth of all")
-    eval_tokens: int = option(65536, "validation tokens of an evaluation during training")
-    final_eval_tokens: int | None = option(None, "of the last evaluation; by default all")
-    save_every: int | None = option(None, "steps between checkpoints; by default a tenth of all")
-    keep_checkpoints: int = option(2, "how many of the latest checkpoints stay")
-    async_save: bool = option(False, "write checkpoints in the background, while training goes on")
-    seed: int = option(0, "of the weights and the order of the data")
-    tensorboard: bool = option(True, "write event files for TensorBoard")
-    wandb: bool = option(False, "log to Weights & Biases")
-    resume: bool = option(False, "go on with the run in --out, also to more --steps than it had")
-    dry_run: bool = option(False, "print what the run would cost, and stop")
     peak_flops: float | None = option(
         None, "FLOP/s of one device in this dtype; by default known from its name"
     )
+
+    log_every: int = option(10, "steps between log lines", group="evaluations, logs, checkpoints")
+    eval_every: int | None = option(None, "steps between evaluations; by default a tenth of all")
+    eval_tokens: int = option(65536, "validation tokens of an evaluation during training")
+    final_eval_tokens: int | None = option(None, "of the last evaluation; by default all")
+    probe_tokens: int = option(512, "tokens whose attention each evaluation looks at, 0: none")
+    save_every: int | None = option(None, "steps between checkpoints; by default a tenth of all")
+    keep_checkpoints: int = option(2, "how many of the latest checkpoints stay")
+    async_save: bool = option(False, "write checkpoints in the background, while training goes on")
+    tensorboard: bool = option(True, "write event files for TensorBoard")
+    wandb: bool = option(False, "log to Weights & Biases")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -164,21 +173,17 @@ class TrainingOptions:
 
 @dataclass(kw_only=True)
 class PretrainOptions(TrainingOptions):
-    """Options of ``stablemask pretrain``; the defaults suit the ``tiny`` preset."""
+    """Train a language model from scratch.
+
+    The defaults suit the tiny preset.
+    """
 
     command: ClassVar[str] = "pretrain"
 
-    data: str = option(BUILTIN, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]")
-    preset: str = option("tiny", "size of the model", choices=tuple(PRESETS))
-    chunked_loss: bool = option(
-        True, "compute the loss a chunk of tokens at a time, and never hold all logits"
+    data: str = option(
+        "builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]", group="data"
     )
-    mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
-    streaming: bool = option(False, "read and tokenize while training, and store no tokens")
-    shuffle_buffer: int = option(10_000, "with --streaming, documents shuffled at a time")
-    context_parallel: int = option(1, "devices that share a sequence, each with a part of it")
-    tokenizer: str | None = option(None, "existing tokenizer; by default one is trained")
-    vocab_size: int | None = option(None, "vocabulary; by default the preset's")
+    preset: str = option("tiny", "size of the model", choices=tuple(PRESETS), group="model")
     attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)
     position: str = option("rope", "position encoding", choices=POSITION_ENCODINGS)
     gamma: float | Literal["slopes", "learned"] | None = option(
@@ -190,6 +195,19 @@ class PretrainOptions(TrainingOptions):
     )
     floor: float | None = option(None, "a constant added to the mass of every row")
     layers: list[int] | None = option(None, "the layers that have a mass; by default all")
+    chunked_loss: bool = option(
+        True, "compute the loss a chunk of tokens at a time, and never hold all logits"
+    )
+    tokenizer: str | None = option(
+        None, "existing tokenizer; by default one is trained", group="tokens and streams"
+    )
+    vocab_size: int | None = option(None, "vocabulary; by default the preset's")
+    mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
+    streaming: bool = option(False, "read and tokenize while training, and store no tokens")
+    shuffle_buffer: int = option(10_000, "with --streaming, documents shuffled at a time")
+    context_parallel: int = option(
+        1, "devices that share a sequence, each with a part of it", group="devices"
+    )
     devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
     def resolved(self) -> Self:
@@ -205,9 +223,11 @@ class PretrainOptions(TrainingOptions):
         return there_are, self.context_parallel
 
     def _check(self) -> None:
+        from ..data.mixture import parse_mixture
+
         super()._check()
         self.model_config()
-        if self.mixture and self.data != BUILTIN:
+        if self.mixture and self.data != "builtin":
             raise InputError("give data or a mixture, not both")
         if self.mixture:
             parse_mixture(self.mixture)
@@ -223,6 +243,9 @@ class PretrainOptions(TrainingOptions):
 
     def model_config(self, **overrides: Any) -> StableMaskConfig:
         """The model these options describe; ``overrides`` are fields of its configuration."""
+        from ..models.configuration import preset_config
+        from ..models.settings import given_settings
+
         names = ("gamma", "horizon", "hold", "floor", "layers")
         given = given_settings(**{name: getattr(self, name) for name in names})
         if given and self.attention != "stablemask":
@@ -238,77 +261,47 @@ class PretrainOptions(TrainingOptions):
         }
         try:
             return preset_config(self.preset, **{**fields, **overrides})
-        except InputError:
-            raise
         except ValueError as error:
             raise InputError(str(error)) from error
 
 
 @dataclass(kw_only=True)
 class FinetuneOptions(TrainingOptions):
-    """Options of ``stablemask finetune``."""
+    """Train a pretrained model further, or adapt it to StableMask.
+
+    It learns from text or conversations; --adapt makes it a StableMask model.
+    """
 
     command: ClassVar[str] = "finetune"
 
-    steps: int | None = option(
-        None,
-        "optimizer steps; only --adapt, by default 120 (with --lora 400), and --dry-run go without",
-    )
     data: str | None = option(  # type: ignore[assignment]  # of a run that has no text of its own
-        None, "text or conversations: builtin, a file or folder, or hub:OWNER/NAME[:CONFIG]; --adapt goes "
-        "without, and mixes it half and half with text that the model writes itself"
-    )  # fmt: skip
+        None,
+        "text or conversations: builtin, a file or folder, or hub:OWNER/NAME[:CONFIG]; --adapt goes "
+        "without, and mixes it half and half with text that the model writes itself",
+        group="data",
+    )
     context: int | None = option(
         None,
-        "tokens in a block, and the most of a conversation; by default the model's, at most 1024, and "
-        "256 with --adapt",
+        "tokens in a block, and the most of a conversation; by default the model's, at most 1024",
     )
     # These are filled in by `resolved`.
     batch_size: int | None = option(  # type: ignore[assignment]
-        None,
-        "blocks or conversations in a batch, on each device; by default 8, and 4 with --adapt",
+        None, "blocks or conversations in a batch, on each device; by default 8"
     )
     learning_rate: float | None = option(  # type: ignore[assignment]
         None,
-        "peak learning rate of AdamW; by default 5e-5; --lora wants about 2e-4, and has it with --adapt",
+        "peak learning rate of AdamW; by default 5e-5; --lora wants about 2e-4",
+        group="optimizer",
     )
     min_learning_rate: float = option(0.0, "where the cosine ends, as a share of the peak")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
     beta2: float | None = option(  # type: ignore[assignment]
-        None, "decay of AdamW's second moment; by default 0.999, and 0.99 with --adapt"
+        None, "decay of AdamW's second moment; by default 0.999"
     )
     eval_tokens: int = option(16384, "validation tokens of an evaluation during training")
-    eval_every: int | None = option(
-        None, "steps between evaluations; by default a tenth of all, and a quarter with --adapt"
-    )
-    save_every: int | None = option(
-        None, "steps between checkpoints; by default a tenth of all, and a quarter with --adapt"
-    )
-    seed: int = option(0, "of the order of the data, and of a new adapter")
-    dry_run: bool = option(
-        False, "check the model and the data, print what would be done, and stop"
-    )
-    model: str = option(MISSING, "folder or hub name of the model to start from")
-    adapt: bool = option(
-        False, "make a softmax model a StableMask model, and take its attention sink out of it"
-    )
-    texts: int | None = option(
-        None, "with --adapt, texts that the model writes itself to learn from, 0 for the data alone; by "
-        "default as many as it will read"
-    )  # fmt: skip
-    gamma: float | Literal["slopes"] | None = option(
-        None, "with --adapt, decay of the pseudo scores: a number, or slopes; by default 1 / the "
-        "model's context"
-    )  # fmt: skip
-    horizon: int | None = option(
-        None, "with --adapt, columns of the pseudo mask; by default infinitely many"
-    )
-    hold: int | Literal["never"] | None = option(
-        None, "with --adapt, last position at which the mass falls, or never; by default the model's "
-        "context - 1"
-    )  # fmt: skip
-    start: int = option(
-        0, "with --adapt, first position with a pseudo mass; 1 leaves the first row alone"
+
+    model: str = option(
+        MISSING, "folder or hub name of the model to start from", group="what is trained"
     )
     first_layer: int = option(
         0, "train from this layer on; the embeddings and the layers below stay as they are"
@@ -317,6 +310,27 @@ class FinetuneOptions(TrainingOptions):
     lora_rank: int = option(16, "with --lora, rank of the adapter")
     lora_alpha: int = option(32, "with --lora, its scale is this over the rank")
     merge: bool = option(False, "with --lora, write the merged model in place of the adapter")
+
+    adapt: bool = option(
+        False,
+        "make a softmax model a StableMask model, and take its attention sink out of it; by default in "
+        "120 steps of 4 blocks of 256 tokens with a beta2 of 0.99, or with --lora in 400 at a peak of "
+        "2e-4, evaluated and saved each quarter",
+        group="adapting; all but the first go with --adapt",
+    )
+    texts: int | None = option(
+        None,
+        "texts that the model writes itself to learn from, 0 for the data alone; by default as many "
+        "as it will read",
+    )
+    gamma: float | Literal["slopes"] | None = option(
+        None, "decay of the pseudo scores: a number, or slopes; by default 1 / the model's context"
+    )
+    horizon: int | None = option(None, "columns of the pseudo mask; by default infinitely many")
+    hold: int | Literal["never"] | None = option(
+        None, "last position at which the mass falls, or never; by default the model's context - 1"
+    )
+    start: int = option(0, "first position with a pseudo mass; 1 leaves the first row alone")
 
     def resolved(self) -> Self:
         defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999}
@@ -342,8 +356,12 @@ class FinetuneOptions(TrainingOptions):
 
     def _check(self) -> None:
         super()._check()
-        self._check_group("adapt", ("gamma", "horizon", "hold", "start", "texts"))
-        self._check_group("lora", ("lora_rank", "lora_alpha", "merge"))
+        for switch, names in (
+            ("adapt", ("gamma", "horizon", "hold", "start", "texts")),
+            ("lora", ("lora_rank", "lora_alpha", "merge")),
+        ):
+            for name in changed(self, () if getattr(self, switch) else names):
+                raise InputError(f"{name} goes with --{switch}")
         _check_least(self, lora_rank=1, lora_alpha=1, start=0, first_layer=0)
         if self.data is None and not self.adapt:
             raise InputError("data must be given: --data")
@@ -364,12 +382,6 @@ class FinetuneOptions(TrainingOptions):
             raise InputError("first_layer goes without --lora, whose adapter is in every layer")
         if self.lora and not _installed("peft"):
             raise InputError(f"lora needs PEFT, which is not installed: {pip_install('train')}")
-
-    def _check_group(self, switch: str, names: tuple[str, ...]) -> None:
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in names:
-            if not getattr(self, switch) and getattr(self, name) != defaults[name]:
-                raise InputError(f"{name} goes with --{switch}")
 
 
 def _config_of(model: str) -> Any:

@@ -29,7 +29,7 @@ import transformers
 from .. import __version__
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity_of
-from ..options import load_yaml, option_fields, save_yaml
+from ..options import command_words, load_yaml, option_fields, save_yaml
 from ..reading import parse_json, read_json
 from ..versions import tell_newer
 from ..writing import only_writer, write_whole
@@ -234,18 +234,8 @@ def put_in_place(
 
 def command_line(options: TrainingOptions) -> str:
     """The command that gives these options, defaults left out."""
-    words = ["stablemask", options.command]
-    for field in option_fields(type(options)):
-        value = getattr(options, field.name)
-        if value == field.default or field.name in ("resume", "dry_run"):
-            continue
-        if isinstance(value, bool):
-            words.append(field.flag if value else field.flag.replace("--", "--no-", 1))
-        elif isinstance(value, list):
-            words += [field.flag, *map(str, value)]
-        else:
-            words += [field.flag, str(value)]
-    return shlex.join(words)
+    words = command_words(options, without=("resume", "dry_run"))
+    return shlex.join(["stablemask", options.command, *words])
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
