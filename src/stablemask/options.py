@@ -124,8 +124,8 @@ _KIND_NAMES = {
 }
 
 
-def convert(value: Any, kind: Any) -> Any:
-    """What the text of a flag, a value of a YAML file or of a caller stands for.
+def convert(value: Any, kind: Any, *, is_flag: bool = False) -> Any:
+    """What a value of a YAML file or of a caller stands for, or the text of a flag.
 
     Raises:
         ValueError: it is nothing of this type; it says what would be right.
@@ -133,13 +133,13 @@ def convert(value: Any, kind: Any) -> Any:
     # "none" must not become the text of a `str | None`, so None is tried first.
     for member in sorted(union_members(kind), key=lambda member: member is not type(None)):
         try:
-            return _convert(value, member)
+            return _convert(value, member, is_flag)
         except (ValueError, TypeError):
             continue
     raise ValueError(f"{value!r} is not {kind_name(kind)}")
 
 
-def _convert(value: Any, kind: Any) -> Any:
+def _convert(value: Any, kind: Any, is_flag: bool) -> Any:
     if kind is type(None):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
@@ -157,7 +157,7 @@ def _convert(value: Any, kind: Any) -> Any:
         if isinstance(value, numbers.Real | str):
             return float(value)
     elif kind is int:
-        if isinstance(value, numbers.Integral | str):  # NumPy's too
+        if isinstance(value, str if is_flag else numbers.Integral):  # NumPy's too
             return int(value)
     elif isinstance(value, str | int | Path):
         return kind(value)

@@ -154,6 +154,7 @@ def test_wrong_flags_are_one_sentence_that_names_them(argv, words):
         ("modle: m", "unknown option 'modle'; did you mean model?"),
         ("zzz: m", "unknown option 'zzz'; the options are model, max_new_tokens, "),
         ("model: m\nmax-new-tokens: many", "max-new-tokens: 'many' is not a whole number"),
+        ("model: m\nmax-new-tokens: '3'", "max-new-tokens: '3' is not a whole number"),
         ("model: m\nmax-new-tokens: true", "max-new-tokens: True is not a whole number"),
         ("model: m\nmax-new-tokens: 1.5", "max-new-tokens: 1.5 is not a whole number"),
         ("model: m\nstream: 1", "stream: 1 is not true or false"),

@@ -128,7 +128,7 @@ def _add_flag(group: Any, field: OptionField) -> None:
 def _converter(kind: Any) -> Callable[[str], Any]:
     def converted(text: str) -> Any:
         try:
-            return convert(text, kind)
+            return convert(text, kind, is_flag=True)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

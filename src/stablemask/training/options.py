@@ -195,19 +195,13 @@ class PretrainOptions(TrainingOptions):
     )
     floor: float | None = option(None, "a constant added to the mass of every row")
     layers: list[int] | None = option(None, "the layers that have a mass; by default all")
-    chunked_loss: bool = option(
-        True, "compute the loss a chunk of tokens at a time, and never hold all logits"
-    )
-    tokenizer: str | None = option(
-        None, "existing tokenizer; by default one is trained", group="tokens and streams"
-    )
+    chunked_loss: bool = option(True, "compute the loss in chunks, and never hold all logits")
+    tokenizer: str | None = option(None, "existing one; by default one is trained", group="tokens")
     vocab_size: int | None = option(None, "vocabulary; by default the preset's")
     mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
     streaming: bool = option(False, "read and tokenize while training, and store no tokens")
     shuffle_buffer: int = option(10_000, "with --streaming, documents shuffled at a time")
-    context_parallel: int = option(
-        1, "devices that share a sequence, each with a part of it", group="devices"
-    )
+    context_parallel: int = option(1, "devices that share a sequence", group="devices")
     devices: int | None = option(None, "with --dry-run, how many; by default those there are")
 
     def resolved(self) -> Self:
@@ -300,12 +294,8 @@ class FinetuneOptions(TrainingOptions):
     )
     eval_tokens: int = option(16384, "validation tokens of an evaluation during training")
 
-    model: str = option(
-        MISSING, "folder or hub name of the model to start from", group="what is trained"
-    )
-    first_layer: int = option(
-        0, "train from this layer on; the embeddings and the layers below stay as they are"
-    )
+    model: str = option(MISSING, "folder or hub name of the model to start from", group="model")
+    first_layer: int = option(0, "train from this layer on; all below it stays as it is")
     lora: bool = option(False, "train a low-rank adapter (LoRA) and leave the weights as they are")
     lora_rank: int = option(16, "with --lora, rank of the adapter")
     lora_alpha: int = option(32, "with --lora, its scale is this over the rank")
