@@ -4,7 +4,6 @@ Every row is first checked against the definition in float64; ratios are to stoc
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from stablemask.shell import pip_install
 
 from . import plan, tables
 from .cases import HEADS
-from .environment import describe
+from .environment import describe, save_json
 from .measure import measure
 from .memory import can_measure, peak_memory
 from .rows import MAX_DENSE_LENGTH, Row, all_rows
@@ -80,58 +79,65 @@ Options = TypeVar("Options", bound=RunOptions)
 
 def time_attention(options: AttentionOptions) -> None:
     """Time the attention against stock SDPA, the definition and what others offer."""
-    device, options, end = _prepare(options)
-    rows = _check(options, device)
+    options = _with_defaults(options)
+    rows = _check(options)
+    run = _Run("attention", options)
     scope = plan.Scope(
-        device.type, options.quick, _given(options.dtypes), options.lengths, options.head_dims,
+        run.device, options.quick, options.dtypes or [], options.lengths, options.head_dims,
         options.groups,
     )  # fmt: skip
-    result = _begin("attention", device)
     print("times over the fastest stock SDPA in the same rounds, medians\n")
-
     for name, cells in (
         ("attention", plan.length_cells), ("decode", plan.decode_cells), ("masks", plan.mask_cells),
     ):  # fmt: skip
         if getattr(options, name):
-            with _clock(result, name):
-                result[name] = _time(list(cells(scope, rows)), name, result, end)
-            _print(tables.timing_tables(result[name]))
-            _keep(result, options.save, device)
-    if options.memory and can_measure(device.type):
-        with _clock(result, "memory"):
-            result["memory"] = _memory(scope, {row.name for row in rows}, result, end)
-        _print(tables.memory_table(result["memory"]))
-    _report_checks(
-        result, "outputs and gradients of every row timed are those of its definition in float64"
-    )
-    saved = _keep(result, options.save, device)
-    if saved is not None:
-        _save_figure(result, saved)
-    _end(result)
+            with run.part(name) as records:
+                for case, served, budget in run.in_time(name, list(cells(scope, rows))):
+                    cell = measure(case, served, budget)
+                    records += cell.timings
+                    run.checked(cell.not_timed, cell.worst)
+            _print(tables.timing_tables(records))
+    if options.memory and can_measure(run.device):
+        with run.part("memory") as records:
+            _memory(run, scope, {row.name for row in rows}, records)
+        _print(tables.memory_table(records))
+    if run.path is not None:
+        _save_figure(run.result, run.path)
+    run.finish("outputs and gradients of every row timed are those of its definition in float64")
 
 
 def time_training(options: TrainingOptions) -> None:
     """Time training in our loop, the plain Trainer's, litgpt's and a bare one."""
     from stablemask.models.presets import PRESETS
 
-    from .training import ROWS
+    from .training import BATCH_SIZES, ROWS, Workload, measure_training
 
-    device, options, end = _prepare(options)
+    options = _with_defaults(options)
     for name, values, known in (
         ("presets", options.presets, PRESETS),
-        ("rows", options.rows, ROWS),
+        ("rows", list(ROWS) if options.rows is None else options.rows, ROWS),
     ):
-        if values is not None and (not values or not set(values) <= set(known)):
+        if not values or not set(values) <= set(known):
             raise InputError(f"{name} must be of {', '.join(known)}, got {values}")
-    result = _begin("training", device)
-    with _clock(result, "training"):
-        _training(options, device, result, end)
-    _print(tables.training_table(result["training"]))
-    _report_checks(
-        result, "the loss and gradients of every row timed are those of its model in float64"
-    )
-    _keep(result, options.save, device)
-    _end(result)
+    run = _Run("training", options)
+    on_gpu = run.device == "cuda"
+    workloads = [
+        Workload(preset, dtype, BATCH_SIZES[run.device][preset], run.device, on_gpu)
+        for preset in options.presets or ()
+        for dtype in (options.dtypes or [])[: 1 if options.quick else None]
+        # float16 wants its loss scaled, and nobody trains in it where there is bfloat16
+        if dtype != "float16"
+    ]
+    seconds = 5.0 if options.quick or on_gpu else 30.0
+    with run.part("training") as records:
+        for workload in run.in_time("training", workloads):
+            measured = measure_training(
+                workload, names=options.rows or tuple(ROWS), seconds=seconds, memory=options.memory
+            )
+            records += measured.rows
+            run.checked(measured.not_timed, measured.worst)
+    _print(tables.training_table(records))
+    run.finish("the loss and gradients of every row timed are those of its model in float64")
 
 
 def time_generation(options: GenerationOptions) -> None:
@@ -140,34 +146,27 @@ def time_generation(options: GenerationOptions) -> None:
 
     from .generation import measure_generation
 
-    device, options, end = _prepare(options)
-    result = {**_begin("generation", device), "generation": []}
-    for dtype in _in_time(_given(options.dtypes), "generation", result, end):
-        model = load_model(options.model, dtype=dtype, device=device)
-        result["generation"] += measure_generation(model, quick=options.quick)
-        _keep(result, options.save, device)
-    _print(tables.generation_table(result["generation"]))
-    print(strict_json.dumps(result))
+    options = _with_defaults(options)
+    run = _Run("generation", options)
+    with run.part("generation") as records:
+        for dtype in run.in_time("generation", options.dtypes or []):
+            model = load_model(options.model, dtype=dtype, device=run.device)
+            records += measure_generation(model, quick=options.quick)
+    _print(tables.generation_table(records))
+    print(strict_json.dumps(run.result))
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _prepare(options: Options) -> tuple[torch.device, Options, float]:
-    """Where to run; the options with what was left open; when the budget ends."""
-    device = _device()
-    options = _with_defaults(options, device.type)
-    return device, options, time.monotonic() + _given(options.budget)
-
-
-def _with_defaults(options: Options, device: str) -> Options:
+def _with_defaults(options: Options) -> Options:
     """What the user left open, by the device: on a GPU, what is most asked about and ends in time.
 
     Raises:
         InputError: the budget is not a number of seconds.
     """
-    on_gpu = device == "cuda"
+    on_gpu = _device() == "cuda"
     if options.budget is not None and not options.budget > 0:
         raise InputError(f"budget must be above 0 seconds, got {options.budget}")
     defaults: dict[str, Any] = {
@@ -181,20 +180,7 @@ def _with_defaults(options: Options, device: str) -> Options:
     return replace(options, **left_open)
 
 
-def _given(value: Value | None) -> Value:
-    """An option that :func:`_with_defaults` has filled in."""
-    assert value is not None
-    return value
-
-
-def _begin(benchmark: str, device: torch.device) -> dict[str, Any]:
-    result: dict[str, Any] = {"benchmark": benchmark, **describe(device)}
-    result |= {"not_timed": [], "not_begun": {}, "share_of_tolerance": 0.0, "seconds": {}}
-    print(f"{result['hardware']}; torch {torch.__version__}\n")
-    return result
-
-
-def _check(options: AttentionOptions, device: torch.device) -> list[Row]:
+def _check(options: AttentionOptions) -> list[Row]:
     for name in ("lengths", "head_dims", "groups"):
         values = getattr(options, name)
         if values is not None and (not values or min(values) < 1):
@@ -203,44 +189,87 @@ def _check(options: AttentionOptions, device: torch.device) -> list[Row]:
         raise InputError(f"lengths must be at least 2 each, got {options.lengths}")
     if any(HEADS % groups for groups in options.groups):
         raise InputError(f"groups must divide {HEADS} heads, got {options.groups}")
-    dtypes = _given(options.dtypes)
-    if not dtypes or not set(dtypes) <= set(DTYPES):
-        raise InputError(f"dtypes must be of {', '.join(DTYPES)}, got {dtypes}")
-    rows = all_rows(device.type)
+    if not options.dtypes or not set(options.dtypes) <= set(DTYPES):
+        raise InputError(f"dtypes must be of {', '.join(DTYPES)}, got {options.dtypes}")
+    rows = all_rows(_device())
     for row in options.rows or ():
         if row not in rows:
             raise InputError(f"no row {row!r}; the rows are {', '.join(rows)}")
     return [row for row in rows.values() if options.rows is None or row.name in options.rows]
 
 
-def _time(
-    cells: list[plan.Planned], name: str, result: dict[str, Any], end: float
-) -> list[dict[str, Any]]:
-    timings = []
-    for case, rows, budget in _in_time(cells, name, result, end):
-        cell = measure(case, rows, budget)
-        timings += cell.timings
-        result["not_timed"] += cell.not_timed
-        result["share_of_tolerance"] = max(result["share_of_tolerance"], round(cell.worst, 3))
-    return timings
+class _Run:
+    """What a benchmark has found, kept after each of its parts, so that one that is cut off leaves those before.
+
+    Attributes:
+        path: of the file that it is kept in, if any.
+    """
+
+    def __init__(self, benchmark: str, options: RunOptions) -> None:
+        self.device = _device()
+        assert options.budget is not None
+        self._end = time.monotonic() + options.budget
+        self.result: dict[str, Any] = {
+            "benchmark": benchmark,
+            **describe(torch.device(self.device)),
+        }
+        self.result |= {"not_timed": [], "not_begun": {}, "share_of_tolerance": 0.0, "seconds": {}}
+        name = f"{benchmark}-{self.device}-{self.result['date']}.json"
+        self.path = None if options.save is None else Path(options.save) / name
+        print(f"{self.result['hardware']}; torch {torch.__version__}\n")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[list[dict[str, Any]]]:
+        """The list of its records, to be filled; how long that takes is noted."""
+        start = time.perf_counter()
+        records: list[dict[str, Any]] = []
+        self.result[name] = records
+        yield records
+        self.result["seconds"][name] = round(time.perf_counter() - start, 1)
+        self.keep()
+
+    def in_time(self, name: str, items: Sequence[Value]) -> Iterator[Value]:
+        """Those that can begin within the budget, with a bar; how many could not stands in the result."""
+        for number, item in enumerate(progress_bar(items, desc=name, unit="cell", leave=False)):
+            if time.monotonic() > self._end:
+                left = self.result["not_begun"][name] = len(items) - number
+                print(f"{name}: the budget is over with {left} of {len(items)} to go")
+                return
+            yield item
+            self.keep()
+
+    def checked(self, not_timed: list[dict[str, Any]], worst: float) -> None:
+        self.result["not_timed"] += not_timed
+        worst = max(self.result["share_of_tolerance"], round(worst, 3))
+        self.result["share_of_tolerance"] = worst
+
+    def keep(self) -> None:
+        if self.path is not None:
+            save_json(self.result, self.path)
+
+    def finish(self, claim: str) -> None:
+        """What was left out, how right the rest is, the last line, and the exit code."""
+        not_timed, share = self.result["not_timed"], self.result["share_of_tolerance"]
+        if not_timed:
+            _print(f"not timed:\n{tables.reasons(not_timed)}")
+        _print(f"correct: {claim}; the worst takes {share:.0%} of the tolerance")
+        print(strict_json.dumps(self.result))
+        if wrong := sorted({record["row"] for record in not_timed if record["incorrect"]}):
+            raise RunError(f"not what they claim to compute, see the report: {', '.join(wrong)}")
 
 
-def _memory(
-    scope: plan.Scope, chosen: set[str], result: dict[str, Any], end: float
-) -> list[dict[str, Any]]:
+def _memory(run: _Run, scope: plan.Scope, chosen: set[str], records: list[dict[str, Any]]) -> None:
     """Peak MiB by length over the floor's, and under each mask over our own causal pass."""
-    runs = []
-    for case in plan.memory_cases(scope):
-        rows = [
-            row
-            for row in MEMORY_ROWS
-            if row in chosen and (row != "definition" or case.q_len <= MAX_DENSE_LENGTH)
-        ]
-        runs += [(row, case, "sdpa") for row in rows]
+    runs = [
+        (row, case, "sdpa")
+        for case in plan.memory_cases(scope)
+        for row in MEMORY_ROWS
+        if row in chosen and (row != "definition" or case.q_len <= MAX_DENSE_LENGTH)
+    ]
     if "stablemask" in chosen:
         runs += [("stablemask", case, "stablemask") for case in plan.mask_memory_cases(scope)]
-    records, floors = [], {}
-    for row, case, floor in _in_time(runs, "memory", result, end):
+    floors: dict[tuple, float] = {}
+    for row, case, floor in run.in_time("memory", runs):
         mib = peak_memory(row, case)
         if row == floor and case.mask == "causal":
             floors[floor, case.dtype, case.kv_len] = mib
@@ -252,100 +281,15 @@ def _memory(
                 "over": floor, "ratio": round(mib / base, 3) if base else None,
             }
         )  # fmt: skip
-    return records
-
-
-def _training(
-    options: TrainingOptions, device: torch.device, result: dict[str, Any], end: float
-) -> None:
-    from .training import BATCH_SIZES, ROWS, Workload, measure_training
-
-    workloads = [
-        Workload(
-            preset, dtype, BATCH_SIZES[device.type][preset], device.type, device.type == "cuda"
-        )
-        for preset in _given(options.presets)
-        for dtype in _given(options.dtypes)[: 1 if options.quick else None]
-        if dtype
-        != "float16"  # which wants its loss scaled, and nobody trains in where there is bfloat16
-    ]
-    result["training"] = []
-    for workload in _in_time(workloads, "training", result, end):
-        seconds = 5.0 if options.quick or device.type == "cuda" else 30.0
-        measured = measure_training(
-            workload, names=options.rows or tuple(ROWS), seconds=seconds, memory=options.memory
-        )
-        result["training"] += measured.rows
-        result["not_timed"] += measured.not_timed
-        result["share_of_tolerance"] = max(result["share_of_tolerance"], round(measured.worst, 3))
-        _keep(result, options.save, device)
-
-
-def _keep(result: dict[str, Any], folder: str | None, device: torch.device) -> Path | None:
-    """Save what there is, after each part of a run, so that one that is cut off leaves what came before."""
-    if folder is None:
-        return None
-    name = f"{result['benchmark']}-{device.type}-{result['date']}.json"
-    return save_json(result, Path(folder) / name)
-
-
-def save_json(result: dict[str, Any], path: Path) -> Path:
-    """Write whole or not at all; a line for each entry, and for each record of a list."""
-    entries = []
-    for key, value in result.items():
-        text = strict_json.dumps(value)
-        if isinstance(value, list) and value:
-            text = "[\n" + ",\n".join(f"  {strict_json.dumps(record)}" for record in value) + "\n ]"
-        entries.append(f" {strict_json.dumps(key)}: {text}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("{\n" + ",\n".join(entries) + "\n}\n", encoding="utf-8")
-    return partial.replace(path)
 
 
 def _save_figure(result: dict[str, Any], path: Path) -> None:
-    if result.get("attention") or result.get("decode"):
-        try:
-            from .figure import save_figure
-        except ModuleNotFoundError as error:
-            raise InputError(f"the figure needs {error.name}: {pip_install('report')}") from error
-        save_figure(result, path.with_suffix(".png"))
-
-
-def _report_checks(result: dict[str, Any], claim: str) -> None:
-    if result["not_timed"]:
-        _print(f"not timed:\n{tables.reasons(result['not_timed'])}")
-    _print(f"correct: {claim}; the worst takes {result['share_of_tolerance']:.0%} of the tolerance")
-
-
-def _end(result: dict[str, Any]) -> None:
-    """The last line, and the exit code."""
-    print(strict_json.dumps(result))
-    wrong = sorted({record["row"] for record in result["not_timed"] if record["incorrect"]})
-    if wrong:
-        raise RunError(f"not what they claim to compute, see the report: {', '.join(wrong)}")
-
-
-@contextmanager
-def _clock(result: dict[str, Any], name: str) -> Iterator[None]:
-    """Note how long a part of the benchmark takes."""
-    start = time.perf_counter()
-    yield
-    result["seconds"][name] = round(time.perf_counter() - start, 1)
-
-
-def _in_time(
-    items: Sequence[Value], name: str, result: dict[str, Any], end: float
-) -> Iterator[Value]:
-    """Those that can begin before ``end``, with a bar; how many could not stands in the result."""
-    for number, item in enumerate(progress_bar(items, desc=name, unit="cell", leave=False)):
-        if time.monotonic() > end:
-            result["not_begun"][name] = len(items) - number
-            print(f"{name}: the budget is over with {len(items) - number} of {len(items)} to go")
-            return
-        yield item
+    try:
+        from .figure import save_figure
+    except ModuleNotFoundError as error:
+        raise InputError(f"the figure needs {error.name}: {pip_install('report')}") from error
+    save_figure(result, path.with_suffix(".png"))
 
 
 def _print(text: str) -> None:
-    print(f"{text}\n")
-    sys.stdout.flush()
+    print(f"{text}\n", flush=True)

@@ -1,4 +1,4 @@
-"""What a measurement is worth nothing without: hardware, versions, date and command."""
+"""What a measurement is worth nothing without: hardware, versions, date and command; and its file."""
 
 import platform
 import shlex
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from stablemask import __version__, native
+from stablemask import __version__, native, strict_json
+from stablemask.writing import write_whole
 
 # Whatever is timed, or compiles what is timed.
 PACKAGES = (
@@ -54,3 +55,14 @@ def versions() -> dict[str, str]:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
+
+
+def save_json(result: dict[str, Any], path: Path) -> None:
+    """Write whole or not at all; a line for each entry, and for each record of a list, to be compared by line."""
+    entries = []
+    for key, value in result.items():
+        text = strict_json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"  {strict_json.dumps(record)}" for record in value) + "\n ]"
+        entries.append(f" {strict_json.dumps(key)}: {text}")
+    write_whole(path, "{\n" + ",\n".join(entries) + "\n}\n")

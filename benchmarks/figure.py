@@ -61,12 +61,14 @@ class Panels(NamedTuple):
 
 
 def save_figure(result: dict[str, Any], path: Path) -> None:
-    """Draw the first head_dim and group of a run; the format is the suffix of ``path``."""
+    """Draw the first head_dim and group of a run, if it timed any; the format is the suffix of ``path``."""
     timed = [
         record
         for record in (*result.get("attention", ()), *result.get("decode", ()))
         if record["row"] in LINES and record["row"] != SDPA and record["ratio"] is not None
     ]
+    if not timed:
+        return
     first = timed[0]
     groups = f", {first['groups']} to a key head" if first["groups"] > 1 else ""
     shape = ("head_dim", "groups")
@@ -92,12 +94,12 @@ def draw(panels: Iterable[Panels], heading: str, looks: Mapping[str, Line] = LIN
     Args:
         looks: of each row that is drawn; others are left out.
     """
-    panels = [line for line in panels if line.records]
-    dtypes = list(dict.fromkeys(record["dtype"] for line in panels for record in line.records))
-    figure = Figure((4.4 * len(dtypes), 3.1 * len(panels) + 1.5), layout="constrained")
-    grid = figure.subplots(len(panels), len(dtypes), squeeze=False, sharey="row")
+    lines = [line for line in panels if line.records]
+    dtypes = list(dict.fromkeys(record["dtype"] for line in lines for record in line.records))
+    figure = Figure((4.4 * len(dtypes), 3.1 * len(lines) + 1.5), layout="constrained")
+    grid = figure.subplots(len(lines), len(dtypes), squeeze=False, sharey="row")
     handles: dict[str, Any] = {}
-    for line, row in zip(panels, grid, strict=True):
+    for line, row in zip(lines, grid, strict=True):
         for dtype, axes in zip(dtypes, row, strict=True):
             axes.set(title=f"{line.title}, {dtype}", xlabel=line.along)
             of_dtype = [record for record in line.records if record["dtype"] == dtype]

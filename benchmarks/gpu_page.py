@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stablemask.writing import write_whole
+
 from .gpu import LIMITS, RESULTS, ROOT, read
 from .tables import pivot, table, titled, training_table
 
@@ -23,7 +25,7 @@ right, then speed, memory and training. `python -m benchmarks gpu --resume` goes
 `python -m benchmarks gpu page` writes this section from the results."""
 
 
-def section(rows: list[Record]) -> str:
+def section(rows: Sequence[Record]) -> str:
     """Markdown of a file of results; of none, how to get one."""
     if not rows:
         return NOT_MEASURED
@@ -44,16 +46,13 @@ def section(rows: list[Record]) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def write(rows: list[Record], page: Path) -> None:
+def write(rows: Sequence[Record], page: Path) -> None:
     """Put the section between its marks."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
         raise ValueError(f"{page} has no section between {BEGIN!r} and {END!r}")
-    text = f"{before}{BEGIN}\n{section(rows)}\n{END}{after}"
-    partial = page.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(page)
+    write_whole(page, f"{before}{BEGIN}\n{section(rows)}\n{END}{after}")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -161,7 +160,7 @@ def _not_done(parts: dict[str, list[Record]]) -> str:
     return "\n\n".join(lines)
 
 
-def _pivot(title: str, rows: list[Record], across: str, text: Callable[[Record], str]) -> str:
+def _pivot(title: str, rows: Sequence[Record], across: str, text: Callable[[Record], str]) -> str:
     """A line a case and a column a row of the benchmark, or the other way round; nothing of no rows."""
     down = "row" if across == "case" else "case"
     found = pivot([""], rows, lambda row: [row[down]], across, text)

@@ -37,19 +37,20 @@ def interleave(
     *,
     floors: Collection[str],
     watched: Collection[str],
-    block_seconds: float = BLOCK_SECONDS,
+    block_seconds: float | None = None,
 ) -> dict[str, Samples]:
     """Time functions in turn, round by round, in an order that turns; each has been called before.
 
     Args:
         floors, watched: names; the ratios of the second to the fastest of the first are to be exact.
-        block_seconds: a sample is as many calls as fill this.
+        block_seconds: a sample is as many calls as fill this; by default :data:`BLOCK_SECONDS`.
 
     Returns:
         Seconds per call of every function, by round.
     """
+    block = BLOCK_SECONDS if block_seconds is None else block_seconds
     first = {name: timer(1) for name, timer in timers.items()}
-    calls = {name: max(1, math.ceil(block_seconds / seconds)) for name, seconds in first.items()}
+    calls = {name: max(1, math.ceil(block / seconds)) for name, seconds in first.items()}
     exact = [name for name in timers if name in floors or name in watched]
     samples: dict[str, Samples] = {name: {} for name in timers}
 

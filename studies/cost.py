@@ -156,8 +156,8 @@ def _claims(
     return [Claim(statement, holds) for statement, holds in found.items()]
 
 
-def _long(records: Iterable[Record], row: str = "stablemask") -> list[Record]:
-    return [r for r in records if r["row"] == row and r["kv_len"] >= SHORTEST]
+def _long(records: Iterable[Record]) -> list[Record]:
+    return [r for r in records if r["row"] == "stablemask" and r["kv_len"] >= SHORTEST]
 
 
 def _keep(records: Iterable[Record], *keys: str) -> list[Record]:

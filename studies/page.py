@@ -14,6 +14,7 @@ from benchmarks.tables import records_table, table
 from stablemask import __version__
 from stablemask.errors import InputError
 from stablemask.report.drawing import STYLE
+from stablemask.writing import write_whole
 
 from .runner import load_study
 from .study import Claim, Section, Study, Verdict
@@ -55,10 +56,7 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
         sections=[_filled(studies[name], section, figures) for name, section in sections.items()],
         runs=_runs_table(documents),
     )
-    page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(re.sub(r"\n{3,}", "\n\n", filled.strip()) + "\n", encoding="utf-8")
-    partial.replace(page)
+    write_whole(page, re.sub(r"\n{3,}", "\n\n", filled.strip()) + "\n")
     return [
         f"{claim.verdict:<20} {claim.statement}"
         for section in sections.values()

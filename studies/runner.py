@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import describe
-from stablemask import strict_json
+from benchmarks.environment import describe, save_json
 from stablemask.bars import progress_bar
 from stablemask.errors import InputError, RunError
 from stablemask.reading import parse_json, read_json
@@ -64,7 +63,7 @@ def run_studies(
     def finish(study: Study) -> None:
         records = [done[id(job)] for of, job in queue if of is study]
         if all(record is not None for record in records):
-            _write(out / f"{study.name}.json", _document(study, about | here, records))
+            save_json(_document(study, about | here, records), out / f"{study.name}.json")
 
     for study in studies:
         finish(study)
@@ -101,7 +100,7 @@ def run_studies(
                     bar.set_postfix_str(f"{study.name} {job.name} failed")
                     continue
                 record = {"job": job.name, **job.arguments, **result, "hardware": here["hardware"]}
-                _write(_record_file(out, study, job), record)
+                save_json(record, _record_file(out, study, job))
                 done[id(job)] = record
                 bar.update(job.cost)
                 finish(study)
@@ -216,23 +215,3 @@ def _document(study: Study, about: dict[str, Any], records: list[Record | None])
         "study": study.name, **about, "hardware": "; ".join(machines),
         "job_seconds": round(seconds, 1), "records": done,
     }  # fmt: skip
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(_as_json(content), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _as_json(content: dict[str, Any]) -> str:
-    """A line for each field and, at the end, each record, so that a study can be compared with an older one."""
-    fields = {name: value for name, value in content.items() if name != "records"}
-    text = strict_json.dumps(fields, indent=1)
-    if "records" in content:
-        lines = ",\n".join(map(strict_json.dumps, content["records"]))
-        text = f'{text[:-2]},\n "records": [\n{lines}\n]\n}}'
-    return text + "\n"

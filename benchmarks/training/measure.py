@@ -23,6 +23,7 @@ from .rows import ROWS, Row
 from .workload import Contender, Workload
 
 BLOCK_SECONDS = 1.0  # a sample is as many steps as fill this
+MIN_ROUNDS = 7
 
 
 @dataclass
@@ -47,7 +48,7 @@ def measure_training(
 
     Args:
         names: of :data:`ROWS`.
-        seconds: for softmax and StableMask after seven rounds, until their ratio is known.
+        seconds: for softmax and StableMask after the first rounds, until their ratio is known.
         memory: measure peak memory too, on the CPU in a process for itself.
     """
     measured = Measured()
@@ -55,7 +56,7 @@ def measure_training(
     with tempfile.TemporaryDirectory() as folder, _quiet():
         contenders = _correct_ones(workload, names, Path(folder), measured, mib)
         timers = {name: contender.run for name, contender in contenders.items()}
-        budget = Budget(seconds, min_rounds=7)
+        budget = Budget(seconds, min_rounds=MIN_ROUNDS)
         samples = interleave(
             timers, budget, floors=["softmax"], watched=["stablemask"], block_seconds=BLOCK_SECONDS
         )

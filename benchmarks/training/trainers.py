@@ -1,5 +1,6 @@
 """Rows on the Transformers Trainer: ours as ``stablemask pretrain`` builds it, and Llama on the plain one."""
 
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,21 +94,12 @@ def ours(workload: Workload, folder: Path, attention: str) -> OnTrainer:
 
 
 def llama_config(workload: Workload) -> LlamaConfig:
-    config = workload.config
-    assert config.rope_parameters is not None
-    return LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=dict(config.rope_parameters),
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+        "rope_parameters", "tie_word_embeddings",
+    )  # fmt: skip
+    return LlamaConfig(**{name: copy(getattr(workload.config, name)) for name in same})
 
 
 def llama(workload: Workload, folder: Path) -> OnTrainer:

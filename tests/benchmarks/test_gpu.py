@@ -144,6 +144,7 @@ def small_presets(monkeypatch):
     for name in ("tiny", "160m", "410m"):
         monkeypatch.setitem(PRESETS, name, SIZES)
     monkeypatch.setattr(measure, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
 
 
 @marks.proc

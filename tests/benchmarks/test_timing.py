@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from benchmarks import timing
-from benchmarks.commands import save_json
+from benchmarks.environment import save_json
 from benchmarks.timing import Budget, fastest, interleave, summarise, timer
 
 
@@ -110,6 +110,7 @@ def test_short_calls_are_timed_in_blocks(clock):
 
 def test_a_result_is_written_whole(tmp_path):
     result = {"benchmark": "attention", "attention": [{"ms": 1.5}, {"ms": math.nan}], "seconds": {}}
-    path = save_json(result, tmp_path / "new" / "cpu.json")
+    path = tmp_path / "new" / "cpu.json"
+    save_json(result, path)
     assert json.loads(path.read_text()) == result | {"attention": [{"ms": 1.5}, {"ms": None}]}
     assert [file.name for file in path.parent.iterdir()] == ["cpu.json"]

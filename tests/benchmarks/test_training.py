@@ -31,6 +31,7 @@ def _small_presets(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", {**SIZES, "tie_word_embeddings": True})
     monkeypatch.setitem(PRESETS, "71m", SIZES)
     monkeypatch.setattr(measure, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
     monkeypatch.setattr(timing, "PRECISION", math.inf)
 
 

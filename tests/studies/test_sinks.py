@@ -116,29 +116,43 @@ def test_the_section_shows_every_kind_and_draws(seeds):
             assert len(axes.lines) == len(KINDS) + 1  # and even attention
 
 
-def test_a_sink_that_stablemask_mends():
-    assert verdicts(records(3))[:2] == ["reproduced", "reproduced"]
+YES, PARTLY, NO, OPEN = "reproduced", "partly reproduced", "not reproduced", "open"
+SMALLER = {"largest": [1.0, 2.0], "perplexity_int8_static": 20.1}
 
 
-def test_one_seed_decides_nothing():
-    assert verdicts(records(1)) == ["open"] * 5
+def with_micro(**others):
+    """Two sizes, the second as told."""
+    return records(3) + [{**one, "preset": "micro"} for one in records(3, **others)]
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_no_sink_leaves_the_claims_open(seeds):
-    assert verdicts(records(seeds, sink=2 * EVEN))[:2] == ["open", "open"]
+@pytest.mark.parametrize(
+    ("found", "first", "expected"),
+    [
+        (records(3), 0, [YES, YES, NO, NO, NO]),
+        (records(1), 0, [OPEN] * 5),
+        # Of the sink, and of what mends it.
+        (records(1, sink=2 * EVEN), 0, [OPEN, OPEN]),
+        (records(3, sink=2 * EVEN), 0, [OPEN, OPEN]),
+        (records(3, mended=0.9), 0, [YES, NO]),
+        (records(3, first_token_real_head=[0.5, 0.5]), 0, [YES, PARTLY]),
+        (with_micro(mended=0.9), 0, [YES, PARTLY]),
+        (with_micro(sink=EVEN), 0, [YES, YES]),
+        # Of delimiters, outliers and int8.
+        (records(3, delimiters=[0.9, 1.0]), 2, [YES]),
+        (records(3, **SMALLER), 3, [PARTLY, YES]),
+        (records(3, **SMALLER, kurtosis=[3.0, 3.0]), 3, [YES, YES]),
+    ],
+)
+def test_verdicts_follow_from_the_records(found, first, expected):
+    assert verdicts(found)[first : first + len(expected)] == expected
 
 
 def test_a_sink_in_some_seeds_is_a_part_and_none_that_is_mended():
     found = [one for one in records(3) if (one["kind"], one["seed"]) != ("softmax", 1)]
     found.insert(5, record("softmax", 1, EVEN))
     section = sinks_section.section(found)
-    assert [claim.verdict for claim in section.claims[:2]] == ["partly reproduced", "open"]
+    assert [claim.verdict for claim in section.claims[:2]] == [PARTLY, OPEN]
     assert section.tables["trainings"].endswith("| 2 of 3 |")
-
-
-def test_a_sink_that_stablemask_has_too():
-    assert verdicts(records(3, mended=0.9))[:2] == ["reproduced", "not reproduced"]
 
 
 def test_a_sink_that_seeds_disagree_about_stays_open():
@@ -146,39 +160,14 @@ def test_a_sink_that_seeds_disagree_about_stays_open():
     for one in found:
         if one["kind"] == "stablemask":
             one["first_token_head"] = one["first_token_real_head"] = [(0.01, 0.3, 0.8)[one["seed"]]]
-    assert verdicts(found)[1] == "open"
-
-
-def test_a_sink_only_of_real_attention_is_mended_in_part():
-    found = records(3, first_token_real_head=[0.5, 0.5])
-    assert verdicts(found)[:2] == ["reproduced", "partly reproduced"]
-
-
-def test_delimiters_are_compared_with_softmax():
-    assert verdicts(records(3))[2] == "not reproduced"
-    assert verdicts(records(3, delimiters=[0.9, 1.0]))[2] == "reproduced"
-
-
-def test_outliers_and_int8_are_compared_with_softmax():
-    assert verdicts(records(3))[3:] == ["not reproduced", "not reproduced"]
-    smaller = {"largest": [1.0, 2.0], "perplexity_int8_static": 20.1}
-    assert verdicts(records(3, **smaller))[3:] == ["partly reproduced", "reproduced"]
-    smaller["kurtosis"] = [3.0, 3.0]
-    assert verdicts(records(3, **smaller))[3:] == ["reproduced", "reproduced"]
+    assert verdicts(found)[1] == OPEN
 
 
 def test_without_torchao_int8_stays_open():
     missing = {"perplexity_int8_dynamic": None, "perplexity_int8_static": None}
     found = [{**one, **missing} for one in records(3)]
-    assert verdicts(found)[4] == "open"
+    assert verdicts(found)[4] == OPEN
     assert "| – | – |" in sinks_section.section(found).tables["measures"]
-
-
-def test_models_that_disagree_reproduce_in_part():
-    other = [{**one, "preset": "micro"} for one in records(3, mended=0.9)]
-    assert verdicts(records(3) + other)[:2] == ["reproduced", "partly reproduced"]
-    flat = [{**one, "preset": "micro"} for one in records(3, sink=EVEN)]
-    assert verdicts(records(3) + flat)[:2] == ["reproduced", "reproduced"]
 
 
 @pytest.mark.parametrize("scale", SCALES)
