@@ -201,6 +201,7 @@ def test_bad_options(changes):
         time_training(TrainingOptions(**changes))
 
 
+@marks.nightly
 @marks.proc
 def test_peak_memory_holds_weights_gradients_moments_and_logits():
     # In a process of its own the presets are what they are.
