@@ -22,7 +22,7 @@ from stablemask.shell import pip_install
 from . import plan, tables
 from .cases import HEADS
 from .environment import describe, save_json
-from .measure import measure
+from .measure import Measured, measure
 from .memory import can_measure, peak_memory
 from .rows import MAX_DENSE_LENGTH, Row, all_rows
 
@@ -93,9 +93,7 @@ def time_attention(options: AttentionOptions) -> None:
         if getattr(options, name):
             with run.part(name) as records:
                 for case, served, budget in run.in_time(name, list(cells(scope, rows))):
-                    cell = measure(case, served, budget)
-                    records += cell.timings
-                    run.checked(cell.not_timed, cell.worst)
+                    run.add(records, measure(case, served, budget))
             _print(tables.timing_tables(records))
     if options.memory and can_measure(run.device):
         with run.part("memory") as records:
@@ -134,8 +132,7 @@ def time_training(options: TrainingOptions) -> None:
             measured = measure_training(
                 workload, names=options.rows or tuple(ROWS), seconds=seconds, memory=options.memory
             )
-            records += measured.rows
-            run.checked(measured.not_timed, measured.worst)
+            run.add(records, measured)
     _print(tables.training_table(records))
     run.finish("the loss and gradients of every row timed are those of its model in float64")
 
@@ -238,9 +235,10 @@ class _Run:
             yield item
             self.keep()
 
-    def checked(self, not_timed: list[dict[str, Any]], worst: float) -> None:
-        self.result["not_timed"] += not_timed
-        worst = max(self.result["share_of_tolerance"], round(worst, 3))
+    def add(self, records: list[dict[str, Any]], measured: Measured) -> None:
+        records += measured.rows
+        self.result["not_timed"] += measured.not_timed
+        worst = max(self.result["share_of_tolerance"], round(measured.worst, 3))
         self.result["share_of_tolerance"] = worst
 
     def keep(self) -> None:

@@ -244,7 +244,7 @@ def _time(
     rows = [change(row) for row in own_rows(case.device) if row.name in names]
     cell = measure(case, rows, sizes.cell)
     kept = ("row", "pass", "ms", "ratio", "quartiles", "samples")
-    for timing in cell.timings:
+    for timing in cell.rows:
         facts = {key: timing[key] for key in kept}
         results.write(name, **facts, **_speed(case, timing["pass"], timing["ms"]))
     for skipped in cell.not_timed:

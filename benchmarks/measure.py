@@ -17,26 +17,38 @@ FORWARD, TRAINING, DECODE = "forward", "forward+backward", "decode"
 
 
 @dataclass
-class Cell:
-    """What was measured of one case.
+class Measured:
+    """What was measured, of a cell of a table or of a workload.
 
     Attributes:
-        timings: one dict a row and pass; times in milliseconds, ratios to the fastest floor.
+        rows: one dict a row and pass; times in milliseconds, ratios to the fastest floor.
         not_timed: one dict a row and pass with the ``reason``; ``incorrect`` rows among them.
         worst: the largest distance from the definition, as a share of what is allowed.
     """
 
-    timings: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     not_timed: list[dict[str, Any]] = field(default_factory=list)
     worst: float = 0.0
 
+    def leave_out(self, error: Exception, **labels: Any) -> None:
+        """Others fail in their own ways; one that does is a line of the report, not the end of the run."""
+        said = isinstance(error, (CannotServeError, IncorrectError, NotImplementedError))
+        reason = str(error).strip().partition("\n")[0]
+        reason = reason if said else f"{type(error).__name__}: {reason}"
+        incorrect = isinstance(error, IncorrectError)
+        self.not_timed.append({**labels, "reason": reason, "incorrect": incorrect})
 
-def measure(case: Case, rows: Iterable[Row], budget: Budget) -> Cell:
+
+class CannotServeError(Exception):
+    """Why a row is not timed, in the benchmark's own words."""
+
+
+def measure(case: Case, rows: Iterable[Row], budget: Budget) -> Measured:
     """Check and time ``rows`` forward and, unless the case decodes, forward and backward.
 
     The second, which is what most is said about, may take three times the seconds of ``budget``.
     """
-    cell = Cell()
+    cell = Measured()
     inputs = make_inputs(case)
     forward = DECODE if case.q_len < case.kv_len else FORWARD
     with torch.no_grad():
@@ -48,7 +60,7 @@ def measure(case: Case, rows: Iterable[Row], budget: Budget) -> Cell:
 
 
 def _measure_pass(
-    cell: Cell, case: Case, kind: str, rows: Iterable[Row], inputs: Inputs, budget: Budget
+    cell: Measured, case: Case, kind: str, rows: Iterable[Row], inputs: Inputs, budget: Budget
 ) -> None:
     labels = {name: value for name, value in asdict(case).items() if name != "device"}
     labels["pass"] = kind
@@ -56,9 +68,8 @@ def _measure_pass(
     for row in rows:
         try:
             functions[row.name], distance = prepare(case, row, inputs, backward=kind is TRAINING)
-        except CannotServeError as error:
-            reason = {"reason": str(error), "incorrect": error.incorrect}
-            cell.not_timed.append({"row": row.name, **labels, **reason})
+        except Exception as error:
+            cell.leave_out(error, row=row.name, **labels)
             continue
         served[row.name] = row
         cell.worst = max(cell.worst, distance)
@@ -71,13 +82,7 @@ def _measure_pass(
     floor = fastest(samples, floors)
     for name, row in served.items():
         summary = asdict(summarise(samples[name], floor))
-        cell.timings.append({"row": name, "computes": row.computes, **labels, **summary})
-
-
-class CannotServeError(Exception):
-    """A row that is not timed, with the reason."""
-
-    incorrect = False
+        cell.rows.append({"row": name, "computes": row.computes, **labels, **summary})
 
 
 def prepare(
@@ -86,25 +91,16 @@ def prepare(
     """The function to time, which has been checked and is warm, and its share of the tolerance.
 
     Raises:
-        CannotServeError: the row refuses the case, fails, or is not correct.
+        CannotServeError, NotImplementedError: the row is not for this case.
+        IncorrectError: it is not what it claims to be.
+        Exception: others fail in their own ways.
     """
     if row.dense and case.q_len > MAX_DENSE_LENGTH:
         raise CannotServeError(f"keeps every score; timed up to {MAX_DENSE_LENGTH} queries")
     if row.package and find_spec(row.package) is None:
         raise CannotServeError(f"needs the package {row.package}")
-    # Others fail in their own ways; one that does is a line of the report, not the end of the run.
-    try:
-        run = row.build(case, inputs)
-        distance = check(case, row, inputs, run, backward=backward)
-    except NotImplementedError as error:
-        raise CannotServeError(str(error)) from error
-    except IncorrectError as error:
-        wrong = CannotServeError(str(error))
-        wrong.incorrect = True
-        raise wrong from error
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise CannotServeError(f"{type(error).__name__}: {first_line}") from error
+    run = row.build(case, inputs)
+    distance = check(case, row, inputs, run, backward=backward)
     if not backward:
         return run, distance
     leaves = row.leaves(inputs)

@@ -22,7 +22,6 @@ optimizer. Its clock starts with its first batch at hand and stops at the end of
 starting up is not counted, and the data of all other steps is.
 """
 
-from .measure import Measured as Measured
 from .measure import measure_training as measure_training
 from .rows import ROWS as ROWS
 from .workload import BATCH_SIZES as BATCH_SIZES

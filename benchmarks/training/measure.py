@@ -5,9 +5,7 @@ import gc
 import io
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,30 +13,15 @@ from stablemask.models.cost import flops_per_token
 from stablemask.models.devices import peak_flops
 
 from ..correctness import IncorrectError
-from ..measure import CannotServeError
+from ..measure import Measured
 from ..memory import can_measure, counts_live, in_fresh_process, peak, reset_peak
 from ..timing import Budget, Samples, fastest, interleave, summarise
 from .check import Reference
-from .rows import ROWS, Row
+from .rows import ROWS
 from .workload import Contender, Workload
 
 BLOCK_SECONDS = 1.0  # a sample is as many steps as fill this
 MIN_ROUNDS = 7
-
-
-@dataclass
-class Measured:
-    """Of one workload.
-
-    Attributes:
-        rows: one dict a row.
-        not_timed: one dict a row, with the ``reason``; ``incorrect`` rows among them.
-        worst: the largest distance from a reference, as a share of what is allowed.
-    """
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    not_timed: list[dict[str, Any]] = field(default_factory=list)
-    worst: float = 0.0
 
 
 def measure_training(
@@ -102,9 +85,9 @@ def _correct_ones(
                 reset_peak(workload.device)
                 contender.run(1)
                 mib[name] = round((peak(workload.device) - before) / 2**20, 1)
-        # Others fail in their own ways; one that does is a line of the report, not the end of the run.
         except Exception as error:
-            measured.not_timed.append(_excuse(row, workload, error))
+            labels = {"row": name, "pass": f"{workload.preset}, {workload.dtype}"}
+            measured.leave_out(error, **labels)
             continue
         measured.worst = max(measured.worst, worst)
         contenders[name] = contender
@@ -119,17 +102,6 @@ def _check_that_it_learns(contender: Contender, workload: Workload) -> None:
     after = contender.loss(ids).item()
     if not after < before:
         raise IncorrectError(f"the loss of the batch goes from {before:.4f} to {after:.4f}")
-
-
-def _excuse(row: Row, workload: Workload, error: Exception) -> dict[str, Any]:
-    known = isinstance(error, (CannotServeError, IncorrectError))
-    first_line = str(error).strip().partition("\n")[0]
-    return {
-        "row": row.name,
-        "pass": f"{workload.preset}, {workload.dtype}",
-        "reason": first_line if known else f"{type(error).__name__}: {first_line}",
-        "incorrect": isinstance(error, IncorrectError),
-    }
 
 
 def peak_mib(workload: Workload, names: Sequence[str]) -> dict[str, float]:
