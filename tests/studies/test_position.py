@@ -20,19 +20,6 @@ LENGTH = 16
 FEW = {"steps": 30, "batch": 4, "learning_rate": 1e-2, "grown": 0.0}
 
 
-def one_token(length):
-    return torch.full((1, length), SYMBOLS - 1)
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_softmax_answers_alike_at_every_position_of_identical_tokens(encoding):
-    model = position.build(encoding, "softmax", LENGTH, 2 * LENGTH)
-    position.train(model, TASKS["constant"], LENGTH, seed=0, **FEW)
-    with torch.no_grad():
-        logits = model(input_ids=one_token(2 * LENGTH)).logits[0]
-    torch.testing.assert_close(logits, logits[:1].expand_as(logits), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("kind", ["stablemask", "stablemask-slopes", "softmax1", "learned-sink"])
 def test_a_pseudo_mass_or_a_sink_teaches_positions_of_identical_tokens(kind):
     training = {**FEW, "steps": 100}
