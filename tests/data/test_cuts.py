@@ -168,6 +168,9 @@ def test_patterns_are_those_of_the_models():
 
 def test_composing_makes_no_space_and_takes_none():
     """Or a cut might not be one after NFC."""
-    for code in (*range(0xD800), *range(0xE000, sys.maxunicode + 1)):
-        composed = unicodedata.normalize("NFC", chr(code))
-        assert all(c.isspace() is chr(code).isspace() for c in composed)
+    characters = map(chr, (*range(0xD800), *range(0xE000, sys.maxunicode + 1)))
+    changed = [c for c in characters if not unicodedata.is_normalized("NFC", c)]
+    assert len(changed) > 1000
+    for character in changed:
+        composed = unicodedata.normalize("NFC", character)
+        assert all(c.isspace() is character.isspace() for c in composed)

@@ -16,7 +16,7 @@ from ..test_reading import DEEP
 
 @pytest.fixture(scope="module")
 def library() -> list[str]:
-    return load_documents("builtin", split="validation")[:40]
+    return load_documents("builtin", split="validation")[:20]
 
 
 @pytest.fixture(scope="module")
