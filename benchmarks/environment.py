@@ -26,6 +26,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "hardware": hardware(device),
         "plain_calls": native.language(),
+        "rules": native.RULES,
         "versions": versions(),
     }
 

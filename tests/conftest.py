@@ -56,9 +56,9 @@ def _seed():
 
 @pytest.fixture
 def use_rules():
-    """Changes the rules of the compiled library until the test ends."""
+    """Has the compiled library follow other rules until the test ends."""
     with contextlib.ExitStack() as changes:
-        yield lambda **changed: changes.enter_context(rules(**changed))
+        yield lambda others: changes.enter_context(rules(others))
 
 
 CARDS = {"sm90": (9, 0), "sm80": (8, 0), "sm75": (7, 5)}

@@ -11,24 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stablemask import native, sink_attention, stable_mask_attention
+from stablemask import sink_attention, stable_mask_attention
 from stablemask.backends import kernels
-from stablemask.processor import UNITS
+from stablemask.native import tuning
 from tests.marks import native_library
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
-from tests.rules import rules
+from tests.rules import BY_TILES, can_be_tiled, rules
 
 pytestmark = native_library
-
-
-# Rows from which on a sequence is computed by tiles: never, and always where the processor can.
-BY_TILES = {
-    False: (math.inf, math.inf),
-    True: (
-        1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else math.inf,
-        1.0 if UNITS.avx512_bf16 and not UNITS.amx else math.inf,
-    ),
-}
 
 
 def tensors(dtype=torch.float32, length=19, **kwargs):
@@ -47,13 +37,12 @@ def tensors(dtype=torch.float32, length=19, **kwargs):
     axes=st.sampled_from([2, 3]),
     tokens_first=st.booleans(),
     scale=st.sampled_from([None, 0.3]),
-    longest=st.sampled_from([0.0, math.inf]),
-    by_tiles=st.booleans(),
+    ways=st.sets(st.sampled_from(sorted(tuning.WAYS))),
     seed=st.integers(0, 99),
 )
 def test_every_shape(
     batch, groups, key_heads, length, head_dim, dtype, sink_dtype, shared, axes, tokens_first,
-    scale, longest, by_tiles, seed,
+    scale, ways, seed,
 ):  # fmt: skip
     torch.manual_seed(seed)
     heads = groups * key_heads
@@ -74,7 +63,7 @@ def test_every_shape(
         return out, *gradients(out, leaves, grad)
 
     exact = differentiated(doubled(leaves), backend="reference")
-    with rules(longest_in_float32=(longest, longest), shortest_by_tiles=BY_TILES[by_tiles]):
+    with rules(tuning.everywhere(*ways)):
         out = sink_attention(*inputs, sink, scale=scale, backend="native")
         assert [d.dtype for d in gradients(out, leaves, grad)] == [t.dtype for t in leaves]
         ours = differentiated(leaves)
@@ -124,7 +113,7 @@ def test_what_stands_for_the_sink(kind, dtype):
 
 @pytest.mark.parametrize("by_tiles", [False, True])
 def test_sinks_that_take_nothing_and_all_have_gradients(by_tiles, use_rules):
-    use_rules(shortest_by_tiles=BY_TILES[by_tiles])
+    use_rules(BY_TILES if by_tiles else {})
     inputs = make_inputs(2, 4, 2, 19, 19, 16, torch.float32)
     values = [[-math.inf], [math.inf], [200.0], [-200.0]]
     sink = torch.tensor(values, requires_grad=True)
@@ -203,9 +192,9 @@ def test_in_inference_mode():
 @pytest.mark.parametrize("by_tiles", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_do_not_depend_on_threads(dtype, by_tiles, threads, use_rules):
-    use_rules(shortest_by_tiles=BY_TILES[by_tiles])
+    use_rules(BY_TILES if by_tiles else {})
     # The stock kernel's are those of a library that promises nothing of them; there only what we make of its output.
-    promised = BY_TILES[by_tiles][dtype != torch.float32] < math.inf
+    promised = by_tiles and can_be_tiled(dtype)
     inputs = make_inputs(2, 4, 2, 200, 200, 32, dtype)
     inputs = (*inputs, torch.zeros(4, 1, requires_grad=True))
     grad = torch.randn(2, 4, 200, 32).to(dtype)
@@ -222,7 +211,7 @@ def test_the_bits_do_not_depend_on_threads(dtype, by_tiles, threads, use_rules):
 
 @pytest.mark.parametrize("shape", [(1,), (150,)])
 def test_the_bits_of_a_sink_that_all_share_do_not_depend_on_threads(shape, use_rules):
-    use_rules(shortest_by_tiles=BY_TILES[True])
+    use_rules(BY_TILES)
     inputs = [t.detach() for t in make_inputs(64, 8, 8, 150, 150, 16, torch.float32)]
     sink = torch.zeros(1, *shape, requires_grad=True)
     grad = torch.randn(64, 8, 150, 16)
@@ -243,7 +232,7 @@ def _assert_same_bits(run, threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_of_numbers_that_are_not_finite(dtype, use_rules):
-    use_rules(shortest_by_tiles=BY_TILES[True])
+    use_rules(BY_TILES)
     query, key, value = (t.detach() for t in make_inputs(1, 1, 1, 150, 150, 32, dtype))
     expected = sink_attention(query, key, value, 0.3)
     damaged = key.clone()
@@ -285,7 +274,7 @@ def test_without_onednns_products_it_is_the_stock_kernel(held_to):
 
 
 def test_a_long_backward_in_float32_is_the_operators(monkeypatch, use_rules):
-    use_rules(longest_in_float32=(math.inf, math.inf))
+    use_rules(tuning.everywhere("backward_in_float32"))
     in_slices = Mock(wraps=kernels._cpu_backward_in_float32)
     monkeypatch.setattr(kernels, "_cpu_backward_in_float32", in_slices)
     inputs = make_inputs(2, 4, 2, 300, 300, 64, torch.float16)
@@ -302,8 +291,32 @@ def test_a_long_backward_in_float32_is_the_operators(monkeypatch, use_rules):
         torch.testing.assert_close(one, other, rtol=2 * eps, atol=2 * eps)
 
 
-def test_rules_of_the_processor():
-    """Where tiles are taken, they are what the processor can multiply."""
-    in_float32, in_bfloat16 = native.RULES.shortest_by_tiles
-    assert in_float32 == math.inf or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    assert in_bfloat16 == math.inf or (UNITS.avx512_bf16 and not UNITS.amx)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", tuning.WAYS)
+def test_a_way_is_taken_between_its_rows(way, dtype, use_rules):
+    """Bits tell which kernel has computed; both are the definition's."""
+    name = str(dtype).removeprefix("torch.")
+
+    def differentiated(length):
+        torch.manual_seed(0)
+        inputs = make_inputs(1, 2, 1, length, length, 32, dtype)
+        grad = torch.randn(1, 2, length, 32).to(dtype)
+        out = sink_attention(*inputs, 0.3)
+        exact = sink_attention(*doubled(inputs), 0.3, backend="reference")
+        assert (out.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+        return out, *gradients(out, inputs, grad)
+
+    lengths = (63, 64, 65, 128, 129)
+    use_rules({})
+    stock = [differentiated(length) for length in lengths]
+    use_rules({way: {name: [(64, 64), (128, None)]}})
+    changed = [
+        [not torch.equal(*pair) for pair in zip(differentiated(length), of_stock, strict=True)]
+        for length, of_stock in zip(lengths, stock, strict=True)
+    ]
+    there = name in tuning.WAYS[way] and (way == "backward_in_float32" or can_be_tiled(dtype))
+    forward = way.startswith("forward")
+    expected = [length in (64, 128, 129) and there for length in lengths]
+    assert [of_length[0] for of_length in changed] == [one and forward for one in expected]
+    if not forward:  # by the stock forward's output
+        assert [any(of_length[1:]) for of_length in changed] == expected

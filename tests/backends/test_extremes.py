@@ -9,13 +9,9 @@ import torch
 from stablemask import native, sink_attention
 from tests.marks import native_library
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
+from tests.rules import BY_TILES
 
 LENGTH = 70
-# Rows from which on a sequence is computed by tiles: always, where the processor can.
-BY_TILES = tuple(
-    min(shortest, 1.0) if shortest < math.inf else shortest
-    for shortest in native.RULES.shortest_by_tiles
-)
 LOWEST = torch.finfo(torch.float32).min
 SINKS = [-1e30, -1e32, LOWEST, -math.inf]
 PADDING = torch.ones(2, 1, 1, LENGTH, dtype=torch.bool)
@@ -117,7 +113,7 @@ def test_a_number_beyond_the_dtype_takes_nothing_or_all(attend, q_len, dtype):
 @pytest.mark.parametrize("masks", [{}, {"window": 9}, MASKS["bool"]])
 @pytest.mark.parametrize("q_len", [LENGTH, 31])
 def test_every_scale_is_the_definitions(attend, masks, dtype, scale, q_len, use_rules):
-    use_rules(shortest_by_tiles=BY_TILES)
+    use_rules(BY_TILES)
     inputs = make_inputs(2, 4, 2, q_len, LENGTH, 32, dtype)
     sink = torch.randn(4, 1, dtype=dtype, requires_grad=True)
     compare(attend, (*inputs, sink), scale=scale, **masks)

@@ -16,7 +16,6 @@ from stablemask.backends import kernels
 from stablemask.backends.kernels import KERNELS
 from stablemask.backends.tiles import Tiling
 from stablemask.masks import Masks
-from stablemask.processor import Units
 from tests.oracle import (
     assert_no_further_than_twice,
     doubled,
@@ -99,22 +98,17 @@ def test_backward_of_half_precision_on_the_cpu(masks, dtype, threads, monkeypatc
     assert_no_further_than_twice(ours, dense, truth, (grad * exact).abs().sum(-1).max())
 
 
-def test_when_the_backward_of_half_precision_is_in_float32(monkeypatch):
-    def converts(length, head_dim, dtype=torch.bfloat16, *, amx=False, dot_products=False):
-        monkeypatch.setattr(native, "RULES", native.rules_of(Units(amx, dot_products), True))
-        query = torch.empty(1, 1, length, head_dim, dtype=dtype)
-        return kernels._faster_in_float32(query, query)
+def test_where_the_backward_of_half_precision_is_in_float32(monkeypatch):
+    """Between the keys where it was timed to be faster, however few rows there are."""
+    monkeypatch.setattr(native, "RULES", {"backward_in_float32": {"bfloat16": [(17, 256)]}})
 
-    half = (torch.bfloat16, torch.float16)
-    for dtype in half:
-        assert converts(256, 64, dtype, amx=True, dot_products=True)
-        assert not converts(257, 64, dtype, amx=True, dot_products=True)
-        assert converts(4096, 64, dtype)
-    # A CPU that multiplies bfloat16 need not multiply float16.
-    assert [converts(128, 64, dtype, dot_products=True) for dtype in half] == [True, True]
-    assert [converts(129, 64, dtype, dot_products=True) for dtype in half] == [False, True]
-    for dtype in (torch.float32, torch.float64):
-        assert not converts(16, 64, dtype)
+    def converts(keys, dtype=torch.bfloat16):
+        return kernels._faster_in_float32(
+            *(torch.empty(1, 1, n, 8, dtype=dtype) for n in (5, keys))
+        )
+
+    assert [converts(keys) for keys in (16, 17, 256, 257)] == [False, True, True, False]
+    assert not any(converts(64, dtype) for dtype in (torch.float16, torch.float32, torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native.tuning import is_faster
 from .tiles import Band
 
 aten = torch.ops.aten
@@ -95,10 +96,7 @@ def _cpu_backward_in_float32(grad, query, key, value, out, lse, bias, causal, sc
 
 def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
     """Whether converting everything and back is faster, by 1.1 to 16 times here; docs/lessons.md."""
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    longest = native.RULES.longest_in_float32[query.dtype == torch.float16]
-    return key.shape[2] * key.shape[3] <= longest
+    return is_faster(native.RULES, "backward_in_float32", query.dtype, key.shape[2])
 
 
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,15 +1,19 @@
-"""Compile what the CPU does in C++."""
+"""Compile what the CPU does in C++, and time it."""
 
 import torch
 
 from stablemask import native
+from stablemask.backends import operators  # noqa: F401  which the library calls
 from stablemask.cli.options import BuildOptions
+from stablemask.native import tuning
 
 
 def run(options: BuildOptions) -> None:
-    path = native.library_path()
-    if native.load() is not None:
-        print(f"{path} is compiled already")
-        return
-    print(f"compiling library.cpp for PyTorch {torch.__version__}, some seconds", flush=True)
+    if native.load() is None:
+        print(f"compiling library.cpp for PyTorch {torch.__version__}, some seconds", flush=True)
     print(native.build())
+    if tuning.read(native.rules_path()) is None:
+        print("timing it on this processor, some 20 seconds", flush=True)
+    for dtype, rule in tuning.in_words(native.tune()).items():
+        print(f"{dtype:<9} {rule}")
+    print(native.rules_path())

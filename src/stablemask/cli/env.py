@@ -15,6 +15,7 @@ from stablemask.attention import sink_attention
 from stablemask.backends import BACKENDS
 from stablemask.backends.choice import order
 from stablemask.cli.options import EnvOptions
+from stablemask.native import tuning
 from stablemask.private import PRIVATE, missing
 from stablemask.versions import installed, newer_than_tested
 
@@ -75,6 +76,7 @@ def describe_environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "plain_calls": native.language(),
+            "rules": tuning.read(native.rules_path()),
         },
         "devices": devices,
         "backends": [
@@ -180,6 +182,10 @@ def _as_table(report: dict[str, Any]) -> str:
         ("cpu", f"{cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads"),
         ("plain calls", f"in {cpu['plain_calls']}{hint}"),
     ]
+    if cpu["rules"] is not None:
+        rows += [(f"... {dtype}", rule) for dtype, rule in tuning.in_words(cpu["rules"]).items()]
+    elif not hint:
+        rows += [("not timed", "the stock kernel serves sequences, until `stablemask build` times")]
     rows += [(f"device {name}", text) for name, text in report["devices"].items()]
     lines = [f"{name:<14} {text}" for name, text in rows]
     if report["newer_than_tested"]:
@@ -194,7 +200,7 @@ def _as_table(report: dict[str, Any]) -> str:
         lines.append(f"{check['backend']:<11} {check['device']:<5} {verdict:<6} {check['detail']}")
     lines += ["", "backend='auto' takes the first of these that can serve the call:"]
     for device, orders in report["auto"].items():
-        for calls in orders if len(set(orders.values())) > 1 else ("sequence",):
+        for calls in orders if orders["one row"] != orders["sequence"] else ("sequence",):
             kind = "" if calls == "sequence" else f" ({calls})"
             lines.append(f"{device:<11} {', '.join(orders[calls])}{kind}")
     return "\n".join(lines)

@@ -10,7 +10,6 @@ the next process finds it there. Without it the same is computed from Python, by
 """
 
 import hashlib
-import math
 import os
 import platform
 import re
@@ -19,20 +18,26 @@ import shutil
 import stat
 import sysconfig
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
-from ..processor import AVX512, UNITS, Units
 from ..shell import pip_install
 from ..writing import FULL_DISK
+from . import tuning
+from .tuning import Rules
 
 SOURCES = Path(__file__).parent
 _NAME = "_native"
-_FILES = ("library.cpp", "row.h", "causal.h", "tiles.h", "sink.h")
+_FILES = ("library.cpp", "row.h", "rules.h", "causal.h", "tiles.h", "sink.h")
+
+_BUSY = 1.2  # times the best time that calls take in the median
 
 # As PyTorch compiles its own kernels for what this processor can do.
 _VECTORS = {
@@ -88,6 +93,56 @@ def build() -> Path:
         raise InputError(
             "this processor has no AVX2, without which PyTorch's own kernels are faster"
         )
+    with _folder_of(path) as folder:
+        if load() is None:  # another process may have been waited for
+            for killed in folder.glob("unfinished-*"):
+                shutil.rmtree(killed, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as work:
+                os.replace(_compile(work), path)
+    return path
+
+
+def rules_path() -> Path:
+    """Where the rules of the library and this processor are, or would be."""
+    return tuning.path_beside(library_path())
+
+
+def tune() -> Rules:
+    """Time where each way is the fastest, keep it beside the library, and follow it, unless it is there.
+
+    Raises:
+        InputError: there is no folder of the user's own to keep it in.
+    """
+    global LIBRARY
+    LIBRARY = LIBRARY or load()  # which this process may have compiled
+    path = rules_path()
+    with _folder_of(path):
+        rules = tuning.read(path)
+        if rules is None:
+            timings = list(tuning.measure(_attend, set_rules))
+            if timings and tuning.noise(timings) > _BUSY:
+                warnings.warn(
+                    f"the machine was busy, so more than need be is left to the stock kernel; delete '{path}' "
+                    "and run `stablemask build` when it is quiet",
+                    stacklevel=2,
+                )
+            rules = tuning.decide(timings)
+            tuning.write(rules, path)
+    set_rules(rules)
+    return rules
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scale = query.shape[-1] ** -0.5
+    out, _ = torch.ops.stablemask.native_forward(
+        query, key, value, torch.zeros(1, 1, 1), None, scale
+    )
+    return out
+
+
+@contextmanager
+def _folder_of(path: Path) -> Iterator[Path]:
+    """The folder of a file that is to be written, which is the user's own, for this process alone."""
     try:
         from filelock import FileLock
 
@@ -98,11 +153,7 @@ def build() -> Path:
                 "name another folder by $TORCH_EXTENSIONS_DIR"
             )
         with FileLock(path.parent / ".lock"):
-            if load() is None:  # another process may have been waited for
-                for killed in path.parent.glob("unfinished-*"):
-                    shutil.rmtree(killed, ignore_errors=True)
-                with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as work:
-                    os.replace(_compile(work), path)
+            yield path.parent
     except ModuleNotFoundError as error:
         raise InputError(
             f"compiling takes the package {error.name!r}: {pip_install('build')}"
@@ -114,7 +165,6 @@ def build() -> Path:
             f"cannot keep the library in '{path.parent}': {error.strerror or error}; "
             "name another folder by $TORCH_EXTENSIONS_DIR"
         ) from error
-    return path
 
 
 def _compile(work: str) -> Path:
@@ -169,45 +219,18 @@ def _reason(output: str) -> str:
     return next((line for line in lines if re.search(r"\berror: ", line)), "".join(lines[-1:]))
 
 
-class Rules(NamedTuple):
-    """From what sizes on which way of computing is the faster, by measurement.
-
-    Attributes:
-        longest_in_float32: of bfloat16 and float16, the keys times head_dim up to which the stock kernel's
-            backward is faster in float32.
-        shortest_by_tiles: of float32 and bfloat16, the rows from which on ``tiles.h`` is faster than the
-            stock kernel.
-    """
-
-    longest_in_float32: tuple[float, float]
-    shortest_by_tiles: tuple[float, float]
-
-
-def rules_of(units: Units, avx512: bool) -> Rules:
-    """Those of a processor that has these units, as measured on others.
-
-    Where the CPU multiplies in half precision, short sequences never earn back its preparations; where it
-    does not, its products are slow at any length. With AMX the stock kernel multiplies bfloat16 as tiles do.
-    """
-    bfloat16 = 8192.0 if units.avx512_bf16 else math.inf
-    return Rules(
-        (16384.0, 16384.0) if units.amx else (bfloat16, math.inf),
-        (96.0 if avx512 else math.inf, 8.0 if units.avx512_bf16 and not units.amx else math.inf),
-    )
-
-
 def set_rules(rules: Rules) -> None:
     """Have this process, and its library, follow them."""
     global RULES
     RULES = rules
     if LIBRARY is not None:
-        torch.ops.stablemask.native_rules(*rules)
+        torch.ops.stablemask.native_rules(tuning.as_numbers(rules))
 
 
 LIBRARY = load()
 """The library of this process, if there is one."""
 
 RULES: Rules
-"""What this process follows."""
+"""Where this process takes which way: nowhere another than the stock kernel's, where nothing was timed."""
 
-set_rules(rules_of(UNITS, AVX512))
+set_rules((LIBRARY is not None and tuning.read(rules_path())) or {})

@@ -17,23 +17,17 @@
 #include <optional>
 #include <tuple>
 
+#include "rules.h"
 #include "sink.h"
 #include "tiles.h"
 
 namespace stablemask {
 namespace {
 
-// How a call is computed.
-struct Way {
-  bool by_tiles; // of ours
-  bool in_float32; // the backward
-};
-
 // Out (B, H, n, D), and lse (B, H, n) with the sink in it; sink is broadcast to that.
 std::tuple<at::Tensor, at::Tensor> attend_causally(const at::Tensor& query, const at::Tensor& key,
-                                                   const at::Tensor& value, const at::Tensor& sink, double scale,
-                                                   Way way) {
-  if (way.by_tiles) {
+                                                   const at::Tensor& value, const at::Tensor& sink, double scale) {
+  if (is_faster(FORWARD_BY_TILES, query, query.size(2)) && tiles::fit(query, key)) {
     return tiles::attend(query, key, value, sink.to(at::kFloat).expand(query.sizes().slice(0, 3)), scale);
   }
   const auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
@@ -48,12 +42,15 @@ constexpr int64_t FEW = 1 << 17;
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& sink, const std::optional<at::Tensor>& mask, const at::Tensor& out, const at::Tensor& lse,
-    double scale, Way way, bool of_sink) {
+    double scale, bool of_sink) {
   const bool is_row = query.size(2) == 1;
+  const bool by_tiles = !is_row && is_faster(BACKWARD_BY_TILES, query, query.size(2)) && tiles::fit(query, key) &&
+      tiles::has_room(query, key);
+  const bool in_float32 = is_faster(BACKWARD_IN_FLOAT32, query, key.size(2));
   at::Tensor d_query, d_key, d_value, d_sink;
-  if (way.by_tiles && tiles::has_room(query, key)) {
+  if (by_tiles) {
     std::tie(d_query, d_key, d_value) = tiles::differentiate(grad, query, key, value, out, lse, scale);
-  } else if (way.in_float32 && query.numel() > FEW && !is_row) {
+  } else if (in_float32 && query.numel() > FEW && !is_row) {
     // By slices, as ../backends/kernels.py takes them.
     static const auto by_slices = c10::Dispatcher::singleton().findSchemaOrThrow("stablemask::flash_backward", "");
     const c10::IValue none;
@@ -69,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(
       // A row that sees nothing has scores of -inf only; any finite lse makes their weights 0.
       sums = lse.masked_fill(lse.eq(-INFINITE), 0.0);
     }
-    const auto computed = [&](const at::Tensor& tensor) { return way.in_float32 ? tensor.to(at::kFloat) : tensor; };
+    const auto computed = [&](const at::Tensor& tensor) { return in_float32 ? tensor.to(at::kFloat) : tensor; };
     const auto given = [&](const at::Tensor& tensor) { return tensor.to(query.scalar_type()); };
     const auto found = at::_scaled_dot_product_flash_attention_for_cpu_backward(
         computed(grad), computed(query), computed(key), computed(value), computed(out), sums,

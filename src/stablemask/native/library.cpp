@@ -17,14 +17,14 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "causal.h"
 #include "row.h"
+#include "rules.h"
 #include "sink.h"
 
 namespace {
@@ -44,28 +44,13 @@ c10::TypedOperatorHandle<Signature> operator_of(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// What was measured of this processor, by dtype; set once, when the library is loaded.
-struct Rules {
-  double longest_in_float32[2] = {0, 0}; // of bfloat16 and half: keys times head_dim
-  double shortest_by_tiles[2] = {INFINITY, INFINITY}; // of float32 and bfloat16: rows
-};
-
-Rules rules;
-
-void set_rules(at::ArrayRef<double> longest_in_float32, at::ArrayRef<double> shortest_by_tiles) {
-  TORCH_CHECK(longest_in_float32.size() == 2 && shortest_by_tiles.size() == 2, "native_rules takes twice two numbers");
-  std::copy_n(longest_in_float32.data(), 2, rules.longest_in_float32);
-  std::copy_n(shortest_by_tiles.data(), 2, rules.shortest_by_tiles);
-}
-
-stablemask::Way way_of(const at::Tensor& query, const at::Tensor& key) {
-  const auto dtype = query.scalar_type();
-  const bool is_row = query.size(2) == 1;
-  const bool in_float32 = at::isReducedFloatingType(dtype) &&
-      key.size(2) * key.size(3) <= rules.longest_in_float32[dtype == at::kHalf];
-  const bool by_tiles = !is_row && query.size(2) >= rules.shortest_by_tiles[dtype != at::kFloat] &&
-      stablemask::tiles::fit(query, key);
-  return {by_tiles, in_float32};
+// Four numbers for each interval: the way, the dtype, the first and the last of the rows.
+void set_rules(at::IntArrayRef numbers) {
+  stablemask::Rules rules;
+  for (size_t i = 0; i + 4 <= numbers.size(); i += 4) {
+    rules.at(numbers[i]).at(numbers[i + 1]).emplace_back(numbers[i + 2], numbers[i + 3]);
+  }
+  stablemask::rules = std::move(rules);
 }
 
 at::Tensor with_dense_rows(const at::Tensor& tensor) {
@@ -125,7 +110,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Te
   if (query.size(2) > 1) {
     TORCH_CHECK(value.size(3) == key.size(3) && scale >= std::numeric_limits<float>::min(),
                 "a sequence has one head_dim, and a scale above 0");
-    const auto [out, lse] = stablemask::attend_causally(rows, keys, values, sink, scale, way_of(query, key));
+    const auto [out, lse] = stablemask::attend_causally(rows, keys, values, sink, scale);
     return {in_order(out), lse};
   }
   const at::Tensor seen = mask ? with_dense_rows(mask->expand({key.size(0), 1, 1, key.size(2)})) : at::Tensor();
@@ -150,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto [d_query, d_key, d_value, d_sink] = stablemask::differentiate(
       with_dense_rows(grad), with_dense_rows(query), with_dense_rows(key), with_dense_rows(value), sink, mask,
-      with_dense_rows(out), lse.contiguous(), scale, way_of(query, key), of_sink);
+      with_dense_rows(out), lse.contiguous(), scale, of_sink);
   return {in_order(d_query), in_order(d_key), in_order(d_value), d_sink};
 }
 
@@ -231,7 +216,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_in_autograd(
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(stablemask, library) {
-  library.def("native_rules(float[] longest_in_float32, float[] shortest_by_tiles) -> ()", set_rules);
+  library.def("native_rules(int[] numbers) -> ()", set_rules);
   library.def("native_forward(Tensor query, Tensor key, Tensor value, Tensor sink_logits, Tensor? attn_mask, "
               "float scale) -> (Tensor, Tensor)");
   library.def("native_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor sink_logits, "

@@ -32,7 +32,6 @@ from ..data.chat_form import ChatForm, chat_form
 from ..errors import InputError
 from ..inference.author import Author
 from ..inference.model import check_length, check_token_ids, evaluating
-from ..processor import UNITS
 from ..reading import read_json
 from ..writing import write_whole, writing
 from .machine import default_dtype
@@ -141,7 +140,11 @@ def _writing_copy(model: PreTrainedModel) -> PreTrainedModel:
     Its parameters are not frozen even where the model's are: PyTorch multiplies a batch's last hidden states
     by a frozen head one row at a time, each by a copy of the head.
     """
-    name = default_dtype() if model.device.type != "cpu" or not any(UNITS) else "bfloat16"
+    # What PyTorch was told not to use (ATEN_CPU_CAPABILITY) is as good as not there.
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    multiplies_bfloat16 = avx512 and torch.cpu._is_avx512_bf16_supported()
+    on_cpu = model.device.type == "cpu"
+    name = "bfloat16" if on_cpu and multiplies_bfloat16 else default_dtype()
     parameters = {
         id(parameter): nn.Parameter(parameter.detach().to(getattr(torch, name)))
         for parameter in model.parameters()
