@@ -2,6 +2,8 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -140,9 +142,7 @@ def test_a_broken_or_foreign_file_is_none(tmp_path, text):
 def test_a_kill_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "rules.json"
     write(RULES, path)
-    monkeypatch.setattr(
-        tuning.os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write({}, path)
     assert read(path) == RULES

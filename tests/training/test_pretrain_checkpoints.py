@@ -17,13 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from stablemask import native
 from stablemask.cli.main import main
 from stablemask.errors import InputError
+from stablemask.native import tuning
 from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
 from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import command_line, pretrain
+from stablemask.training.run import begin_run
 from tests import marks
 from tests.processes import start
 from tests.test_reading import DEEP
@@ -99,6 +102,31 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on(
 
     pretrain(replace(options, resume=True))
     assert_same_weights(folder, uninterrupted)
+
+
+def test_a_run_that_goes_on_by_other_kernels_says_so(tmp_path, monkeypatch, capsys):
+    options = PretrainOptions(data="text", out=str(tmp_path), steps=2)
+
+    def told():
+        begin_run(tmp_path, options, "key", {"command": "a command"})
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(native, "RULES", {"forward_by_tiles": {"float32": [(129, None)]}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert told() == ""
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["attention_on_cpu"]["in_words"]["float32"] == "forward by tiles, rows from 129 on"
+    assert told() == ""
+    monkeypatch.setattr(native, "RULES", {})
+    line = told()
+    assert line.count("\n") == 1
+    assert all(
+        tuning.digest(rules) in line
+        for rules in ({}, {"forward_by_tiles": {"float32": [(129, None)]}})
+    )
+    record.pop("attention_on_cpu")  # as older versions began a run
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert told() == ""
 
 
 def test_resuming_a_finished_run_changes_nothing(uninterrupted, options):

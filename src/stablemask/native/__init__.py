@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +131,15 @@ def tune() -> Rules:
             tuning.write(rules, path)
     set_rules(rules)
     return rules
+
+
+def in_use() -> dict[str, Any]:
+    """What this process computes attention by on the CPU, for the record of a run."""
+    return {
+        "library": None if LIBRARY is None else LIBRARY.name,
+        "rules": tuning.digest(RULES),
+        "in_words": tuning.in_words(RULES),
+    }
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ beside the library, in a file for each kind of processor.
 
 import hashlib
 import json
-import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..writing import write_whole
 
 # The ways that may be faster than the stock kernel, and for which dtypes.
 WAYS = {
@@ -207,13 +207,7 @@ def path_beside(library: Path) -> Path:
 def write(rules: Rules, path: Path) -> None:
     """Whole, or not at all."""
     record = {"processor": processor(), "threads": torch.get_num_threads(), "rules": rules}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as work:
-        partial = Path(work, path.name)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    write_whole(path, json.dumps(record) + "\n")
 
 
 def read(path: Path) -> Rules | None:

@@ -17,6 +17,7 @@ import platform
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import transformers
 
-from .. import __version__
+from .. import __version__, native
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity_of
 from ..options import command_words, load_yaml, option_fields, save_yaml
@@ -199,6 +200,7 @@ def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[st
                 f"{options.data} is not what {folder} was started with: its text or its "
                 "tokenizer has changed; restore it, or name another --out"
             )
+        _tell_other_kernels(before.get("attention_on_cpu"))
         if load_yaml(folder / options_file(options)).get("steps") != options.steps:
             lasting = dataclasses.replace(options, resume=False)
             save_yaml(lasting, folder / options_file(options))
@@ -211,7 +213,22 @@ def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[st
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    _write_record(folder, {"corpus": key, **record, "versions": versions})
+    more = {"versions": versions, "attention_on_cpu": native.in_use()}
+    _write_record(folder, {"corpus": key, **record, **more})
+
+
+def _tell_other_kernels(before: Any) -> None:
+    """Say in a line if attention is computed in another way than in the part of the run that is done."""
+    now = native.in_use()
+    then = before if isinstance(before, dict) else now
+    kernels = [(ways.get("library"), ways.get("rules")) for ways in (then, now)]
+    if kernels[0] != kernels[1] and not torch.cuda.is_available():
+        named = [f"{library or 'no library'}, rules {rules}" for library, rules in kernels]
+        print(
+            f"stablemask: attention takes other ways on the CPU than when this run began ({named[0]}; now "
+            f"{named[1]}): it goes on the same to rounding, not to the bit",
+            file=sys.stderr,
+        )
 
 
 def put_in_place(
