@@ -14,25 +14,15 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stablemask.data import train_tokenizer
+from stablemask.training.callbacks import StopOnSignal
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
 
 STEPS = 40  # of a pretraining run
 
 WORDS = [
-    "the",
-    "a",
-    "model",
-    "row",
-    "mask",
-    "sink",
-    "token",
-    "reads",
-    "writes",
-    "keeps",
-    "its",
-    "own",
-]
+    "the", "a", "model", "row", "mask", "sink", "token", "reads", "writes", "keeps", "its", "own"
+]  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|endoftext|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -117,3 +107,14 @@ def kill_when_there(file: Path, run: Any) -> None:
     run.kill()
     run.join()
     assert run.exitcode == -signal.SIGKILL
+
+
+def stop_at(step: int | None, patch: pytest.MonkeyPatch) -> None:
+    """Let runs stop after a step, as by a signal; None lets them go on to their end."""
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == step:
+            self.received = signal.SIGTERM
+            control.should_save = control.should_training_stop = True
+
+    patch.setattr(StopOnSignal, "on_step_end", stop)

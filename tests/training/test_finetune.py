@@ -22,13 +22,12 @@ from stablemask.errors import InputError, RunError
 from stablemask.training import checkpoints
 from stablemask.training.adapting import adapt
 from stablemask.training.adapting.trainer import FIRST_TOKEN_WEIGHT
-from stablemask.training.callbacks import StopOnSignal
 from stablemask.training.finetune import describe_finetuning, finetune
 from stablemask.training.options import FinetuneOptions
 from stablemask.training.run import command_line
 
 from ..processes import start
-from .conftest import assert_same_weights, kill_when_there, metrics
+from .conftest import assert_same_weights, kill_when_there, metrics, stop_at
 
 STEPS = 20
 MASS = {"gamma": 1 / 128, "horizon": None, "hold": 127}
@@ -60,15 +59,6 @@ def adapted(options, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "adapted"
     finetune(replace(options, out=str(folder), adapt=True, texts=24))
     return folder
-
-
-def stop_at(step: int, monkeypatch) -> None:
-    def stop(self, args, state, control, **_):
-        if state.global_step == step:
-            self.received = signal.SIGTERM
-            control.should_save = control.should_training_stop = True
-
-    monkeypatch.setattr(StopOnSignal, "on_step_end", stop)
 
 
 def test_the_student_learns_from_its_teacher(adapted, base):

@@ -31,7 +31,7 @@ from tests import marks
 from tests.processes import start
 from tests.test_reading import DEEP
 
-from .conftest import STEPS, assert_same_weights, kill_when_there, metrics
+from .conftest import STEPS, assert_same_weights, kill_when_there, metrics, stop_at
 
 
 def test_the_best_checkpoint_stays_beside_the_last(options, tmp_path, monkeypatch):
@@ -263,28 +263,12 @@ def test_a_manifest_that_is_damaged_damages_the_checkpoint(how, written, tmp_pat
 
 
 @pytest.fixture
-def stop_at(monkeypatch):
-    """Stops a run after a step, as a signal does; None lets it go on to its end."""
-    from stablemask.training.callbacks import StopOnSignal
-
-    def arrange(step: int | None) -> None:
-        def stop(self, args, state, control, **_):
-            if state.global_step == step:
-                self.received = signal.SIGTERM
-                control.should_save = control.should_training_stop = True
-
-        monkeypatch.setattr(StopOnSignal, "on_step_end", stop)
-
-    return arrange
-
-
-@pytest.fixture
-def stopped(options, tmp_path, stop_at) -> PretrainOptions:
+def stopped(options, tmp_path, monkeypatch) -> PretrainOptions:
     """A run with two checkpoints that did not finish."""
-    stop_at(8)
+    stop_at(8, monkeypatch)
     options = replace(options, out=str(tmp_path / "run"))
     assert pretrain(options).stopped_by is signal.SIGTERM
-    stop_at(None)
+    stop_at(None, monkeypatch)
     return replace(options, resume=True)
 
 
@@ -321,16 +305,10 @@ def poison(checkpoint: Path, file: str, hostile: Hostile) -> None:
 @pytest.fixture(scope="module")
 def foreign(request, options, tmp_path_factory) -> PretrainOptions:
     """A run that stopped and is gone on with, from someone else."""
-    from stablemask.training.callbacks import StopOnSignal
-
-    def stop(self, args, state, control, **_):
-        self.received = signal.SIGTERM
-        control.should_save = control.should_training_stop = True
-
     folder = tmp_path_factory.mktemp("foreign") / "run"
     options = replace(options, out=str(folder), async_save=request.param == "in shards")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_step_end", stop)
+        stop_at(1, patch)
         pretrain(options)
     return replace(options, resume=True)
 
@@ -376,7 +354,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, uninter
         "mixture of streams",
     ],
 )
-def test_other_data_goes_on_where_it_stopped(kind, options, uninterrupted, tmp_path, stop_at):
+def test_other_data_goes_on_where_it_stopped(kind, options, uninterrupted, tmp_path, monkeypatch):
     """Two sources, with loading processes in one part of the run."""
     records = tmp_path / "records.jsonl"
     generator = random.Random(1)
@@ -395,9 +373,9 @@ def test_other_data_goes_on_where_it_stopped(kind, options, uninterrupted, tmp_p
     options = replace(options, **changes)
     pretrain(replace(options, out=str(tmp_path / "whole")))
     options = replace(options, out=str(tmp_path / "parts"), workers=2)
-    stop_at(5)
+    stop_at(5, monkeypatch)
     assert pretrain(options).step == 5
-    stop_at(None)
+    stop_at(None, monkeypatch)
     pretrain(replace(options, resume=True, workers=0))
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
