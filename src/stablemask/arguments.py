@@ -18,6 +18,9 @@ from .masks import NO_MASKS, Masks
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = None) -> None:
     """Four axes each, floating point, one device, and sizes that fit one another.
 
@@ -69,6 +72,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
 
 def check_stock_options(query: Tensor, key: Tensor, is_causal: bool, enable_gqa: bool) -> None:
     """What ``F.scaled_dot_product_attention`` is told of causality and of grouped heads."""
+    if is_causal is True and enable_gqa is True:
+        return
     for name, option in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(option, (bool, torch.SymBool)):
             raise TypeError(f"{name} must be a bool, got {option!r}")
@@ -156,8 +161,7 @@ def check_gamma_heads(gamma: float | Tensor, heads: int) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    numbers = (int, float, torch.SymInt, torch.SymFloat)
-    return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def is_int(value: object) -> TypeGuard[int]:

@@ -1,6 +1,7 @@
 """Steps of one token are right in every family, and nothing of one step is left for the next."""
 
 import copy
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -112,6 +113,31 @@ def test_a_layer_with_a_gradient_an_autocast_or_its_own_sinks_is_right():
     states = tuple(torch.randn(1, heads, 2, 8) for heads in (4, 2, 2))
     with pytest.raises(ValueError, match="asked for is_causal=False"):
         attend(is_causal=False, position_ids=torch.arange(2)[None])
+
+
+def test_layers_of_one_pass_share_what_the_first_found(monkeypatch):
+    """Not those of another pass, which may begin at any layer, nor of another model."""
+    looked_up = Mock(wraps=attention.sink_logits_at)
+    monkeypatch.setattr(attention, "sink_logits_at", looked_up)
+    model, other = build(LLAMA), build(LLAMA)
+    positions, query = torch.tensor([[3]]), torch.empty(1, 4, 1, 8)
+
+    def logits(number, model=model):
+        layer = model.model.layers[number].self_attn
+        return attention.layer_sink_logits(layer, query, 8, None, position_ids=positions)
+
+    before = [logits(number) for number in (1, 2, 3)]
+    assert looked_up.call_count == 1
+    assert all(torch.equal(of_layer, before[0]) for of_layer in before)
+    positions.add_(1)
+    after = [logits(number) for number in (3, 1, 2)]
+    assert looked_up.call_count == 3
+    assert all(torch.equal(of_layer, after[0]) for of_layer in after)
+    assert not torch.equal(after[0], before[0])
+    other.config.stablemask["shift"] = 1.0
+    torch.testing.assert_close(logits(3, other), after[0] + 1.0)
+    model.config.stablemask["shift"] = 2.0
+    torch.testing.assert_close(logits(3), after[0] + 2.0)
 
 
 def test_nothing_is_kept_on_the_tensors_of_a_batch(tmp_path):

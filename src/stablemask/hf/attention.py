@@ -7,7 +7,7 @@ at every forward pass, and written where the name is chosen (`guard.py`); None t
 
 import warnings
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,13 +152,54 @@ def _token_positions(q_len: int, position_ids: Tensor | None = None, **_: Any) -
     return position_ids[0] if position_ids.dim() == 3 else position_ids
 
 
+class _Found(NamedTuple):
+    """What a layer found, for those after it: models hand all their layers the same positions."""
+
+    layer: int
+    positions: weakref.ref[Tensor]
+    config: Any
+    settings: dict[str, Any]
+    sink_logits: Tensor
+
+
+_found: _Found | None = None
+
+
 def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) -> Tensor:
     """Log of the mass of each row, broadcastable to (B, H, q)."""
-    positions = positions.to(query.device)
+    global _found
+    layer, settings, found = getattr(module, "layer_idx", None), config.stablemask, _found
+    shared = (
+        isinstance(layer, int)
+        and isinstance(settings, dict)
+        and not isinstance(settings.get("shift"), (list, tuple))
+        and SHIFT_PARAMETER not in module._parameters
+        and not torch.compiler.is_compiling()
+    )
+    if (
+        shared
+        and found is not None
+        and found.layer
+        < layer  # else of another pass, and positions may have been written to since
+        and found.positions() is positions
+        and found.config is config
+        and found.settings == settings
+        and found.sink_logits.device == query.device
+    ):
+        _found = found._replace(layer=layer)
+        return _local_heads(module, found.sink_logits, query)
+    sink_logits = _pseudo_of_layer(module, config, positions.to(query.device), layer)
+    if shared:
+        _found = _Found(layer, weakref.ref(positions), config, dict(settings), sink_logits)
+    return _local_heads(module, sink_logits, query)
+
+
+def _pseudo_of_layer(
+    module: nn.Module, config: Any, positions: Tensor, layer: int | None
+) -> Tensor:
     num_heads = getattr(config, "num_attention_heads", None)
     trained = module._parameters.get(SHIFT_PARAMETER)
     given = config.stablemask if trained is None else without_shift(config.stablemask)
-    layer = getattr(module, "layer_idx", None)
     sink_logits = None
     if isinstance(num_heads, int):
         sink_logits = sink_logits_at(
@@ -174,7 +215,7 @@ def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) ->
         sink_logits = pseudo_sink_logits(settings, config.num_attention_heads, positions)
     if trained is not None:
         sink_logits = sink_logits + trained[:, None]
-    return _local_heads(module, sink_logits, query)
+    return sink_logits
 
 
 def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:

@@ -49,7 +49,8 @@ def sink_logits_at(
 def _look_up(table: Tensor, positions: Tensor) -> Tensor:
     kind = hardware.kind_of(positions)
     if positions.numel() == 1 and kind == "cpu":  # half the time
-        return table[min(max(int(positions), 0), len(table) - 1)]
+        row = min(max(int(positions), 0), len(table) - 1)
+        return table[row : row + 1]
     kernels = hardware.triton_kernels() if kind == "cuda" else None
     if kernels is not None:
         found = kernels.look_up(table, positions.reshape(-1, positions.shape[-1]))
