@@ -121,7 +121,9 @@ def tune() -> Rules:
         rules = tuning.read(path)
         if rules is None:
             timings = list(tuning.measure(_attend, set_rules))
-            if timings and tuning.noise(timings) > _BUSY:
+            if timings and (
+                tuning.noise(timings) > _BUSY or timings[-1].rows < max(tuning.LENGTHS)
+            ):
                 warnings.warn(
                     f"the machine was busy, so more than need be is left to the stock kernel; delete '{path}' "
                     "and run `stablemask build` when it is quiet",
