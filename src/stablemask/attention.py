@@ -96,8 +96,8 @@ def _sink_logits(
     first = key.shape[2] - q_len
     check_gamma_heads(gamma, heads)
     if positions is None:
-        is_step = q_len == 1 and horizon is None and type(gamma) is float and gamma > 0
-        if is_step and type(first) is int and not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or type(first) is not int
+        if type(gamma) is float and gamma > 0 and q_len == 1 and horizon is None and not traced:
             return log_pseudo_mass(first, gamma)  # a number, which launches nothing
         positions = torch.arange(first, first + q_len, device=query.device)
     elif (

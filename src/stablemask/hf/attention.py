@@ -168,7 +168,8 @@ _found: _Found | None = None
 def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) -> Tensor:
     """Log of the mass of each row, broadcastable to (B, H, q)."""
     global _found
-    layer, settings, found = getattr(module, "layer_idx", None), config.stablemask, _found
+    layer: Any = getattr(module, "layer_idx", None)
+    settings, found = config.stablemask, _found
     shared = (
         isinstance(layer, int)
         and isinstance(settings, dict)
@@ -179,8 +180,7 @@ def _pseudo(module: nn.Module, config: Any, positions: Tensor, query: Tensor) ->
     if (
         shared
         and found is not None
-        and found.layer
-        < layer  # else of another pass, and positions may have been written to since
+        and found.layer < layer  # else it is another pass's, and positions may be others by now
         and found.positions() is positions
         and found.config is config
         and found.settings == settings
