@@ -32,7 +32,7 @@ def main(folder: str, tag: str = "") -> None:
     packaged = {
         str(path.relative_to(SOURCES)) for path in _ours() if not UNWANTED.search(str(path))
     }
-    for needed in ("stablemask/py.typed", "stablemask/native/library.cpp"):
+    for needed in ("stablemask/py.typed", "stablemask/backends/native/library.cpp"):
         _expect(needed in packaged, f"{needed} is gone")
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())

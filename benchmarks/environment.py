@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from stablemask import __version__, native, strict_json
+from stablemask import __version__, strict_json
+from stablemask.backends import native
 from stablemask.writing import write_whole
 
 # Whatever is timed, or compiles what is timed.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablemask.backends.kernels import KERNELS
-from stablemask.backends.tiles import Band
+from stablemask.backends.stock.kernels import KERNELS
+from stablemask.backends.stock.tiles import Band
 
 BATCH, HEADS, HEAD_DIM = 2, 4, 64
 SINK, SCALE = 0.5, 0.125

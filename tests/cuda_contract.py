@@ -632,8 +632,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Car
     """
     from torch.nn.attention import flex_attention
 
-    from stablemask import native
-    from stablemask.backends import choice, flex, hardware
+    from stablemask.backends import choice, flex, hardware, native
 
     register()
     CARD.reset(capability)

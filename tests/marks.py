@@ -11,8 +11,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from stablemask import native
-from stablemask.backends import flash_attn, flex
+from stablemask.backends import flash_attn, flex, native
 from stablemask.versions import OLDEST_SERVER, installed, release
 
 gpu = [

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from stablemask import native, sink_attention
-from stablemask.native.tuning import Rules, everywhere
+from stablemask import sink_attention
+from stablemask.backends import native
+from stablemask.backends.native.tuning import Rules, everywhere
 
 BY_TILES = everywhere("forward_by_tiles", "backward_by_tiles")
 

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stablemask import head_decay_rates, native, sink_attention, stable_mask_attention
+from stablemask import head_decay_rates, sink_attention, stable_mask_attention
+from stablemask.backends import native
 from tests.oracle import (
     assert_no_further_than_twice,
     doubled,
@@ -212,8 +213,8 @@ def test_real_mass_of_equal_scores_rises_with_the_row(horizon, gamma):
 @pytest.mark.parametrize(("q_len", "kv_len"), [(19, 19), (6, 19), (1, 19)])
 @pytest.mark.parametrize("rows_in_block", [4, 256])
 def test_masks_equal_the_definition(dtype, mask, q_len, kv_len, rows_in_block, monkeypatch):
-    monkeypatch.setattr("stablemask.backends.tiles.ROWS_IN_BLOCK", rows_in_block)
-    monkeypatch.setattr("stablemask.backends.tiles.ROWS_IN_HALF_BLOCK", rows_in_block)
+    monkeypatch.setattr("stablemask.backends.stock.tiles.ROWS_IN_BLOCK", rows_in_block)
+    monkeypatch.setattr("stablemask.backends.stock.tiles.ROWS_IN_HALF_BLOCK", rows_in_block)
     distance = torch.arange(kv_len - q_len, kv_len).unsqueeze(-1) - torch.arange(kv_len)
     allowed = torch.rand(2, 1, q_len, kv_len) > 0.3
     added = torch.randn(1, 4, q_len, kv_len, dtype=torch.float64)
@@ -286,8 +287,8 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("mask", ["alibi", "window", "documents"])
 def test_masks_by_distance_are_linear_in_memory(mask):
-    from stablemask.backends.operators import backward, forward
-    from stablemask.backends.tiles import ROWS_IN_BLOCK
+    from stablemask.backends.stock.operators import backward, forward
+    from stablemask.backends.stock.tiles import ROWS_IN_BLOCK
 
     heads, length = 2, 2048
     slopes = head_decay_rates(heads) if mask == "alibi" else None

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stablemask import sink_attention, stable_mask_attention
-from stablemask.backends import kernels
-from stablemask.native import tuning
+from stablemask.backends.native import tuning
+from stablemask.backends.stock import kernels
 from tests.marks import native_library
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
 from tests.rules import BY_TILES, can_be_tiled, rules

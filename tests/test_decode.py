@@ -97,7 +97,7 @@ def test_what_the_library_leaves_to_others(keywords, reason):
 
 
 def test_without_the_library_its_name_says_how_to_have_it(monkeypatch):
-    monkeypatch.setattr("stablemask.native.LIBRARY", None)
+    monkeypatch.setattr("stablemask.backends.native.LIBRARY", None)
     with pytest.raises(ValueError, match="`stablemask build` compiles it"):
         sink_attention(*tensors(), 0.0, backend="native")
 

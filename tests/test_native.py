@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from stablemask import native
+from stablemask.backends import native
 from stablemask.cli.main import BAD_INPUT, main
 from tests import marks
 

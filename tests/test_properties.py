@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stablemask import native, pseudo_logsumexp, sink_attention, stable_mask_attention
-from stablemask.backends import BACKENDS
+from stablemask import pseudo_logsumexp, sink_attention, stable_mask_attention
+from stablemask.backends import BACKENDS, native
 from stablemask.pseudo import log_pseudo_mass
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
 

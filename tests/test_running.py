@@ -13,7 +13,7 @@ from tests.oracle import gradients, make_inputs
 
 @pytest.mark.parametrize("sample", ["square", "cache", "padding", "learned", "blocks"])
 def test_opcheck(sample):
-    from stablemask.backends.operators import flash_backward, flash_forward
+    from stablemask.backends.stock.operators import flash_backward, flash_forward
 
     q_len, kv_len = (5, 9) if sample == "cache" else (9, 9)
     query, key, value = make_inputs(2, 4, 2, q_len, kv_len, 8, torch.float32)

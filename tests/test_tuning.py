@@ -8,10 +8,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from stablemask import native
+from stablemask.backends import native
+from stablemask.backends.native import tuning
+from stablemask.backends.native.tuning import SPANS, Timing, decide, is_faster, read, write
 from stablemask.cli.main import main
-from stablemask.native import tuning
-from stablemask.native.tuning import SPANS, Timing, decide, is_faster, read, write
 from tests.marks import native_library
 
 RULES = {

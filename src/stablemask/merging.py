@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import autocast, check_masks, check_scale, check_sink, check_tensors
-from .backends.flash import attend_with_lse, stock_kernel
+from .backends.stock.flash import attend_with_lse, stock_kernel
 from .call import Call, as_tensor
 
 

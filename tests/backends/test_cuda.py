@@ -13,7 +13,7 @@ from stablemask import (
 )
 from stablemask.backends import hardware
 from stablemask.backends.choice import choose
-from stablemask.backends.flash import kernel_for
+from stablemask.backends.stock.flash import kernel_for
 from stablemask.call import Call
 from stablemask.masks import NO_MASKS, Masks
 from tests import marks

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from stablemask import sink_attention, stable_mask_attention
-from stablemask.backends.decomposition import dense_forward
-from stablemask.backends.operators import flash_forward
+from stablemask.backends.stock.decomposition import dense_forward
+from stablemask.backends.stock.operators import flash_forward
 
 from ..oracle import make_inputs, sink_definition
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from stablemask import head_decay_rates, sink_attention
-from stablemask.backends import operators
+from stablemask.backends.stock import operators
 from stablemask.masks import Masks
 from tests.marks import native_library
 from tests.oracle import gradients, make_inputs

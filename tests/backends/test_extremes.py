@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from stablemask import native, sink_attention
+from stablemask import sink_attention
+from stablemask.backends import native
 from tests.marks import native_library
 from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
 from tests.rules import BY_TILES

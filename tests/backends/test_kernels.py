@@ -12,9 +12,9 @@ from stablemask import (
     native,
     sink_attention,
 )
-from stablemask.backends import kernels
-from stablemask.backends.kernels import KERNELS
-from stablemask.backends.tiles import Tiling
+from stablemask.backends.stock import kernels
+from stablemask.backends.stock.kernels import KERNELS
+from stablemask.backends.stock.tiles import Tiling
 from stablemask.masks import Masks
 from tests.oracle import (
     assert_no_further_than_twice,

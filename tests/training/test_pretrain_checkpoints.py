@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablemask import native
+from stablemask.backends import native
+from stablemask.backends.native import tuning
 from stablemask.cli.main import main
 from stablemask.errors import InputError
-from stablemask.native import tuning
 from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
 from stablemask.training.finetune import finetune

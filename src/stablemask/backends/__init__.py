@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..call import Call
-from . import blocks, decomposition, flash, flash_attn, flex, native, reference
+from . import blocks, flash_attn, flex, reference
+from .native import backend as compiled
+from .stock import decomposition, flash
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "native": Backend(
-        native.attend, native.unsupported, "what `stablemask build` compiled, CPU only"
+        compiled.attend, compiled.unsupported, "what `stablemask build` compiled, CPU only"
     ),
     "flash": Backend(flash.attend, flash.unsupported, "the stock flash kernel of the device"),
     "cudnn": Backend(flash.attend_cudnn, flash.unsupported_cudnn, "the cuDNN kernel, CUDA only"),

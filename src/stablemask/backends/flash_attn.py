@@ -30,7 +30,7 @@ from .calls import (
     sink_gradient,
     with_positive_scale,
 )
-from .operators import absorb, lse_dtype, row_sums
+from .stock.operators import absorb, lse_dtype, row_sums
 
 MODULES = {
     "fa2": "flash_attn.flash_attn_interface",

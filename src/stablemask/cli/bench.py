@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stablemask import native
 from stablemask.attention import stable_mask_attention
+from stablemask.backends import native
 from stablemask.cli.env import DTYPES, available_devices
 from stablemask.cli.options import BenchOptions
 from stablemask.errors import InputError, RunError

@@ -2,10 +2,10 @@
 
 import torch
 
-from stablemask import native
-from stablemask.backends import operators  # noqa: F401  which the library calls
+from stablemask.backends import native
+from stablemask.backends.native import tuning
+from stablemask.backends.stock import operators  # noqa: F401  which the library calls
 from stablemask.cli.options import BuildOptions
-from stablemask.native import tuning
 
 
 def run(options: BuildOptions) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablemask import __version__, native
+from stablemask import __version__
 from stablemask.attention import sink_attention
-from stablemask.backends import BACKENDS
+from stablemask.backends import BACKENDS, native
 from stablemask.backends.choice import order
+from stablemask.backends.native import tuning
 from stablemask.cli.options import EnvOptions
-from stablemask.native import tuning
 from stablemask.private import PRIVATE, missing
 from stablemask.versions import installed, newer_than_tested
 

@@ -37,9 +37,9 @@ from ..arguments import (
     check_sink,
     check_tensors,
 )
-from ..backends import operators
 from ..backends.calls import sink_gradient
-from ..backends.flash import fit, stock_kernel
+from ..backends.stock import operators
+from ..backends.stock.flash import fit, stock_kernel
 from ..call import Call, as_tensor
 from ..merging import merge_attention
 from ..pseudo import pseudo_logsumexp

@@ -27,7 +27,8 @@ from typing import Any, Generic, TypeVar
 import torch
 import transformers
 
-from .. import __version__, native
+from .. import __version__
+from ..backends import native
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity_of
 from ..options import command_words, load_yaml, option_fields, save_yaml

@@ -21,9 +21,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..masks import Masks
-from . import hardware
-from .calls import only_autograd_watches, refuse_second_order, sink_gradient
+from ...masks import Masks
+from .. import hardware
+from ..calls import only_autograd_watches, refuse_second_order, sink_gradient
 from .kernels import KERNELS
 from .tiles import Band, Tile, Tiling
 

@@ -7,13 +7,12 @@ formula. Here is what they serve, and what shapes they return, which is all that
 import torch
 from torch import Tensor
 
-from .. import native
-from ..call import Call
-from ..masks import NO_MASKS, Masks
-from . import hardware
-from .calls import is_exporting, needs_gradient, under_torch_func
-from .flash import fit
-from .operators import lse_dtype
+from ...call import Call
+from ...masks import NO_MASKS, Masks
+from .. import hardware, native
+from ..calls import is_exporting, needs_gradient, under_torch_func
+from ..stock.flash import fit
+from ..stock.operators import lse_dtype
 
 
 def unsupported(call: Call) -> str | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks import Masks
+from ...masks import Masks
 from .operators import fake_forward, lse_dtype
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..masks import Masks, alibi_bias
-from . import hardware
+from ...masks import Masks, alibi_bias
+from .. import hardware
 
 ROWS_IN_BLOCK = 256
 # Of half precision in the backward, which on the CPU packs all keys anew in each call, and under ALiBi alone,

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..shell import pip_install
-from ..writing import FULL_DISK
+from ...errors import InputError
+from ...shell import pip_install
+from ...writing import FULL_DISK
 from . import tuning
 from .tuning import Rules
 

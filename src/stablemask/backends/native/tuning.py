@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..writing import write_whole
+from ...writing import write_whole
 
 # The ways that may be faster than the stock kernel, and for which dtypes.
 WAYS = {

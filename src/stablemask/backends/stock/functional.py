@@ -8,8 +8,8 @@ operators and the same derivative.
 import torch
 from torch import Tensor
 
+from ..calls import refuse_second_order
 from . import operators
-from .calls import refuse_second_order
 
 
 class _Forward(torch.autograd.Function):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..call import Call
-from ..masks import NO_MASKS, Masks
-from . import functional, hardware
-from .calls import (
+from ...call import Call
+from ...masks import NO_MASKS, Masks
+from .. import hardware
+from ..calls import (
     is_exporting,
     needs_gradient,
     nothing_watches,
@@ -18,6 +18,7 @@ from .calls import (
     under_torch_func,
     with_positive_scale,
 )
+from . import functional
 from .kernels import KERNELS, as_rows_of_key_heads, efficient_row, mask_as_bias
 from .operators import absorb, eager_forward, flash_forward, scale_rows
 
