@@ -195,7 +195,7 @@ def table(results: dict[str, list[Measured]], teacher: str) -> str:
 
 
 def _cell(found: Estimate, digits: int) -> str:
-    mean = f"{found.mean:,.{digits}f}"
+    mean = f"{round(found.mean, digits) + 0.0:,.{digits}f}"  # no minus before a zero
     return mean if math.isnan(found.half_width) else f"{mean} ± {found.half_width:,.{digits}f}"
 
 

@@ -130,9 +130,11 @@ def _bars(
             color=COLORS[order.index(label)],
             label=label,
         )
-        axes.bar_label(drawn, fmt=f"%.{digits}f", padding=3, fontsize=8)
+        texts = [f"{round(one.mean, digits) + 0.0:.{digits}f}" for one in found]
+        axes.bar_label(drawn, texts, padding=3, fontsize=8)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.margins(x=0.18)
+    axes.locator_params(axis="x", nbins=6)
     axes.axvline(0, color=drawing.GRAY, lw=0.8)
     axes.grid(axis="y", visible=False)
