@@ -190,7 +190,7 @@ def test_adapting_keeps_its_schedule_when_it_goes_on(base, prose, tmp_path):
     finetune(options)
     assert finetune(replace(options, steps=6, resume=True)).step == 6
     written = load_yaml(tmp_path / "run" / "finetune.yaml")
-    assert (written["steps"], written["texts"]) == (6, 2)
+    assert (written["steps"], written["texts"]) == (6, 4)
     rows = [row for row in metrics(tmp_path / "run") if "alpha" in row]
     assert [row["alpha"] for row in rows] == [pytest.approx(3 / 8), 0.0, 0.0, 0.0, 0.0, 0.0]
 
