@@ -200,10 +200,10 @@ def options_from_values(options_class: type, values: Mapping[str, Any], source: 
     return checked
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """A question that names the nearest of the names there are, empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else ""
+    return f"did you mean {prefix}{near[0]}?" if near else ""
 
 
 def changed(options: Any, names: Sequence[str]) -> list[str]:

@@ -56,7 +56,9 @@ def parse_options(
     given, unknown = parse(argv)
     if unknown:
         wrong = f"unrecognized arguments: {' '.join(unknown)}"
-        if advice := did_you_mean(unknown[0].partition("=")[0], [field.flag for field in fields]):
+        # Without the dashes, which all flags share.
+        names = [field.flag.lstrip("-") for field in fields]
+        if advice := did_you_mean(unknown[0].partition("=")[0].lstrip("-"), names, "--"):
             raise InputError(f"{wrong}; {advice}")
         parser.error(wrong)
     flags = vars(given)
