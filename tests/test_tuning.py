@@ -1,6 +1,7 @@
 """What is taken by which way: decided from timings made by hand, kept whole, and read strictly."""
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -81,10 +82,14 @@ def test_noise_chooses_the_stock_kernel():
     assert decide(noisy) == {}
 
 
-def test_how_noisy_it_was():
-    assert tuning.noise(timings(lambda rows: 0.5)) == 1.0
-    busy = [cell._replace(theirs=[1.0, 1.5, 9.0]) for cell in timings(lambda rows: 0.5)]
-    assert tuning.noise(busy) == 1.5
+def test_how_long_threads_waited():
+    """In long calls, where a thread does not wait for Python."""
+    assert tuning.delay(timings(lambda rows: 0.5)) == 1.0
+    slow = [
+        cell._replace(delay=9.0 if cell.rows < 999 else 2.0) for cell in timings(lambda rows: 0.5)
+    ]
+    assert tuning.delay(slow) == 2.0
+    assert tuning.delay([]) == math.inf
 
 
 def test_what_was_not_timed_is_the_stock_kernels():
@@ -177,7 +182,7 @@ def test_every_way_is_timed_against_what_it_would_replace(monkeypatch):
         followed.append(rules)
         native.set_rules(rules)
 
-    before = native.RULES
+    before, threads = native.RULES, torch.get_num_threads()
     try:
         found = list(tuning.measure(native._attend, follow, lengths=[40]))
     finally:
@@ -188,18 +193,19 @@ def test_every_way_is_timed_against_what_it_would_replace(monkeypatch):
         ("backward_by_tiles", "bfloat16", 40), ("backward_in_float32", "float16", 40),
     ]  # fmt: skip
     assert all(len(cell.ours) == len(cell.theirs) == 1 for cell in found)
+    assert torch.get_num_threads() == threads
     assert {*map(str, followed)} == {
         str(tuning.everywhere(*ways)) for ways in ((), *([w] for w in tuning.WAYS))
     }
 
 
-BUSY = [cell._replace(theirs=[1.0, 1.5, 9.0]) for cell in timings(lambda rows: 0.5)]
+BUSY = [cell._replace(delay=2.0) for cell in timings(lambda rows: 0.5)]
 
 
 # Of a machine so busy that every call was slow, not all lengths were reached.
 @native_library
 @pytest.mark.parametrize(
-    "found", [BUSY, timings(lambda rows: 0.5, most=2048)], ids=["noisy", "slow"]
+    "found", [BUSY, timings(lambda rows: 0.5, most=2048)], ids=["busy", "slow"]
 )
 def test_a_build_times_what_was_not_timed(found, tmp_path, monkeypatch, capsys):
     path = tmp_path / "rules.json"

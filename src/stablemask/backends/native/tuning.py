@@ -8,10 +8,14 @@ beside the library, in a file for each kind of processor.
 
 import hashlib
 import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +36,8 @@ WAYS = {
 Rules = dict[str, dict[str, list[tuple[int, int | None]]]]
 
 # Tiles waste least where rows are a power of two, and most with one row more: what holds for both holds between.
-SPANS = [(2**power + 1, 2 ** (power + 1)) for power in range(3, 13)]
+_EDGES = (8, 16, 32, 48, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SPANS = [(below + 1, last) for below, last in pairwise(_EDGES)]
 LENGTHS = sorted(rows for ends in SPANS for rows in ends)
 # A thread's numbers in the longest call; float16's backward takes seconds where nothing multiplies it.
 _LONGEST = {"float32": 8192 * 64, "bfloat16": 8192 * 64, "float16": 2048 * 64}
@@ -44,13 +49,17 @@ _SAMPLE_SECONDS, _CELL_SECONDS, _SECONDS = 0.002, 0.06, 90.0
 
 
 class Timing(NamedTuple):
-    """Seconds of a way, and of the fastest of those that it would replace, by round."""
+    """Seconds of a way, and of the fastest of those that it would replace, by round.
+
+    The clock ran ``delay`` times as long.
+    """
 
     way: str
     dtype: str
     rows: int
     ours: list[float]
     theirs: list[float]
+    delay: float = 1.0
 
 
 def decide(timings: Iterable[Timing]) -> Rules:
@@ -61,7 +70,7 @@ def decide(timings: Iterable[Timing]) -> Rules:
     the longest rows is true beyond them.
     """
     faster: dict[tuple[str, str], dict[int, bool]] = {}
-    for way, dtype, rows, ours, theirs in timings:
+    for way, dtype, rows, ours, theirs, _ in timings:
         of_rows = faster.setdefault((way, dtype), {})
         leads = statistics.median(ours) <= _LEAD * min(theirs)
         of_rows[rows] = leads and of_rows.get(rows, True)
@@ -78,9 +87,9 @@ def decide(timings: Iterable[Timing]) -> Rules:
     return rules
 
 
-def noise(timings: Iterable[Timing]) -> float:
-    """How many times its best time a call takes in the median: 1 on a machine that does nothing else."""
-    return statistics.median(statistics.median(cell.theirs) / min(cell.theirs) for cell in timings)
+def delay(timings: Iterable[Timing]) -> float:
+    """How many times what long calls compute the clock runs: about 1 where nothing else runs."""
+    return statistics.median([cell.delay for cell in timings if cell.rows >= 1024] or [math.inf])
 
 
 def everywhere(*ways: str) -> Rules:
@@ -109,17 +118,27 @@ def measure(
     follow: Callable[[Rules], None],
     lengths: Iterable[int] = LENGTHS,
 ) -> Iterator[Timing]:
-    """Time the ways against each other, with one head for each thread, the shorter calls first.
+    """Time the ways against each other, the shorter calls first.
+
+    As many threads as PyTorch takes compute at once, each a call of its own, for they share caches and units. What
+    counts is the time that a thread has computed: by the clock, a thread that waits for a core is a slow kernel.
 
     Args:
         attend: of query, key and value, by what ``follow`` was given last, forward and backward.
     """
     end = time.perf_counter() + _SECONDS
-    for rows in lengths:
-        for head_dim in _HEAD_DIMS:
-            for dtype, longest in _LONGEST.items():
-                if rows * head_dim <= longest and time.perf_counter() < end:
-                    yield from _measure(attend, follow, rows, head_dim, dtype)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            for rows in lengths:
+                for head_dim in _HEAD_DIMS:
+                    for dtype, longest in _LONGEST.items():
+                        if rows * head_dim <= longest and time.perf_counter() < end:
+                            yield from _measure(
+                                attend, follow, rows, head_dim, dtype, pool, threads
+                            )
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _measure(
@@ -128,50 +147,69 @@ def _measure(
     rows: int,
     head_dim: int,
     dtype: str,
+    pool: ThreadPoolExecutor,
+    threads: int,
 ) -> Iterator[Timing]:
-    shape = (max(1, 1024 // rows), rows, torch.get_num_threads(), head_dim)
-    # Where heads lie beside each other, as projections make them.
-    *tensors, grad = (
-        torch.randn(shape).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(4)
-    )
+    shape = (max(1, 1024 // rows), 1, rows, head_dim)
+    calls = [
+        [torch.randn(shape).to(getattr(torch, dtype)) for _ in range(4)] for _ in range(threads)
+    ]
     ways = [way for way, dtypes in WAYS.items() if dtype in dtypes]
 
-    def race(kind: str, function: Callable[[], object]) -> Iterator[Timing]:
-        times = _in_turn(function, follow, [way for way in ways if way.startswith(kind)])
+    def race(kind: str, functions: list[Callable[[], object]]) -> Iterator[Timing]:
+        here = [way for way in ways if way.startswith(kind)]
+        times, delay = _in_turn(functions, follow, here, pool)
         theirs = times.pop("stock")
         for way in reversed(WAYS):  # the last first: it is what stands against tiles
             if way in times:
-                yield Timing(way, dtype, rows, times[way], theirs)
+                yield Timing(way, dtype, rows, times[way], theirs, delay)
                 theirs = min(theirs, times[way], key=statistics.median)
 
-    with torch.no_grad():
-        yield from race("forward", lambda: attend(*tensors))
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    with torch.enable_grad():
-        out = attend(*leaves)
-    yield from race("backward", lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    yield from race("forward", [partial(attend, *tensors) for *tensors, _ in calls])
+    backward: list[Callable[[], object]] = []
+    for *tensors, grad in calls:
+        leaves = tuple(tensor.requires_grad_() for tensor in tensors)
+        with torch.enable_grad():
+            out = attend(*leaves)
+        backward.append(partial(torch.autograd.grad, out, leaves, grad, retain_graph=True))
+    yield from race("backward", backward)
 
 
 def _in_turn(
-    function: Callable[[], object], follow: Callable[[Rules], None], ways: list[str]
-) -> dict[str, list[float]]:
-    """Seconds of a call by the stock kernel, "stock", and by each way, in rounds that begin with another."""
+    functions: list[Callable[[], object]],
+    follow: Callable[[Rules], None],
+    ways: list[str],
+    pool: ThreadPoolExecutor,
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of a call by the stock kernel, "stock", and by each way, in rounds that begin with another.
+
+    Returns:
+        Them, and how many times that the clock has run.
+    """
     rules = {"stock": everywhere()} | {way: everywhere(way) for way in ways}
     names = list(rules)
     times: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + _CELL_SECONDS
+    computed, start = 0.0, time.perf_counter()
     for number in range(_MAX_ROUNDS if ways else 0):
-        if number > _MIN_ROUNDS and time.perf_counter() > end:
+        if number > _MIN_ROUNDS and time.perf_counter() > start + _CELL_SECONDS:
             break
         for name in names:
             follow(rules[name])
-            calls, taken, start = 0, 0.0, time.perf_counter()
-            while taken < _SAMPLE_SECONDS:
-                function()
-                calls, taken = calls + 1, time.perf_counter() - start
-            times[name].append(taken / calls)
+            found = list(pool.map(_sample, functions))
+            computed += max(seconds * calls for seconds, calls in found)
+            times[name].append(statistics.fmean(seconds for seconds, _ in found))
         names.append(names.pop(0))
-    return {name: seconds[1:] for name, seconds in times.items()}  # the first round warms up
+    delay = (time.perf_counter() - start) / computed if computed else 1.0
+    return {name: seconds[1:] for name, seconds in times.items()}, delay  # the first round warms up
+
+
+def _sample(function: Callable[[], object]) -> tuple[float, int]:
+    """Seconds that this thread computes in each of some calls, and how many those are."""
+    calls, taken, start = 0, 0.0, time.thread_time()
+    while taken < _SAMPLE_SECONDS:
+        function()
+        calls, taken = calls + 1, time.thread_time() - start
+    return taken / calls, calls
 
 
 def processor() -> str:
