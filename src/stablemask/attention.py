@@ -97,7 +97,10 @@ def _sink_logits(
     check_gamma_heads(gamma, heads)
     if positions is None:
         traced = torch.compiler.is_compiling() or type(first) is not int
-        if type(gamma) is float and gamma > 0 and q_len == 1 and horizon is None and not traced:
+        one_row = (
+            q_len == 1 and query.dtype != torch.float64
+        )  # of which log M is float32 in all rows
+        if type(gamma) is float and gamma > 0 and one_row and horizon is None and not traced:
             return log_pseudo_mass(first, gamma)  # a number, which launches nothing
         positions = torch.arange(first, first + q_len, device=query.device)
     elif (

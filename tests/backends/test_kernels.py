@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stablemask import (
     head_decay_rates,
-    native,
     sink_attention,
 )
+from stablemask.backends import native
 from stablemask.backends.stock import kernels
 from stablemask.backends.stock.kernels import KERNELS
 from stablemask.backends.stock.tiles import Tiling

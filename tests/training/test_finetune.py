@@ -265,7 +265,7 @@ def test_a_dry_run_writes_nothing(options, chat_options, tmp_path, capsys):
     assert "blocks of 32" in text
     assert "'gamma': 0.0078125" in text
     assert "prefix      <: the model's loss on a text is " in text
-    assert "120 of 32 tokens, 3,840 tokens that the model writes itself" in text
+    assert "256 of 32 tokens, 8,192 tokens that the model writes itself" in text
     assert "120 steps of 4" in text
     text = describe_finetuning(replace(chat_options, **dry))
     assert "conversations" in text
