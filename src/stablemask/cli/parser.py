@@ -56,10 +56,10 @@ def parse_options(
     given, unknown = parse(argv)
     if unknown:
         wrong = f"unrecognized arguments: {' '.join(unknown)}"
-        # Without the dashes, which all flags share.
-        names = [field.flag.lstrip("-") for field in fields]
-        if advice := did_you_mean(unknown[0].partition("=")[0].lstrip("-"), names, "--"):
-            raise InputError(f"{wrong}; {advice}")
+        if unknown[0].startswith("-"):  # compared without the dashes, which all flags share
+            name = unknown[0].partition("=")[0].lstrip("-")
+            if advice := did_you_mean(name, [field.flag.lstrip("-") for field in fields], "--"):
+                raise InputError(f"{wrong}; {advice}")
         parser.error(wrong)
     flags = vars(given)
     config = flags.pop("config")
