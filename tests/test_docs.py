@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 import torch.distributed as dist
@@ -30,6 +31,13 @@ def one_process(monkeypatch):
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def test_what_the_reference_names_is_there():
+    pages = (ROOT / "docs/reference").glob("*.md")
+    names = [name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+    assert len(names) > 50
+    assert [name for name in names if locate(name) is None] == []
 
 
 @pytest.mark.usefixtures("one_process")
