@@ -2,7 +2,7 @@
 
 A sequence that attends to itself, with gradients (``causal.h``), by tiles (``tiles.h``) or by PyTorch's kernel and
 what a sink takes of its output (``sink.h``); a row of decoding (``row.h``); and the operators that PyTorch knows
-them by (``library.cpp``), which ``backends/native.py`` calls.
+them by (``library.cpp``), which ``backend.py`` calls.
 
 A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
 build`` compiles ``library.cpp``, with PyTorch's own tools, into the folder where PyTorch keeps extensions, and
