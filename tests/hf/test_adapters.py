@@ -219,6 +219,8 @@ def test_merging_adds_the_adapter_to_the_weights(base, adapter, tmp_path, capsys
             b, a = (low_rank[f"{prefix}lora_{side}.weight"].double() for side in "BA")
             expected = expected + 7 / 3 * b @ a
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
+    content = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert content["architectures"] == ["StableMaskLlamaForCausalLM"]
     merged = load_model(str(tmp_path / "merged"))
     assert merged.config.stablemask == SETTINGS
     ids = random_ids(2, 9)

@@ -11,6 +11,7 @@ import stablemask.hf
 from stablemask.models import StableMaskForCausalLM, StableMaskModel
 
 from ..models.tiny import tiny_model
+from .families import Family
 
 SETTINGS = {"gamma": 0.02, "horizon": 9, "shift": [[0.5, -1, 2.0, 0.0], [1.5, -0.5, 0.1, -3.0]]}
 
@@ -36,10 +37,15 @@ def test_importing_it_again_changes_nothing(folder):
 
 
 def test_without_the_import_loading_fails_loudly(folder):
+    llama = Family("Llama", "LlamaForCausalLM")
+    adapted = llama.model_class(llama.config(stablemask={"gamma": 0.02}))
+    adapted.save_pretrained(folder / "adapted")
     program = (
         "import stablemask\nfrom transformers import AutoModelForCausalLM\n"
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        f"for path in {[str(folder), str(folder / 'adapted')]!r}:\n"
+        "    try:\n        AutoModelForCausalLM.from_pretrained(path)\n"
+        "    except ValueError as error:\n        print(error)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 1, run.stderr
-    assert "model type `stablemask`" in run.stderr
+    assert "model type `stablemask`" in run.stdout, run.stderr
+    assert 'attn_implementation="stablemask"` is not supported' in run.stdout

@@ -4,6 +4,7 @@
 - registers ``attn_implementation="stablemask"`` for every decoder (`attention.py`), also under the
   name "sdpa" for models whose ``config.stablemask`` asks for it,
 - refuses what would silently run something else (`guard.py`),
+- has saved models refused by programs that do not know StableMask (`saving.py`),
 - lets PEFT's adapters keep and bring their settings (`adapters.py`).
 """
 
@@ -11,7 +12,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelFor
 
 from ..models import StableMaskConfig, StableMaskForCausalLM, StableMaskModel
 from ..models.modeling import ATTN_IMPLEMENTATION
-from . import adapters, guard
+from . import adapters, guard, saving
 from .apply import apply_stablemask
 from .attention import dispatch_sdpa, stablemask_attention_forward
 from .loading import load_model
@@ -25,5 +26,6 @@ AttentionInterface.register(ATTN_IMPLEMENTATION, stablemask_attention_forward)
 AttentionInterface.register("sdpa", dispatch_sdpa)
 guard.install()
 adapters.install()
+saving.install()
 
 __all__ = ["apply_stablemask", "keep_shifts", "load_model", "read_shifts", "train_shifts"]
