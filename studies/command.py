@@ -12,7 +12,7 @@ import torch
 
 from stablemask.data.sources import open_source
 from stablemask.errors import InputError
-from stablemask.options import command_words, option
+from stablemask.options import check_least, command_words, option
 from stablemask.writing import only_writer
 
 from . import (
@@ -118,9 +118,7 @@ def _study(name: str, options: StudyOptions) -> Study:
 def _check(options: StudyOptions, out: Path) -> None:
     if options.text is not None:
         open_source(options.text)
-    for name in ("seeds", "workers"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+    check_least(options, seeds=1, workers=1)
     if options.against is not None:  # before hours of work
         load_documents(STUDIES, Path(options.against))
     if out.exists() and not out.is_dir():

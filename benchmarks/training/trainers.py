@@ -86,7 +86,7 @@ def ours(workload: Workload, folder: Path, attention: str) -> OnTrainer:
     with torch.device(workload.device):
         model = StableMaskForCausalLM(preset_config(workload.preset, attention=attention))
     model.load_state_dict(workload.weights())
-    model.chunked_loss = options.chunked_loss
+    model.chunked_loss = True
     blocks = workload.blocks()
     folder.mkdir(exist_ok=True)
     data: Any = SimpleNamespace(tokenizer=None, train=blocks, validation=blocks, key="")

@@ -178,6 +178,14 @@ def check_values(options: Any) -> None:
         setattr(options, field.name, value)
 
 
+def check_least(options: Any, **least: int) -> None:
+    """Raise InputError where an option is given and below the number named here."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise InputError(f"{name} must be at least {bound}, got {value}")
+
+
 def options_from_values(options_class: type, values: Mapping[str, Any], source: str) -> dict:
     """Check a mapping of option names to plain values; names may use dashes or underscores.
 

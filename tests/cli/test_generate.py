@@ -174,7 +174,7 @@ def test_a_prompt_of_the_file_that_is_too_long(learned_folder, tmp_path, capsys)
         (["--prompts", "a.txt", "--out", "b", "--stream"], "--prompts writes to --out"),
         (
             ["--prompts", "a.txt", "--out", "b", "--batch-size", "0"],
-            "--batch-size must be at least",
+            "batch_size must be at least 1, got",
         ),
         (["--prompt", "a", "--out", "b"], "--out and --resume belong to --prompts"),
         (["--prompt", "a", "--resume"], "--out and --resume belong to --prompts"),

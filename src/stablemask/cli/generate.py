@@ -12,6 +12,7 @@ from stablemask.errors import InputError
 from stablemask.inference import generate
 from stablemask.inference.batch import answer_prompts, open_answers, read_prompts, refuse_lines
 from stablemask.inference.generate import check_chat_template, check_settings, encode_prompt
+from stablemask.options import check_least
 from stablemask.writing import only_writer
 
 
@@ -49,8 +50,7 @@ def _check(options: GenerateOptions) -> None:
         raise InputError("--stream prints, and --prompts writes to --out; leave one out")
     if options.max_new_tokens is None and not options.stream:
         raise InputError("--max-new-tokens none needs --stream, or nothing would be shown")
-    if options.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {options.batch_size}")
+    check_least(options, batch_size=1)
     check_settings(**_settings(options))
 
 

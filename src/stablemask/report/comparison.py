@@ -42,7 +42,7 @@ ATTENTION_BLOCKS = 8  # over which attention is averaged
 SHARED_OPTIONS = ("preset", "context")
 # Options that change nothing in the model that is trained.
 UNIMPORTANT = FREE_ON_RESUME - {"steps"} | {
-    "log_every", "eval_every", "eval_tokens", "probe_tokens", "save_every", "compile", "chunked_loss",
+    "log_every", "eval_every", "eval_tokens", "probe_tokens", "save_every", "compile",
     "gradient_checkpointing",
 }  # fmt: skip
 # What the files of a run must hold to be compared.

@@ -38,7 +38,7 @@ def describe_cost(options: PretrainOptions) -> str:
         context,
         getattr(torch, options.dtype),
         options.gradient_checkpointing,
-        chunked_loss=options.chunked_loss,
+        chunked_loss=True,
         devices=options.placing()[0],
         fsdp=options.fsdp,
         context_parallel=options.context_parallel,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import InputError
 from ..models.presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
-from ..options import changed, check_values, option
+from ..options import changed, check_least, check_values, option
 from ..shell import pip_install
 from .machine import default_dtype, world_size
 
@@ -154,7 +154,7 @@ class TrainingOptions:
         return world_size(), 1
 
     def _check(self) -> None:
-        _check_least(
+        check_least(
             self, steps=1, batch_size=1, log_every=1, eval_every=1, save_every=1, eval_tokens=1,
             keep_checkpoints=1, context=2, warmup=0, seed=0, global_batch_size=1, workers=0, skip_spikes=0,
             probe_tokens=0, final_eval_tokens=1,
@@ -195,7 +195,6 @@ class PretrainOptions(TrainingOptions):
     )
     floor: float | None = option(None, "a constant added to the mass of every row")
     layers: list[int] | None = option(None, "the layers that have a mass; by default all")
-    chunked_loss: bool = option(True, "compute the loss in chunks, and never hold all logits")
     tokenizer: str | None = option(None, "existing one; by default one is trained", group="tokens")
     vocab_size: int | None = option(None, "vocabulary; by default the preset's")
     mixture: list[str] = option([], "several sources in place of --data, each SOURCE=WEIGHT")
@@ -227,7 +226,7 @@ class PretrainOptions(TrainingOptions):
             parse_mixture(self.mixture)
         if self.streaming and self.tokenizer is None:
             raise InputError("streaming needs a tokenizer, for it trains none: --tokenizer")
-        _check_least(self, shuffle_buffer=1, context_parallel=1, devices=1)
+        check_least(self, shuffle_buffer=1, context_parallel=1, devices=1)
         assert self.context is not None
         if self.context_parallel > 1 and self.context % (2 * self.context_parallel):
             raise InputError(
@@ -352,7 +351,7 @@ class FinetuneOptions(TrainingOptions):
         ):
             for name in changed(self, () if getattr(self, switch) else names):
                 raise InputError(f"{name} goes with --{switch}")
-        _check_least(self, lora_rank=1, lora_alpha=1, start=0, first_layer=0)
+        check_least(self, lora_rank=1, lora_alpha=1, start=0, first_layer=0)
         if self.data is None and not self.adapt:
             raise InputError("data must be given: --data")
         if self.texts is not None and (self.texts < 0 or self.texts == 1):
@@ -386,13 +385,6 @@ def _context_of(model: str) -> int:
 
 def _can_have_biases(model: str) -> bool:
     return isinstance(getattr(_config_of(model), "attention_bias", None), bool)
-
-
-def _check_least(options: TrainingOptions, **least: int) -> None:
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise InputError(f"{name} must be at least {bound}, got {value}")
 
 
 def _installed(package: str) -> bool:

@@ -53,7 +53,7 @@ def pretrain(options: PretrainOptions) -> RunResult:
     begin_run(folder, options, corpus.key, record)
     set_seed(options.seed)
     model = StableMaskForCausalLM(_config_for(options, corpus))
-    model.chunked_loss = options.chunked_loss
+    model.chunked_loss = True
     sequences = None
     if options.context_parallel > 1:
         sequences = share_sequences(model, options.context_parallel)
