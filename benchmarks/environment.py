@@ -26,7 +26,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "hardware": hardware(device),
-        "plain_calls": native.language(),
+        "library": native.in_use()["library"],
         "rules": native.RULES,
         "versions": versions(),
     }

@@ -283,8 +283,9 @@ def train(results: "Results", sizes: Sizes, seconds: float, *, preset: str, comp
 
 def pair(results: "Results", sizes: Sizes, seconds: float) -> None:
     """The same model with StableMask and with softmax, on Python's sources, as far as the time goes."""
+    from stablemask.training.assembly import METRICS_FILE
     from stablemask.training.options import PretrainOptions
-    from stablemask.training.pretrain import METRICS_FILE, pretrain
+    from stablemask.training.pretrain import pretrain
 
     begun = [row["steps"] for row in results.of() if "steps" in row]
     steps = begun[0] if begun else _steps_in(seconds, results, sizes)

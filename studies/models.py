@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stablemask.data import Corpus
+from stablemask.training.assembly import METRICS_FILE
 from stablemask.training.options import PretrainOptions
-from stablemask.training.pretrain import (
-    METRICS_FILE,
-    OPTIONS_FILE,
-    RUN_FILE,
-    prepare_data,
-    pretrain,
-)
+from stablemask.training.pretrain import OPTIONS_FILE, prepare_data, pretrain
+from stablemask.training.run import RUN_FILE
 
 
 def trained(work: Path, name: str, options: Mapping[str, Any]) -> Path:

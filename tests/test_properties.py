@@ -113,7 +113,7 @@ def test_any_call_equals_the_dense_float64(data):
 
 @given(data=st.data())
 def test_any_decode_step_equals_the_dense_float64(data):
-    """Without gradients, in Python and, where it was compiled, in C++."""
+    """Without gradients, by the stock kernel and, where it was compiled, by ``native``."""
     torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     dtype = data.draw(st.sampled_from(dtypes), "dtype")

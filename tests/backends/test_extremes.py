@@ -28,11 +28,11 @@ MASKS = {
 }
 
 
-@pytest.fixture(params=["C++", "Python", "blocks"])
+@pytest.fixture(params=["native", "flash", "blocks"])
 def attend(request, monkeypatch):
-    if request.param == "C++" and native.LIBRARY is None:
+    if request.param == "native" and native.LIBRARY is None:
         pytest.skip(native_library.kwargs["reason"])
-    if request.param == "Python":
+    if request.param == "flash":
         monkeypatch.setattr(native, "LIBRARY", None)
     if request.param == "blocks":
         return lambda *inputs, **keywords: sink_attention(*inputs, backend="blocks", **keywords)

@@ -90,7 +90,7 @@ def test_the_order_of_auto_is_told(report, monkeypatch, capsys):
 
 @pytest.mark.parametrize("rules", [None, {}, {"backward_in_float32": {"float16": [(9, None)]}}])
 def test_what_was_timed_is_told(report, rules):
-    told = env._as_table(report | {"cpu": report["cpu"] | {"plain_calls": "C++", "rules": rules}})
+    told = env._as_table(report | {"cpu": report["cpu"] | {"library": "x.so", "rules": rules}})
     assert ("not timed" in told) == (rules is None)
     assert ("... bfloat16   the stock kernel\n" in told) == (rules is not None)
     assert ("... float16    backward in float32, rows from 9 on\n" in told) == bool(rules)

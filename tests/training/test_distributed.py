@@ -22,7 +22,8 @@ import stablemask.hf  # noqa: F401
 from stablemask.cli.main import main
 from stablemask.errors import InputError
 from stablemask.training.options import PretrainOptions
-from stablemask.training.pretrain import command_line, pretrain
+from stablemask.training.pretrain import pretrain
+from stablemask.training.run import command_line
 from tests import marks
 from tests.processes import start
 

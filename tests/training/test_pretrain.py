@@ -19,7 +19,8 @@ from stablemask.training.callbacks import SkipBadSteps
 from stablemask.training.dry_run import describe_cost
 from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
-from stablemask.training.pretrain import command_line, pretrain
+from stablemask.training.pretrain import pretrain
+from stablemask.training.run import command_line
 from stablemask.writing import only_writer
 
 from .conftest import STEPS, metrics

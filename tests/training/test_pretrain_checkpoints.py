@@ -25,8 +25,8 @@ from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
 from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
-from stablemask.training.pretrain import command_line, pretrain
-from stablemask.training.run import begin_run
+from stablemask.training.pretrain import pretrain
+from stablemask.training.run import begin_run, command_line
 from tests import marks
 from tests.processes import start
 from tests.test_reading import DEEP

@@ -33,7 +33,8 @@ def run(options: BenchOptions) -> None:
     name = available_devices()[device]
     if device == "cpu":
         name += f", {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; plain calls in {native.language()}")
+    compiled = "not compiled" if native.LIBRARY is None else "compiled"
+    print(f"{name}; torch {torch.__version__}; backend native {compiled}")
     print(f"our time over stock SDPA's, {HEADS} heads of {HEAD_DIM}; below 1 ours is faster\n")
     print(f"{'tokens':<27}" + "".join(f"{length:>8,}" for length in options.lengths))
     for dtype in DTYPES[device]:

@@ -61,6 +61,7 @@ def run(options: EnvOptions) -> None:
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, devices, each backend checked and the order of "auto", ready for JSON."""
     devices = available_devices()
+    library = native.load()  # which another process may have compiled
     return {
         "versions": {
             "stablemask": __version__,
@@ -75,7 +76,7 @@ def describe_environment() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "plain_calls": native.language(),
+            "library": library and library.name,
             "rules": tuning.read(native.rules_path()),
         },
         "devices": devices,
@@ -175,16 +176,15 @@ def _distance(tensors: list[Tensor], exact: list[Tensor]) -> float:
 
 def _as_table(report: dict[str, Any]) -> str:
     cpu = report["cpu"]
-    hint = "" if cpu["plain_calls"] == "C++" else ", until `stablemask build` compiles them"
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [
         ("platform", report["platform"]),
         ("cpu", f"{cpu['capability']}, {cpu['cores']} cores, {cpu['threads']} threads"),
-        ("plain calls", f"in {cpu['plain_calls']}{hint}"),
+        ("native", cpu["library"] or "not compiled; `stablemask build` does it"),
     ]
     if cpu["rules"] is not None:
         rows += [(f"... {dtype}", rule) for dtype, rule in tuning.in_words(cpu["rules"]).items()]
-    elif not hint:
+    elif cpu["library"]:
         rows += [("not timed", "the stock kernel serves sequences, until `stablemask build` times")]
     rows += [(f"device {name}", text) for name, text in report["devices"].items()]
     lines = [f"{name:<14} {text}" for name, text in rows]

@@ -32,8 +32,10 @@ from ..inference import generate
 from ..inference.model import choose_device
 from ..options import load_yaml, options_from_values
 from ..reading import first_line, parse_json, read_json, reading
+from ..training.assembly import METRICS_FILE
 from ..training.options import FREE_ON_RESUME, PretrainOptions
-from ..training.pretrain import METRICS_FILE, OPTIONS_FILE, RUN_FILE, prepare_data
+from ..training.pretrain import OPTIONS_FILE, prepare_data
+from ..training.run import RUN_FILE
 
 MULTIPLES = (1, 2, 4)  # of the training length
 SNIPPET_TOKENS = 32  # of the attention maps; more would leave no room for the tokens' labels

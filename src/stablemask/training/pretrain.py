@@ -10,24 +10,15 @@ from ..data import Corpus, prepare_corpus, prepare_mixture
 from ..data.corpus import prepare_stream
 from ..data.mixture import parse_mixture
 from ..models.modeling import StableMaskForCausalLM
-from .assembly import METRICS_FILE, build_trainer, finish_run, train
+from .assembly import build_trainer, finish_run, train
 from .card import write_pretrain_card
 from .options import PretrainOptions
 from .processes import main_first
-from .run import RUN_FILE, RunResult, alone, begin_run, command_line, given, start
+from .run import RunResult, alone, begin_run, command_line, given, start
 from .sequences import share_sequences
 from .sharding import shard
 
 OPTIONS_FILE = f"{PretrainOptions.command}.yaml"
-
-__all__ = [
-    "METRICS_FILE",
-    "OPTIONS_FILE",
-    "RUN_FILE",
-    "command_line",
-    "prepare_data",
-    "pretrain",
-]
 
 
 @alone

@@ -74,11 +74,6 @@ def load() -> Path | None:
     return None
 
 
-def language() -> str:
-    """What plain calls run in, in processes that start now."""
-    return "Python" if load() is None else "C++"
-
-
 def build() -> Path:
     """Compile the library and put it in its place, unless it is there.
 
