@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from stablemask.writing import whole_file
+
 from .measure import DECODE, TRAINING
 
 
@@ -84,8 +86,8 @@ def save_figure(result: dict[str, Any], path: Path) -> None:
         f"{result['hardware']}; PyTorch {result['versions']['torch']}; heads of "
         f"{first['head_dim']}{groups}"
     )
-    with matplotlib.rc_context(STYLE):
-        draw(lines, heading).savefig(path, dpi=160)
+    with matplotlib.rc_context(STYLE), whole_file(path) as partial:
+        draw(lines, heading).savefig(partial, dpi=160)
 
 
 def draw(panels: Iterable[Panels], heading: str, looks: Mapping[str, Line] = LINES) -> Figure:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import matplotlib
 
+from stablemask.writing import whole_file
+
 from .figure import STYLE, Line, Panels, draw
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +37,8 @@ def main() -> None:
     heading = "StableMask, forward + backward, two CPU cores; below 1 is faster"
     with matplotlib.rc_context({**STYLE, "font.size": 10}):
         figure = draw([Panels("time", records)], heading, {line.label: line for line in LINES})
-        figure.savefig(RESULTS / "speed.png", dpi=130)
+        with whole_file(RESULTS / "speed.png") as partial:
+            figure.savefig(partial, dpi=130)
 
 
 if __name__ == "__main__":

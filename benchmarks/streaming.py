@@ -36,6 +36,7 @@ from stablemask.evaluation.streaming import (
 from stablemask.hf.loading import load_model
 from stablemask.inference.model import evaluating
 from stablemask.inference.streaming import cached_logits, window_cache
+from stablemask.writing import whole_file, write_whole
 
 from .environment import describe
 from .figure import STYLE
@@ -238,7 +239,8 @@ def main(argv: Sequence[str]) -> None:
             shown = perplexities(measured)
         result["models"][label or Path(path).name] = measured
         print(f"{label or path}\n\n{shown}\n", flush=True)
-    options.out.with_suffix(".json").write_text(strict_json.dumps(result, indent=1) + "\n")
+    write_whole(options.out.with_suffix(".json"), strict_json.dumps(result, indent=1) + "\n")
     if not options.decode:
-        with matplotlib.rc_context(STYLE):
-            draw(result).savefig(options.out.with_suffix(".png"), dpi=160)
+        figure = options.out.with_suffix(".png")
+        with matplotlib.rc_context(STYLE), whole_file(figure) as partial:
+            draw(result).savefig(partial, dpi=160)

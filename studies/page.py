@@ -14,7 +14,7 @@ from benchmarks.tables import records_table, table
 from stablemask import __version__
 from stablemask.errors import InputError
 from stablemask.report.drawing import STYLE
-from stablemask.writing import write_whole
+from stablemask.writing import whole_file, write_whole
 
 from .runner import load_study
 from .study import Claim, Section, Study, Verdict
@@ -48,7 +48,8 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
         sections = {name: _section(studies[name], found) for name, found in documents.items()}
         for name, section in sections.items():
             for figure, drawn in section.figures.items():
-                drawn.savefig(out / f"{name}-{figure}.png", dpi=130, metadata={"Software": None})
+                with whole_file(out / f"{name}-{figure}.png") as partial:
+                    drawn.savefig(partial, dpi=130, metadata={"Software": None})
     figures = Path(os.path.relpath(out, page.parent))
     filled = _TEMPLATES.from_string(text_of("page")).render(
         claims=_claims_table(studies, sections),

@@ -1,7 +1,10 @@
 """One writer at a time, and places that cannot be written to."""
 
+import contextlib
 import errno
 import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from stablemask.cli.main import main
+from stablemask.cli.options import BenchOptions
 from stablemask.errors import InputError
-from stablemask.writing import only_writer, writing
+from stablemask.options import save_yaml
+from stablemask.writing import only_writer, whole_file, write_whole, writing
 
 # Holds the folder, with a child that outlives it, as the processes that load data do for a while.
 HOLDER = """
@@ -84,3 +89,88 @@ def test_generating_holds_what_it_writes_to(tmp_path, capsys):
     with only_writer(out, is_file=True):
         assert main(["generate", *words]) == 2
     assert "another process is writing to" in capsys.readouterr().err
+
+
+def to_page(path):
+    with whole_file(path) as partial:
+        partial.write_text("<html>" * 1000)
+
+
+WRITERS = {
+    "text": lambda path: write_whole(path, "é" * 1000),
+    "options": lambda path: save_yaml(BenchOptions(lengths=[7] * 1000), path),
+    "page": to_page,
+}
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files that this process writes end after ten bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_leaves_the_old_file_or_none(write, tmp_path):
+    path = tmp_path / "kept"
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        write(path)
+    assert os.listdir(tmp_path) == []
+    path.write_text("old")
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        write(path)
+    assert os.listdir(tmp_path) == ["kept"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_kill_leaves_the_old_file(write, tmp_path, monkeypatch):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    seen = []
+
+    def last_moment(partial, final):
+        # All is written, and a kill now would leave this beside the old file, hidden.
+        seen.append(
+            (path.read_text(), partial.name[0], partial.suffix, partial.stat().st_size > 1000)
+        )
+
+    monkeypatch.setattr(os, "replace", last_moment)
+    write(path)
+    assert seen == [("old", ".", ".txt", True)]
+
+
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in {"pipe": "no ordinary file", "folder": "a folder"}.items():
+        with pytest.raises(InputError, match=f"cannot write .*{name}: it is {kind}"):
+            whole_file(tmp_path / name).__enter__()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+# What is written elsewhere lies in a folder that is renamed when it is whole, or is no file that is kept.
+OTHER_WRITES = {
+    "data/corpus.py": "(entry / META_FILE).write_text(",  # cache.py renames the entry
+    "report/drawing.py": "figure.savefig(",  # into memory
+    "training/checkpoints.py": "(partial / MANIFEST).write_text(",
+    "training/trainer.py": "(partial / name / DATA_FILE).write_text(",
+    "benchmarks/memory.py": "_CLEAR_REFS.write_text(",  # of the kernel's
+}
+
+
+def test_no_source_writes_a_file_past_these():
+    root = Path(__file__).parents[1]
+    found = {}
+    for folder in (root / "src/stablemask", root / "benchmarks", root / "studies"):
+        for path in folder.rglob("*.py"):
+            name = str(path.relative_to(root)).removeprefix("src/stablemask/")
+            for line in path.read_text(encoding="utf-8").splitlines():
+                write = re.search(r"\S.*\.(write_text|write_bytes|savefig)\(", line)
+                if write and not re.search(r"partial\.write|savefig\(partial", line):
+                    found[name] = write[0]
+    assert found == OTHER_WRITES

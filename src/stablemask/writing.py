@@ -34,30 +34,43 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is whole or as it was."""
+    """Write a file under a temporary name and rename it, so that it is whole or as it was; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with _beside(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end; it is made first, to fail before the work."""
+    """A file beside ``path`` that takes its place at the end; it is made first, to fail before the work.
+
+    Raises:
+        InputError: ``path`` is no place for a file.
+    """
     path = Path(path)
     with writing(path):
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder; name a file as --out")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.touch()
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no ordinary file"
+            raise InputError(f"cannot write {path}: it is {kind}; name a file as --out")
+        _partial(path).touch()
+    with _beside(path) as partial:
+        yield partial
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """The name to write under, which is renamed unless what writes there fails."""
+    partial = _partial(path)
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    # Hidden, and with its suffix, which tells some libraries what to write.
+    return path.with_name(f".partial-{os.getpid()}-{path.name}")
 
 
 @contextmanager

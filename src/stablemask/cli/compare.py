@@ -18,15 +18,15 @@ def run(options: CompareOptions) -> None:
     folders = [Path(run).expanduser() for run in options.runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("a run is given twice; name runs that differ")
-    with whole_file(options.out) if options.out else nullcontext() as page:
+    with whole_file(options.out) if options.out else nullcontext() as partial:
         comparison = compare(
             dict(zip(labels(options.runs), folders, strict=True)),
             max_tokens=options.max_tokens,
             prompt=options.prompt,
             command=shlex.join(["stablemask", "compare", *command_words(options)]),
         )
-        if page is not None:
-            page.write_text(render_comparison(comparison), encoding="utf-8")
+        if partial is not None:
+            partial.write_text(render_comparison(comparison), encoding="utf-8")
     print(
         f"{text_table(comparison)}\n\n{takeaway(comparison)}\n{caveat(comparison)}\n{what_differs(comparison)}"
     )

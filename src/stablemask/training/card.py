@@ -6,6 +6,7 @@ from typing import Any
 
 from ..evaluation.perplexity import perplexity_of, perplexity_text
 from ..models.settings import in_short
+from ..writing import write_whole
 from .adapting.table import table
 from .options import FinetuneOptions, PretrainOptions
 
@@ -68,7 +69,7 @@ def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str
         perplexity=perplexity_text(perplexity_of(eval_loss)),
         command=record["command"],
     )
-    (folder / "README.md").write_text(card)
+    write_whole(folder / "README.md", card)
 
 
 _FINETUNE_CARD = """\
@@ -143,7 +144,7 @@ def write_finetune_card(
         perplexity=perplexity_text(perplexity_of(eval_loss)),
         command=record["command"],
     )
-    (folder / "README.md").write_text(card)
+    write_whole(folder / "README.md", card)
 
 
 def _sources(options: FinetuneOptions) -> Iterator[str]:
