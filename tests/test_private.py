@@ -11,8 +11,7 @@ import pytest
 
 import stablemask
 from stablemask import private
-from stablemask.private import PRIVATE, SERVING, reason_against
-from tests import marks
+from stablemask.private import PRIVATE, reason_against
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -28,8 +27,7 @@ INTERNAL = (
     "transformers.utils.output_capturing",
     "transformers.utils.generic",
 )
-LISTED = {**PRIVATE, **SERVING}
-LAST = {part for name in LISTED for part in name.split(".")}
+LAST = {part for name in PRIVATE for part in name.split(".")}
 # Of Python itself, of flash-attn (whose backend looks before it calls), and of a model that Transformers
 # shards, where it is looked for.
 ELSEWHERE = {
@@ -44,12 +42,6 @@ MADE = {"_abc_impl", "_backward_cls"}
 @pytest.mark.parametrize("name", PRIVATE)
 def test_each_is_as_it_is_counted_on(name):
     assert reason_against(name, PRIVATE[name]) is None
-
-
-@marks.server
-@pytest.mark.parametrize("name", SERVING)
-def test_each_of_the_server_is_as_it_is_counted_on(name):
-    assert reason_against(name, SERVING[name]) is None
 
 
 def test_a_name_that_is_gone_is_told():
@@ -105,7 +97,7 @@ def test_every_private_name_in_our_sources_is_listed():
                     unlisted += [
                         f"{path.name}:{node.lineno} {name}"
                         for name in used
-                        if not any(listed.startswith(name) for listed in LISTED)
+                        if not any(listed.startswith(name) for listed in PRIVATE)
                     ]
             elif isinstance(node, ast.Attribute):
                 used = [node.attr]

@@ -29,11 +29,6 @@ def test_every_dependency_has_a_floor():
     assert [name for name, rest in REQUIREMENTS if not re.fullmatch(r">=[\d.]+", rest)] == []
 
 
-def test_the_server_has_a_floor_of_its_own():
-    (floor,) = re.findall(r'"transformers\[serving\]>=([\d.]+)"', PYPROJECT)
-    assert floor == versions.OLDEST_SERVER
-
-
 @marks.server
 def test_where_the_server_can_run_its_tests_do():
     from stablemask.inference.serving import build_app

@@ -28,15 +28,18 @@ def option(
     *,
     choices: Sequence[str] | None = None,
     positional: bool = False,
+    rest: bool = False,
     group: str | None = None,
 ) -> Any:
     """A dataclass field that carries its help text and, where its text is limited, the allowed values.
 
     Pass ``dataclasses.MISSING`` as the default of a required option. The value of a ``positional`` one,
-    or the values of its list, stand on the command line without a flag. A ``group`` is a heading in the
-    help, of this option and those that follow.
+    or the values of its list, stand on the command line without a flag; those of a ``rest`` are all that
+    follows ``--``. A ``group`` is a heading in the help, of this option and those that follow.
     """
-    metadata = {"help": help, "choices": choices, "positional": positional, "group": group}
+    metadata = {
+        "help": help, "choices": choices, "positional": positional, "rest": rest, "group": group,
+    }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -51,6 +54,7 @@ class OptionField:
     default: Any
     help: str
     positional: bool
+    rest: bool
     group: str | None
 
     @property

@@ -128,36 +128,6 @@ PRIVATE: dict[str, str | None] = {
     "datasets.Dataset._fingerprint": None,
 }
 
-# What `stablemask serve` builds on, which has a floor of its own.
-SERVING: dict[str, str | None] = {
-    "transformers.cli.serving.server.build_server": None,
-    "transformers.cli.serving.chat_completion.ChatCompletionHandler._streaming": None,
-    "transformers.cli.serving.completion.CompletionHandler._streaming": None,
-    "transformers.cli.serving.model_manager.ModelManager._load_model": "model_id_and_revision",
-    "transformers.cli.serving.model_manager.ModelManager._load_processor": "model_id_and_revision",
-    "transformers.cli.serving.model_manager.ModelManager.process_model_name": "model_id",
-    "transformers.cli.serving.model_manager.ModelManager.shutdown": "",
-    "transformers.cli.serving.utils.BaseHandler._validate_request": "body",
-    "transformers.cli.serving.utils.BaseHandler._build_generation_config": (
-        "body, model_generation_config, use_cb"
-    ),
-    "transformers.cli.serving.utils.DirectStreamer._cancelled": None,
-    "transformers.cli.serving.utils.DirectStreamer._enqueue": None,
-    "transformers.cli.serving.utils.DirectStreamer._parser": None,
-    "transformers.cli.serving.utils.DirectStreamer.put": "value",
-    "transformers.cli.serving.utils.GenerateManager.generate_streaming": (
-        "model, processor, inputs, gen_config, request_id"
-    ),
-    "transformers.cli.serving.utils.GenerateManager.generate_non_streaming": (
-        "model, processor, inputs, gen_config, request_id"
-    ),
-    "transformers.cli.serving.utils.GenerationState.get_manager": "model_id, use_cb",
-    "transformers.cli.serving.utils._GenerationCancelled": None,
-    "transformers.cli.serving.utils._StreamError": None,
-    "transformers.cli.serving.utils.response_events_to_chunks": None,
-    "transformers.PreTrainedTokenizerFast._tokenizer": None,
-}
-
 
 def missing(names: dict[str, str | None]) -> list[str]:
     """A line for each name that is not as it is counted on in what is installed.

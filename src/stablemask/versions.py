@@ -18,9 +18,6 @@ NEWEST_TESTED = {
     "numpy": "2.4.6",
 }
 
-# What `stablemask serve` builds on has changed more than the rest; its extra says the same.
-OLDEST_SERVER = "5.23"
-
 
 def installed(package: str) -> str | None:
     """The version of a distribution, None where it is not installed."""

@@ -101,16 +101,24 @@ class GenerateOptions(ModelOptions):
 class ServeOptions(ModelOptions):
     """Answer requests over HTTP, as OpenAI's API does.
 
-    It has chat, completions and streaming.
+    It has chat, completions and streaming. The engine is vLLM, for many users at once, or Transformers, which
+    answers one request after another. What follows -- on the command line is handed to vLLM.
     """
 
-    host: str = option(
-        "127.0.0.1", "address to listen at; anyone who reaches it may ask", group="server"
+    engine: Literal["auto", "vllm", "transformers"] = option(
+        "auto", "auto is vLLM where it is installed and serves the model", group="server"
     )
+    host: str = option("127.0.0.1", "address to listen at; anyone who reaches it may ask")
     port: int = option(8000, "port to listen at; 0 takes a free one")
     max_model_len: int | None = option(
         None, "most tokens of a prompt and its answer together; by default the model's context"
     )
+    tensor_parallel_size: int = option(1, "how many GPUs share the model, with vLLM")
+    api_key: str | None = option(
+        None, "what requests must bring as a bearer token; by default STABLEMASK_API_KEY, if it is set"
+    )
+    cors_origins: list[str] = option([], "web pages that may ask, such as https://chat.example")
+    engine_args: list[str] = option([], "more flags of vLLM", rest=True)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from inspect import getdoc
 from pathlib import Path
@@ -43,6 +44,8 @@ def parse_options(
     ]
     usage += ["[options]"]
     usage += [_metavar(field) if field.required else f"[{_metavar(field)} ...]" for field in bare]
+    rest = next((field for field in fields if field.rest), None)
+    usage += [] if rest is None else ["[-- ...]"]
     parser = _Parser(
         prog=prog,
         usage=" ".join(usage),
@@ -51,6 +54,10 @@ def parse_options(
     )
     add_options(parser, options_class)
 
+    argv, after = list(sys.argv[1:] if argv is None else argv), []
+    if rest is not None and "--" in argv:
+        cut = argv.index("--")
+        argv, after = argv[:cut], argv[cut + 1 :]
     # The plain way would take no value before the first flag for no value at all.
     parse = parser.parse_known_intermixed_args if bare else parser.parse_known_args
     given, unknown = parse(argv)
@@ -67,6 +74,8 @@ def parse_options(
     if config is not None:
         values = options_from_values(options_class, load_yaml(config), str(config))
     values |= flags
+    if rest is not None and after:
+        values[rest.name] = after
     missing = [field for field in fields if field.required and field.name not in values]
     if missing:
         names = [_metavar(field) if field in bare else field.flag for field in missing]
@@ -110,6 +119,8 @@ def complete(commands: Mapping[str, type]) -> None:
 def _add_flag(group: Any, field: OptionField) -> None:
     # A flag that is not given leaves no trace, so that the YAML file and the defaults can speak.
     common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+    if field.rest:
+        return
     if bool in union_members(field.kind):
         group.add_argument(field.flag, action=argparse.BooleanOptionalAction, **common)
         return

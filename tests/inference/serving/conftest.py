@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from urllib.parse import urljoin
 
 import openai
 import pytest
@@ -27,8 +28,8 @@ TEMPLATE = (
 
 
 @contextmanager
-def serving(model, tokenizer, name):
-    app = build_app(model, tokenizer, name=name)
+def serving(model, tokenizer, name, **settings):
+    app = build_app(model, tokenizer, name=name, **settings)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
     with bind("127.0.0.1", 0) as listener:
         url = "http://127.0.0.1:{1}/v1".format(*listener.getsockname())
@@ -97,8 +98,9 @@ def say(text):
 
 def post(client, body, route="completions", content_type="application/json"):
     """What the client would not send: the status and the JSON of the answer."""
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
     request = urllib.request.Request(
-        f"{client.base_url}{route}", body, {"Content-Type": content_type}, method="POST"
+        urljoin(str(client.base_url), route), body, {"Content-Type": content_type}, method="POST"
     )
     try:
         with urllib.request.urlopen(request, timeout=30) as response:

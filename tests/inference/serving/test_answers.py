@@ -6,9 +6,9 @@ import openai
 import pytest
 import torch
 
-from stablemask.inference.serving.answers import AnswerStreamer
+from stablemask.inference.serving.answers import _Answer
 
-from .conftest import CONTEXT, complete, say, stream
+from .conftest import CONTEXT, complete, post, say, stream
 
 PROMPTS = ["the quick", "brown fox jumps", " over", "lazy dog\n"]
 
@@ -56,15 +56,14 @@ def test_chat(client, llama):
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content == text
     assert answer.choices[0].finish_reason == "length"
-    chunks = list(
-        client.chat.completions.create(
-            model="llama", messages=messages, max_completion_tokens=20, stream=True,
-            stream_options={"include_usage": True},
-        )
-    )  # fmt: skip
+    asked = {"model": "llama", "messages": messages, "max_completion_tokens": 20, "stream": True}
+    *chunks, last = client.chat.completions.create(**asked, stream_options={"include_usage": True})
+    assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices[0].finish_reason == "length"
-    assert chunks[-1].usage == answer.usage
+    assert (last.choices, last.usage) == ([], answer.usage)
+    assert all(chunk.usage is None for chunk in [*chunks, *client.chat.completions.create(**asked)])
 
 
 def test_a_reply_goes_back_as_the_client_dumps_it(client):
@@ -171,26 +170,126 @@ def test_requests_at_once_are_answered_as_one_by_one(client):
         assert list(pool.map(ask, jobs)) == alone
 
 
+def log_probs(model, ids):
+    """Of each token but the first, by the definition."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+
+
+def test_several_choices_of_several_prompts(client, llama):
+    """A choice has the seed of its place, and prompts may come as the ids of their tokens."""
+    settings = {"max_tokens": 12, "temperature": 1.0}
+    texts = [
+        complete(client, prompt, seed=seed, **settings)[0]
+        for prompt in PROMPTS[:2]
+        for seed in (5, 6)
+    ]
+    assert len(set(texts)) == 4
+    ids = [llama[1](prompt).input_ids for prompt in PROMPTS[:2]]
+    for prompts in (PROMPTS[:2], ids, [ids[0], PROMPTS[1]]):
+        asked = {"model": "llama", "prompt": prompts, "n": 2, "seed": 5, **settings}
+        answer = client.completions.create(**asked)
+        assert [choice.text for choice in answer.choices] == texts
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage.prompt_tokens == len(ids[0] + ids[1])
+        assert answer.usage.completion_tokens == 4 * 12
+        streamed = [""] * 4
+        for chunk in client.completions.create(**asked, stream=True):
+            streamed[chunk.choices[0].index] += chunk.choices[0].text
+        assert streamed == texts
+    assert complete(client, ids[0], seed=5, **settings)[0] == texts[0]
+    chat = client.chat.completions.create(
+        model="llama", messages=say("the"), n=2, seed=1, **settings
+    )
+    assert chat.choices[0].message.content != chat.choices[1].message.content
+
+
+def test_logprobs_are_those_of_the_model_before_temperature(client, llama):
+    model, tokenizer = llama
+    ids = tokenizer(PROMPTS[0]).input_ids
+    torch.manual_seed(3)
+    with torch.no_grad():
+        whole = model.generate(
+            torch.tensor([ids]), max_new_tokens=9, do_sample=True, temperature=1.5, top_k=0, pad_token_id=0
+        )[0].tolist()  # fmt: skip
+    truth, answer = log_probs(model, whole)[-9:], whole[len(ids) :]
+    own = truth.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    asked = {"model": "llama", "max_tokens": 9, "temperature": 1.5, "seed": 3}
+
+    def as_text(token_id):
+        text = tokenizer.decode([token_id])  # where it is whole characters
+        return text if "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token_id)
+
+    told = client.completions.create(**asked, prompt=ids, logprobs=3).choices[0].logprobs
+    assert told.tokens == [as_text(i) for i in answer]
+    assert torch.tensor(told.token_logprobs).double().allclose(own, atol=1e-5)
+    for row, token, logprob, top in zip(truth, told.tokens, told.token_logprobs, told.top_logprobs):
+        assert {*map(as_text, row.topk(3).indices.tolist()), token} == set(top)
+        assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-5)
+        assert top[token] == logprob
+    chunks = list(client.completions.create(**asked, prompt=ids, logprobs=3, stream=True))
+    assert [t for c in chunks for t in c.choices[0].logprobs.tokens] == told.tokens
+    assert [t for c in chunks for t in c.choices[0].logprobs.token_logprobs] == told.token_logprobs
+
+    asked |= {"messages": say("the"), "logprobs": True, "temperature": 0}
+    chat = client.chat.completions.create(**asked, top_logprobs=2).choices[0].logprobs.content
+    assert [len(token.top_logprobs) for token in chat] == [2] * 9
+    assert [token.top_logprobs[0].token for token in chat] == [token.token for token in chat]
+    ids = tokenizer("<user>the\n<assistant>").input_ids
+    assert chat[0].logprob == pytest.approx(log_probs(model, [*ids, 0])[-1].max().item(), abs=1e-5)
+    assert client.chat.completions.create(**asked).choices[0].logprobs.content[0].top_logprobs == []
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], [PROMPTS[0], "dog"]], ids=["one", "several"])
+def test_an_echo_has_the_logprobs_of_the_prompt(client, llama, prompt):
+    """As lm-eval asks for them; and where nothing is to be generated."""
+    model, tokenizer = llama
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    asked = {"model": "llama", "prompt": prompt, "temperature": 0, "logprobs": 1, "echo": True}
+    for max_tokens in (0, 1):
+        answer = client.completions.create(**asked, max_tokens=max_tokens, seed=1234)
+        for text, choice in zip(prompts, answer.choices, strict=True):
+            ids = tokenizer(text).input_ids
+            truth = log_probs(model, ids)
+            own = truth.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            told = choice.logprobs.token_logprobs
+            assert told[0] is None
+            assert torch.tensor(told[1 : len(ids)]).double().allclose(own, atol=1e-5)
+            assert len(told) == len(ids) + max_tokens
+            greedy = [
+                max(top.values()) == t for top, t in zip(choice.logprobs.top_logprobs[1:], told[1:])
+            ]
+            assert greedy[: len(own)] == (truth.max(-1).values == own).tolist()
+            assert choice.text == text + expected(model, tokenizer, text, 1)[: 99 * max_tokens]
+
+
+def test_lm_eval_scores_through_the_server(client, llama):
+    """Its own requests and its own reading of the answers."""
+    api = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+    model, tokenizer = llama
+    contexts, ends = [tokenizer(p).input_ids for p in PROMPTS[:2]], [[7, 8], [9]]
+    payload = api._create_payload(
+        type("Api", (), {"model": "llama"}), [c + e for c, e in zip(contexts, ends)], seed=1234
+    )
+    status, answer = post(client, payload)
+    assert status == 200
+    scores = api.parse_logprobs(answer, ctxlens=[len(ids) for ids in contexts])
+    for (score, greedy), context, end in zip(scores, contexts, ends, strict=True):
+        rows = log_probs(model, context + end)[-len(end) :]
+        assert score == pytest.approx(sum(row[i].item() for row, i in zip(rows, end)), abs=1e-4)
+        assert greedy == (rows.argmax(-1).tolist() == end)
+
+
 def test_some_tokenizers_drop_a_leading_space():
     from tokenizers import Tokenizer, decoders, models
 
     tokenizer = Tokenizer(models.WordLevel({"▁the": 0, "▁dog": 1}, unk_token="▁the"))
     tokenizer.decoder = decoders.Metaspace()
     pieces = []
-
-    class Loop:
-        call_soon_threadsafe = staticmethod(lambda function, item: function(item))
-
-    class Queue:
-        put_nowait = pieces.append
-
-    class Config:
-        eos_token_id = (9,)
-        max_new_tokens = 2
-        request = {"stop": []}  # noqa: RUF012
-
-    streamer = AnswerStreamer(tokenizer, Loop, Queue, None, [0], Config)
+    answer = _Answer(tokenizer, [9], [], None, pieces.append)
     for tokens in ([[0]], [1], [0]):
-        streamer.put(torch.tensor(tokens))
-    streamer.end()
-    assert pieces == [" dog", " the", None]
+        answer.put(torch.tensor(tokens))
+    answer.end()
+    answer.finish()
+    assert [piece.text for piece in pieces] == [" dog", " the", ""]
+    assert (pieces[-1].finish_reason, pieces[-1].num_tokens) == ("length", 2)

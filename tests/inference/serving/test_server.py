@@ -1,7 +1,11 @@
 """The server itself: its address, its model, and clients that go before they are answered."""
 
+import logging
 import socket
 import time
+import urllib.error
+import urllib.request
+from urllib.parse import urljoin
 
 import openai
 import pytest
@@ -12,7 +16,7 @@ from stablemask.errors import InputError
 from stablemask.inference.serving import bind, build_app
 
 from ...cli.conftest import learned_folder as learned_folder
-from .conftest import CONTEXT, complete, post, say, stream
+from .conftest import CONTEXT, complete, post, say, serving, stream
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def chunks(size):
 
 @pytest.mark.parametrize("body", [lambda size: b" " * size, chunks], ids=["whole", "in chunks"])
 def test_a_body_that_is_too_long(client, monkeypatch, body):
-    monkeypatch.setattr("stablemask.inference.serving.http.MAX_BODY", 10_000)
+    monkeypatch.setattr("stablemask.inference.serving.server.MAX_BODY", 10_000)
     status, answer = post(client, body(30_000))
     assert (status, answer["error"]["message"]) == (413, "the body must have at most 10000 bytes")
     assert post(client, body(10_000))[0] == 400  # it is taken, and is no JSON
@@ -112,3 +116,69 @@ def test_lengths_that_cannot_be_had(learned_folder, llama):
         build_app(model, tokenizer, name="learned", max_model_len=33)
     with pytest.raises(InputError, match="max_model_len must be at least 2"):
         build_app(*llama, name="llama", max_model_len=1)
+
+
+def get(client, route, method="GET", **headers):
+    """Status and headers."""
+    url = urljoin(str(client.base_url), route)
+    request = urllib.request.Request(url, headers=headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers
+
+
+def test_health(client):
+    assert get(client, "../health")[0] == 200
+    assert get(client, "../metrics")[0] == 404
+
+
+def test_a_key(ours):
+    with serving(*ours, "ours", api_key="s\u00e9same") as client:
+        assert get(client, "../health")[0] == 200
+        for given in ({}, {"Authorization": "Bearer sesame"}, {"Authorization": "s\u00e9same"}):
+            assert get(client, "models", **given)[0] == 401
+        status, answer = post(client, {"prompt": "the"})
+        assert (status, answer["error"]["message"]) == (401, "the API key is missing or wrong")
+        key = "Bearer s\u00e9same".encode().decode("latin-1")  # as http.client writes it
+        assert get(client, "models", Authorization=key)[0] == 200
+    with serving(*ours, "ours", api_key="sesame") as client:
+        client = client.with_options(api_key="sesame")
+        assert client.completions.create(model="ours", prompt="the", max_tokens=1).choices
+
+
+def test_pages_of_other_origins(client, ours):
+    page = "https://chat.example"
+    preflight = {"Access-Control-Request-Method": "POST"}
+    allowed = "Access-Control-Allow-Origin"
+    assert allowed not in get(client, "models", Origin=page)[1]
+    assert get(client, "completions", "OPTIONS", Origin=page, **preflight)[0] == 400
+    with serving(*ours, "ours", cors_origins=[page], api_key="k") as open_client:
+        status, headers = get(open_client, "completions", "OPTIONS", Origin=page, **preflight)
+        assert (status, headers[allowed]) == (200, page)
+        other = get(open_client, "completions", "OPTIONS", Origin="https://b.example", **preflight)
+        assert other[0] == 400
+        status, headers = get(open_client, "models", Origin=page, Authorization="Bearer k")
+        assert (status, headers[allowed]) == (200, page)
+
+
+def test_a_line_for_each_request(client, slow, caplog):
+    caplog.set_level(logging.INFO, "stablemask.serve")
+    complete(client, [5, 6, 7], max_tokens=2)
+    list(client.completions.create(model="llama", prompt=[5], max_tokens=3, stream=True))
+    post(client, b"{}")
+    get(client, "a%0Ab")
+    with pytest.raises(openai.APITimeoutError):
+        complete(client.with_options(timeout=0.3), "the", max_tokens=200)
+    end = time.perf_counter() + 10
+    while len(caplog.messages) < 5 and time.perf_counter() < end:
+        time.sleep(0.05)
+    lines = [line.split() for line in caplog.messages]
+    assert [line[1:4] for line in lines[:3]] == [
+        ["POST", "/v1/completions", status] for status in ("200", "200", "400")
+    ]
+    assert [line[5:] for line in lines[:2]] == [["prompt=3", "answer=2"], ["prompt=1", "answer=3"]]
+    assert lines[3][1:4] == ["GET", "/v1/a%0Ab", "404"]
+    assert lines[4][3] == "499"  # its client has gone
+    assert all(float(line[4].removesuffix("s")) < 30 for line in lines)

@@ -1,189 +1,214 @@
-"""Generation for the server: Transformers' thread and streamer, where an answer belongs to its request."""
+"""Answers of the model, one at a time: ``model.generate`` in a thread, told of as it goes."""
 
 import asyncio
-import json
 import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastapi import HTTPException
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cli.serving.utils import (
-    DirectStreamer,
-    GenerateManager,
-    _GenerationCancelled,
-    _StreamError,
-    response_events_to_chunks,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
-from ...errors import InputError
-from ..generate import _seeded
-from ..model import check_token_ids
+from ..generate import _CallbackStreamer, _seeded
+from ..model import evaluating
 
 LOGGER = logging.getLogger("uvicorn.error")
 
 
-class AnswerThread(GenerateManager):
-    """Transformers' generation thread, in which an answer lives no longer than its request."""
+@dataclass
+class Token:
+    """A token's text and log-probability (the prompt's first has none), and the likeliest in its place."""
 
-    def __init__(self, max_model_len: int):
-        super().__init__()
-        self.max_model_len = max_model_len
-        self._running: set[AnswerStreamer] = set()
+    text: str
+    logprob: float | None = None
+    likeliest: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Piece:
+    """What is new of an answer. The last piece says why it ends, and how many tokens it had."""
+
+    text: str
+    tokens: list[Token]
+    finish_reason: str | None = None
+    num_tokens: int = 0
+
+
+class Answers:
+    """The model's thread. An answer runs no longer than the task that waits for it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._running: set[_Answer] = set()
 
     def close(self) -> None:
         """End every answer, and wait until the model has stopped.
 
         An interpreter that exits while a thread is inside PyTorch is aborted.
         """
-        for streamer in list(self._running):
-            streamer.cancel()
-        self.submit(lambda: None).result()
+        for answer in self._running:
+            answer.over = True
+        self._thread.shutdown()
 
-    def generate_streaming(
+    async def stream(
         self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: Any,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> tuple[asyncio.Queue, "AnswerStreamer"]:
-        ids = inputs["input_ids"]
-        self._check(model, ids, gen_config)
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue = asyncio.Queue()
-        streamer = AnswerStreamer(
-            processor._tokenizer, loop, queue, response_parser, ids[0].tolist(), gen_config
-        )
+        ids: list[int],
+        config: Any,
+        *,
+        stop: list[str],
+        seed: int | None = None,
+        num_likeliest: int | None = None,
+        score_prompt: bool = False,
+    ) -> AsyncIterator[Piece]:
+        """Generate as ``config`` says, up to a stop text.
 
-        def run() -> None:
-            try:
-                with _seeded(gen_config.request["seed"], model.device):
-                    model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        streamer=streamer,
-                        generation_config=gen_config,
-                    )
-            except _GenerationCancelled:
-                streamer.end()
-            except Exception as error:
-                LOGGER.exception("a request failed")
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                # The handlers put it between quotes as it is.
-                message = json.dumps(f"the model could not answer: {reason}")[1:-1]
-                loop.call_soon_threadsafe(queue.put_nowait, _StreamError(message))
+        Args:
+            num_likeliest: tell log-probabilities, and those of so many likeliest tokens; None: do not.
+            score_prompt: tell the log-probabilities of the prompt's tokens first.
 
-        self._running.add(streamer)
-        self.submit(run).add_done_callback(lambda _: self._running.discard(streamer))
-        # This task ends when the answer has been sent, or its client has gone.
+        Raises:
+            RuntimeError: the model failed.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | RuntimeError]()
+
+        def emit(piece: Piece | RuntimeError) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, piece)
+
+        answer = _Answer(self.tokenizer, config.eos_token_id, stop, num_likeliest, emit)
+        self._running.add(answer)
+
+        def end(task: Any) -> None:
+            answer.over = True
+            self._running.discard(answer)
+
         task: Any = asyncio.current_task()
-        task.add_done_callback(lambda _: streamer.cancel())
-        return queue, streamer
+        task.add_done_callback(end)  # it has sent the answer, or its client has gone
+        self._thread.submit(self._run, answer, ids, config, seed, score_prompt)
+        while True:
+            piece = await queue.get()
+            if isinstance(piece, RuntimeError):
+                raise piece
+            yield piece
+            if piece.finish_reason is not None:
+                return
 
-    async def generate_non_streaming(  # type: ignore[override]  # as its base class has it
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> tuple[str, int, list[int]]:
-        queue, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
-        pieces: list[str] = []
-        while (piece := await queue.get()) is not None:
-            if isinstance(piece, _StreamError):
-                raise HTTPException(500, json.loads(f'"{piece.msg}"'))
-            pieces.append(piece)
-        text, ids = "".join(pieces), streamer.ids
-        if streamer.stopped:
-            ids = processor(text, add_special_tokens=False)["input_ids"]  # without the stop text
-        return text, inputs["input_ids"].shape[-1], ids
-
-    def _check(self, model: PreTrainedModel, ids: Tensor, config: Any) -> None:
-        length = ids.shape[-1]
-        if length == 0:
-            raise InputError("the prompt is empty; give some text")
-        asked = config.max_new_tokens or 1
-        if length + asked > self.max_model_len:
-            raise InputError(
-                f"this model's maximum context length is {self.max_model_len} tokens, the prompt has "
-                f"{length} and {asked} more are asked for; shorten the prompt or lower max_tokens"
-            )
-        check_token_ids(model, int(ids.max()))
-        if config.max_new_tokens is None:
-            left = self.max_model_len - length
-            config.max_new_tokens = min(config.request["default_max_tokens"] or left, left)
+    def _run(
+        self, answer: "_Answer", ids: list[int], config: Any, seed: int | None, score_prompt: bool
+    ) -> None:
+        if answer.over:
+            return
+        prompt = torch.tensor([ids], device=self.model.device)
+        try:
+            with evaluating(self.model), _seeded(seed, self.model.device):
+                if score_prompt:
+                    logits = self.model(input_ids=prompt, use_cache=False).logits
+                    answer.tell_prompt(ids, logits[0, :-1])
+                if config.max_new_tokens:
+                    self.model.generate(  # type: ignore[operator]
+                        input_ids=prompt,
+                        attention_mask=torch.ones_like(prompt),
+                        generation_config=config,
+                        streamer=answer,
+                        logits_processor=[answer.watch],
+                        stopping_criteria=[answer.is_over],
+                    )
+            answer.finish()
+        except Exception as error:
+            LOGGER.exception("a request failed")
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            answer.emit(RuntimeError(f"the model could not answer: {reason}"))
 
 
-class AnswerStreamer(DirectStreamer):
-    """Hands on the text of the new tokens as it becomes certain, up to the first stop text."""
+class _Answer(BaseStreamer):
+    """Takes tokens from ``generate``, and hands on the text that is certain."""
 
     def __init__(
         self,
         tokenizer: Any,
-        loop: asyncio.AbstractEventLoop,
-        queue: asyncio.Queue,
-        parser: Any,
-        prompt: list[int],
-        config: Any,
+        eos: list[int],
+        stops: list[str],
+        num_likeliest: int | None,
+        emit: Callable[[Piece | RuntimeError], None],
     ):
-        super().__init__(tokenizer, loop, queue, parser)
-        self.ids: list[int] = []
-        self._config = config
-        self._skip_special_tokens = parser is None
-        # Some tokenizers drop a space at the beginning, which is not here.
-        self._before = prompt[-8:]
-        self._decode_stream = DecodeStream(self._before, self._skip_special_tokens)
-        self._decoded = 0
+        self.emit = emit
+        self.over = False  # a stop text has come, or nobody waits for more
+        self._tokenizer, self._eos, self._stops, self._num = tokenizer, eos, stops, num_likeliest
+        self._text = _CallbackStreamer(tokenizer, self._write)
+        self._ids: list[int] | None = None  # until the prompt has come
+        self._scores: Tensor | None = None
+        self._tokens: list[Token] = []  # not handed on yet
         self._held = ""  # may be the beginning of a stop text
-        self.stopped = False
+        self._stopped = False
+
+    def is_over(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.over, device=input_ids.device)
+
+    def watch(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """See the scores of a step, before temperature and ``top_p``."""
+        if self._num is not None:
+            self._scores = scores[0].float().log_softmax(-1)
+        return scores
 
     def put(self, value: Tensor) -> None:
-        if self._cancelled.is_set():
-            raise _GenerationCancelled
-        if self._first:  # the prompt
-            self._first = False
-            return
-        for token_id in value.tolist():
-            self.ids.append(token_id)
-            self.total_tokens += 1
-            text = self._decode_stream.step(self._tokenizer, token_id) or ""
-            self._decoded += len(text)
-            self._write(text)
+        if self._ids is None:
+            self._ids = []
+        else:
+            self._ids.append(int(value))
+            if self._scores is not None:
+                self._tell(int(value), self._scores)
+        self._text.put(value)
 
     def end(self) -> None:
-        if not self.stopped:
-            self._send(self._held + self._undecoded())
-        if self.stopped or (self.ids and self.ids[-1] in self._config.eos_token_id):
-            self._config.max_new_tokens = None  # or the handlers may take its length for the reason
-        super().end()
+        self._text.end()
+
+    def finish(self) -> None:
+        ids = self._ids or []
+        ended = self._stopped or (ids and ids[-1] in self._eos)
+        self.emit(Piece(self._held, self._tokens, "stop" if ended else "length", len(ids)))
+
+    def tell_prompt(self, ids: list[int], logits: Tensor) -> None:
+        """Log-probabilities of a prompt; logits of each token but the first, (len(ids) - 1, vocabulary)."""
+        self._tokens.append(Token(self._decode(ids[0])))
+        for start, rows in zip(range(1, len(ids), 256), logits.split(256)):
+            for token_id, scores in zip(ids[start:], rows.float().log_softmax(-1)):
+                self._tell(token_id, scores)
+
+    def _tell(self, token_id: int, scores: Tensor) -> None:
+        values, places = scores.topk(min(self._num or 0, len(scores)))
+        # JSON has no infinity; this is OpenAI's.
+        values, own = values.clamp(min=-9999), max(scores[token_id].item(), -9999.0)
+        likeliest = zip(map(self._decode, places.tolist()), values.tolist())
+        self._tokens.append(Token(self._decode(token_id), own, list(likeliest)))
+
+    def _decode(self, token_id: int) -> str:
+        text = str(self._tokenizer.decode([token_id]))
+        if (
+            "\ufffd" in text
+        ):  # a part of a character: as the vocabulary has it, so that no two look alike
+            return str(self._tokenizer.convert_ids_to_tokens(token_id))
+        return text
 
     def _write(self, text: str) -> None:
+        if self._stopped:
+            return
         text = self._held + text
-        stops = self._config.request["stop"]
-        found = [text.index(stop) for stop in stops if stop in text]
+        found = [text.index(stop) for stop in self._stops if stop in text]
         if found:
-            self.stopped = True
-            self._send(text[: min(found)])
-            raise _GenerationCancelled
-        longest = (range(min(len(stop) - 1, len(text)), 0, -1) for stop in stops)
-        begun = [
-            next((n for n in lengths if text.endswith(stop[:n])), 0)
-            for stop, lengths in zip(stops, longest)
-        ]
-        certain = len(text) - max(begun, default=0)
-        self._held = text[certain:]
-        self._send(text[:certain])
-
-    def _undecoded(self) -> str:
-        """What a last token leaves that ends within a character."""
-        before, whole = (
-            self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
-            for ids in (self._before, self._before + self.ids)
-        )
-        return whole[len(before) + self._decoded :]
-
-    def _send(self, text: str) -> None:
+            self._stopped = self.over = True
+            text, self._held = text[: min(found)], ""
+        else:
+            ends = [range(min(len(stop) - 1, len(text)), 0, -1) for stop in self._stops]
+            begun = [
+                next((n for n in lengths if text.endswith(stop[:n])), 0)
+                for stop, lengths in zip(self._stops, ends)
+            ]
+            certain = len(text) - max(begun, default=0)
+            text, self._held = text[:certain], text[certain:]
         if text:
-            parsed = response_events_to_chunks(self._parser.feed(text)) if self._parser else [text]
-            for piece in parsed:
-                self._enqueue(piece)
+            self.emit(Piece(text, self._tokens))
+            self._tokens = []

@@ -1,7 +1,6 @@
 """What a request to the server may ask for. What is not here is refused, never ignored."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -13,14 +12,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from ...errors import InputError
-
-
-def _encodable(text: str) -> str:
-    text.encode()  # JSON may hold half of a surrogate pair, no tokenizer takes it
-    return text
 
 
 def _only(value: float) -> AfterValidator:
@@ -34,48 +27,43 @@ def _only(value: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
-# Some clients put their one prompt into a list.
-Prompt = Annotated[
-    Text,
-    BeforeValidator(
-        lambda given: given[0] if isinstance(given, list) and len(given) == 1 else given
-    ),
-]
+def _as_list(given: Any) -> Any:
+    return given if isinstance(given, list) else [given]
+
+
+def _as_prompts(given: Any) -> Any:
+    prompts = _as_list(given)
+    if all(type(item) is int for item in prompts):
+        prompts = [prompts]
+    for prompt in prompts:
+        ids = isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt)
+        if not isinstance(prompt, str) and not (ids and min(prompt) >= 0):
+            raise ValueError("it must be text, a list of token ids, or a list of either")
+    return prompts
+
+
+def _as_text(content: Any) -> Any:
+    """What a message says, which may come in parts."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.keys() != {"type", "text"}:
+            raise ValueError("a part must be {'type': 'text', 'text': ...}")
+    return "\n".join(str(part["text"]) for part in content)
+
+
+Prompts = Annotated[list[str | list[int]], Field(max_length=2048), BeforeValidator(_as_prompts)]
 # So long a stop text costs no more than a token does.
-Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_encodable)]],
-    Field(max_length=16),
-    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
-]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stops = Annotated[list[Stop], Field(max_length=16), BeforeValidator(_as_list)]
 
 
 class _Part(BaseModel):
-    """A part of a request, in which a null counts as not given: clients send them for what they leave out."""
-
     model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        given = {name: value for name, value in given.items() if value is not None}
-        known = set[str]()
-        for name, field in cls.model_fields.items():
-            alias = field.validation_alias
-            known |= set(map(str, alias.choices)) if isinstance(alias, AliasChoices) else {name}
-        for name in given.keys() - known:
-            raise PydanticCustomError(
-                "unknown",
-                "{name} is not supported; what can be given is {known}",
-                {"name": ascii(name)[1:-1], "known": ", ".join(sorted(known))},
-            )
-        return given
 
 
 class StreamOptions(_Part):
-    include_usage: bool = True  # the last chunk tells it in any case
+    include_usage: bool = False
 
 
 class Request(_Part):
@@ -83,65 +71,102 @@ class Request(_Part):
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=1 << 63)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Stops = []
-    user: str | None = None
-    n: Annotated[int, _only(1)] = 1
+    n: int = Field(1, ge=1, le=128)
     frequency_penalty: Annotated[float, _only(0)] = 0
     presence_penalty: Annotated[float, _only(0)] = 0
+    # These do not touch the answer.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
 
 
 class CompletionRequest(Request):
-    prompt: Prompt
-    max_tokens: int | None = Field(None, ge=1)
+    prompt: Prompts
+    max_tokens: int = Field(16, ge=0)  # as the API has it
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
     best_of: Annotated[int, _only(1)] = 1
-    echo: Annotated[bool, _only(False)] = False
 
+    @property
+    def prompts(self) -> list[Any]:
+        return self.prompt
 
-class TextPart(_Part):
-    type: Literal["text"]
-    text: Text
-
-
-Content = Annotated[
-    list[TextPart],
-    BeforeValidator(
-        lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given
-    ),
-]
+    @property
+    def num_likeliest(self) -> int | None:
+        return self.logprobs
 
 
 class Message(_Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content
+    content: Annotated[str, BeforeValidator(_as_text)]
+    name: str | None = None
+    type: Literal["text", "message"] | None = None  # as lm-eval has it
+
+
+class ResponseFormat(_Part):
+    type: Literal["text"]
 
 
 class ChatRequest(Request):
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(
+    max_tokens: int | None = Field(  # None: what is left of the context
         None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
-    logprobs: Annotated[bool, _only(False)] = False
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    echo: ClassVar[bool] = False
+
+    @property
+    def prompts(self) -> list[Any]:
+        return [[message.model_dump(exclude_none=True) for message in self.messages]]
+
+    @property
+    def num_likeliest(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _with_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
 
 
-def check_request(kind: type[Request], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a request by their names, defaults filled in.
+def _given(value: Any) -> Any:
+    """Without nulls and what is empty: clients send them for what they leave out."""
+    if isinstance(value, str):
+        value.encode()
+    if isinstance(value, dict):
+        kept = {_given(name): _given(item) for name, item in value.items()}
+        return {name: item for name, item in kept.items() if item not in (None, [], {})}
+    return [_given(item) for item in value] if isinstance(value, list) else value
+
+
+def check_request(kind: type[Request], body: dict[str, Any]) -> Any:
+    """The request, defaults filled in.
 
     Raises:
         InputError: a field is unknown, missing, of the wrong type or out of its range.
     """
     try:
-        return kind.model_validate(body).model_dump()
+        return kind.model_validate(_given(body))
+    except UnicodeEncodeError as error:  # no tokenizer takes it, though JSON can escape it
+        raise InputError("the body holds half of a surrogate pair, which is no text") from error
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-    where = ".".join(map(str, problem["loc"]))
+    where = ascii(".".join(map(str, problem["loc"])))[1:-1]
     match problem["type"]:
-        case "unknown":
-            raise InputError(f"{where}.{problem['msg']}".removeprefix("."))
+        case "extra_forbidden":
+            known = f"; what can be given is {', '.join(sorted(kind.model_fields))}"
+            raise InputError(f"{where} is not supported{known if len(problem['loc']) == 1 else ''}")
         case "missing":
             raise InputError(f"{where} must be given")
     message = problem["msg"].removeprefix("Value error, ")
-    raise InputError(f"{where}: {message}, got {ascii(problem['input'])[:80]}")
+    raise InputError(f"{where}: {message}, got {ascii(problem['input'])[:80]}".removeprefix(": "))
