@@ -147,6 +147,7 @@ def fails(capsys, *argv: str) -> str:
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--max-model-len", "1"], "max_model_len must be at least 2"),
         (["--api-key", ""], "the API key is empty"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size must be at least 1, got 0"),
         (["--engine", "sglang"], "--engine: 'sglang' is not one of auto, vllm, transformers"),
         (["--engine", "transformers", "--", "--seed", "1"], "flags after -- are for vLLM"),
         (["--engine", "transformers", "--tensor-parallel-size", "2"], "--tensor-parallel-size"),

@@ -32,6 +32,10 @@ def run(options: ServeOptions) -> None:
     key = os.environ.get("STABLEMASK_API_KEY") if options.api_key is None else options.api_key
     if key == "":
         raise InputError("the API key is empty; leave it out to ask for none")
+    if options.tensor_parallel_size < 1:
+        raise InputError(
+            f"--tensor-parallel-size must be at least 1, got {options.tensor_parallel_size}"
+        )
     try:
         from stablemask.inference.serving import bind, ready_line, serve, url
     except ModuleNotFoundError as error:
