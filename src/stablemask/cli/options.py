@@ -115,7 +115,8 @@ class ServeOptions(ModelOptions):
     )
     tensor_parallel_size: int = option(1, "how many GPUs share the model, with vLLM")
     api_key: str | None = option(
-        None, "what requests must bring as a bearer token; by default STABLEMASK_API_KEY, if it is set"
+        None,
+        "what requests must bring as a bearer token; by default STABLEMASK_API_KEY, if it is set",
     )
     cors_origins: list[str] = option([], "web pages that may ask, such as https://chat.example")
     engine_args: list[str] = option([], "more flags of vLLM", rest=True)
