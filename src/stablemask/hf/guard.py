@@ -18,6 +18,9 @@ from ..models.layers import StableMaskAttention
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
 from .settings import model_settings
 
+# The names under which a model runs its mass; `stablemask.vllm` adds the one that vLLM's attention has.
+RUNS_STABLEMASK = {ATTN_IMPLEMENTATION, "sdpa"}
+
 
 def install() -> None:
     """Make every PreTrainedModel check the name of its attention, at its birth and at each change."""
@@ -81,7 +84,7 @@ def resolve(model: PreTrainedModel, requested: str | None) -> str | None:
         check_family(type(model))
     if asks:
         model_settings(model.config)
-    if asks and requested not in (ATTN_IMPLEMENTATION, "sdpa"):
+    if asks and requested not in RUNS_STABLEMASK:
         raise ValueError(
             f"config.stablemask asks for StableMask, and attn_implementation={requested!r} would not "
             "run it: leave the name out, or set config.stablemask to None"

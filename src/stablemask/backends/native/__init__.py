@@ -1,8 +1,8 @@
 """What the CPU does in C++, compiled where it is used.
 
 A sequence that attends to itself, with gradients (``causal.h``), by tiles (``tiles.h``) or by PyTorch's kernel and
-what a sink takes of its output (``sink.h``); a row of decoding (``row.h``); and the operators that PyTorch knows
-them by (``library.cpp``), which ``backend.py`` calls.
+what a sink takes of its output (``sink.h``); a row of decoding (``row.h``); a server's paged cache (``paged.h``);
+and the operators that PyTorch knows them by (``library.cpp``), which ``backend.py`` calls, and ``stablemask.vllm``.
 
 A compiled library fits one PyTorch, one Python and one kind of processor, so none is shipped: ``stablemask
 build`` compiles ``library.cpp``, with PyTorch's own tools, into the folder where PyTorch keeps extensions, and
@@ -36,7 +36,7 @@ from .tuning import Rules
 
 SOURCES = Path(__file__).parent
 _NAME = "_native"
-_FILES = ("library.cpp", "row.h", "rules.h", "causal.h", "tiles.h", "sink.h")
+_FILES = ("library.cpp", "row.h", "rules.h", "causal.h", "tiles.h", "sink.h", "paged.h")
 
 _BUSY = 1.3  # times what is computed that the clock runs
 

@@ -4,6 +4,7 @@
 //     native_forward(query, key, value, sink_logits, attn_mask, scale) -> out, lse
 //     native_backward(grad, query, key, value, sink_logits, attn_mask, out, lse, scale, of_sink)
 //         -> d_query, d_key, d_value, d_sink
+//     paged_attention, paged_write: of a server's cache (paged.h); ../../vllm/cpu.py calls them
 //
 // Rows are one per sequence, behind a cache (row.h), or as many as keys (causal.h). Checked here is what reading
 // memory depends on; what a user may get wrong is said in Python.
@@ -23,6 +24,7 @@
 #include <utility>
 
 #include "causal.h"
+#include "paged.h"
 #include "row.h"
 #include "rules.h"
 #include "sink.h"
@@ -213,6 +215,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_in_autograd(
   return {found[0], found[1], found[2], found[3]};
 }
 
+// A cache is (pages, key heads, block, 2 head_dim), its last two axes contiguous.
+void check_cache(const at::Tensor& cache, const at::Tensor& like) {
+  TORCH_CHECK(cache.dim() == 4 && like.dim() == 3 && cache.is_cpu() && cache.scalar_type() == like.scalar_type() &&
+                  cache.size(3) == 2 * like.size(2) && cache.stride(3) == 1 && cache.size(2) <= stablemask::CHUNK,
+              "a cache of ", cache.sizes(), " does not fit heads of ", like.sizes());
+}
+
+void attend_paged(const at::Tensor& query, const at::Tensor& cache, const at::Tensor& pages, const at::Tensor& starts,
+                  const at::Tensor& lengths, const at::Tensor& table, const at::Tensor& shift,
+                  const std::optional<at::Tensor>& slopes, double scale, int64_t window, at::Tensor& out) {
+  check_cache(cache, query);
+  const int64_t requests = lengths.numel(), heads = query.size(1);
+  const auto fits_heads = [heads](int64_t size) { return size == 1 || size == heads; };
+  TORCH_CHECK(heads % cache.size(1) == 0 && out.sizes() == query.sizes() && out.scalar_type() == query.scalar_type() &&
+                  out.stride(2) == 1 && query.stride(2) == 1,
+              "sizes do not fit: query ", query.sizes(), ", cache ", cache.sizes(), ", out ", out.sizes());
+  TORCH_CHECK(pages.dim() == 2 && pages.size(0) >= requests && pages.stride(1) == 1 && starts.numel() == requests + 1 &&
+                  pages.scalar_type() == at::kInt && starts.scalar_type() == at::kInt &&
+                  lengths.scalar_type() == at::kInt && starts.is_contiguous() && lengths.is_contiguous(),
+              "pages (requests, most), starts (requests + 1) and lengths (requests) are int32");
+  TORCH_CHECK(table.dim() == 2 && table.size(0) > 0 && fits_heads(table.size(1)) && shift.dim() == 1 &&
+                  fits_heads(shift.size(0)) && table.is_contiguous() && shift.is_contiguous() &&
+                  table.scalar_type() == at::kFloat && shift.scalar_type() == at::kFloat &&
+                  (!slopes || (slopes->scalar_type() == at::kFloat && slopes->numel() == heads && slopes->is_contiguous())),
+              "table (positions, 1 or heads), shift (1 or heads) and slopes (heads) are float32");
+  stablemask::paged::attend(query, cache, pages, starts, lengths, table, shift, slopes, scale, window, out);
+}
+
+void write_paged(const at::Tensor& key, const at::Tensor& value, const at::Tensor& slots, at::Tensor& cache) {
+  check_cache(cache, key);
+  TORCH_CHECK(value.sizes() == key.sizes() && value.scalar_type() == key.scalar_type() && key.size(1) == cache.size(1) &&
+                  key.stride(2) == 1 && value.stride(2) == 1 && slots.scalar_type() == at::kLong &&
+                  slots.is_contiguous() && slots.numel() <= key.size(0),
+              "key ", key.sizes(), " and value ", value.sizes(), " do not fit ", slots.sizes(), " slots");
+  stablemask::paged::write(key, value, slots, cache);
+}
+
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(stablemask, library) {
@@ -221,11 +260,16 @@ TORCH_LIBRARY_FRAGMENT(stablemask, library) {
               "float scale) -> (Tensor, Tensor)");
   library.def("native_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor sink_logits, "
               "Tensor? attn_mask, Tensor out, Tensor lse, float scale, bool of_sink) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("paged_attention(Tensor query, Tensor cache, Tensor pages, Tensor starts, Tensor lengths, Tensor table, "
+              "Tensor shift, Tensor? slopes, float scale, int window, Tensor(a!) out) -> ()");
+  library.def("paged_write(Tensor key, Tensor value, Tensor slots, Tensor(a!) cache) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(stablemask, CPU, library) {
   library.impl("native_forward", forward);
   library.impl("native_backward", backward);
+  library.impl("paged_attention", attend_paged);
+  library.impl("paged_write", write_paged);
 }
 
 TORCH_LIBRARY_IMPL(stablemask, Autograd, library) {

@@ -139,20 +139,25 @@ bool is_right() {
   return true;
 }
 
-// Whether the output can be computed so, at the speed of shorter ones.
-bool fit(const at::Tensor& query, const at::Tensor& key) {
+// Whether heads of a dtype and head_dim can be computed so.
+bool serve(at::ScalarType dtype, int64_t dim) {
   if (!at::globalContext().userEnabledMkldnn()) {
     return false;
   }
-  if (query.scalar_type() == at::kFloat && query.size(3) % 16 == 0 && has_room(query, key)) {
+  if (dtype == at::kFloat && dim % 16 == 0) {
     static const bool right = is_right<float>();
     return right;
   }
-  if (query.scalar_type() == at::kBFloat16 && query.size(3) % 32 == 0) {
+  if (dtype == at::kBFloat16 && dim % 32 == 0) {
     static const bool right = is_right<BFloat16>();
     return right;
   }
   return false;
+}
+
+// Whether the output can be computed so, at the speed of shorter ones.
+bool fit(const at::Tensor& query, const at::Tensor& key) {
+  return (query.scalar_type() == at::kBFloat16 || has_room(query, key)) && serve(query.scalar_type(), query.size(3));
 }
 
 // The left side of a product, of numbers that were computed.
