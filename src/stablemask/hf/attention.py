@@ -162,6 +162,7 @@ class _Found(NamedTuple):
     sink_logits: Tensor
 
 
+# Looked up in every layer, the mass makes a decode step of a Llama of 8 layers 3 to 4 % slower (CPU time).
 _found: _Found | None = None
 
 
