@@ -62,6 +62,9 @@ native_library = pytest.mark.skipif(
 torchao = pytest.mark.skipif(
     find_spec("torchao") is None, reason="needs torchao, the extra `quant`"
 )
+argcomplete = pytest.mark.skipif(
+    find_spec("argcomplete") is None, reason="needs the package argcomplete"
+)
 gguf = pytest.mark.skipif(find_spec("gguf") is None, reason="needs the package gguf")
 
 

@@ -1,5 +1,7 @@
 """Options from flags and from YAML: every type, who wins, and what a mistake says."""
 
+import os
+import subprocess
 import sys
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from stablemask.cli.main import main
 from stablemask.cli.parser import parse_options
 from stablemask.errors import InputError
 from stablemask.options import command_words, load_yaml, option, save_yaml
+from tests import marks
 
 
 @dataclass(kw_only=True)
@@ -267,3 +270,24 @@ def test_a_shell_that_completes_is_told_every_command_and_flag(monkeypatch):
     monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=autocomplete))
     with pytest.raises(SystemExit):
         main([])
+
+
+@marks.argcomplete
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("stablemask pre", ["pretrain "]),
+        ("stablemask pretrain --wa", ["--warmup", "--wandb"]),
+        ("stablemask pretrain --attention s", ["stablemask", "softmax", "softmax1"]),
+    ],
+)
+def test_what_a_shell_offers(typed, offered, tmp_path):
+    """As the function of ``register-python-argcomplete`` asks for it."""
+    told = tmp_path / "told"
+    asked = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(told),
+        "COMP_LINE": typed, "COMP_POINT": str(len(typed)),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "stablemask"]
+    subprocess.run(command, env=os.environ | asked, check=True, stdout=subprocess.DEVNULL)
+    assert told.read_text().split("\n") == offered
