@@ -11,6 +11,8 @@ import math
 import torch
 
 from stablemask.backends import triton_kernels
+from stablemask.vllm import kernels
+from stablemask.vllm.mass import Mass
 
 BATCH, HEADS = 2, 3
 EPS = torch.finfo(torch.float32).eps
@@ -60,8 +62,52 @@ def table_is_looked_up(heads, n, dtype):
         assert torch.equal(triton_kernels.look_up(table, given), expected)
 
 
+# Steps of vLLM: what each request had before, and its rows; then rows of padding.
+STEPS = {
+    "decoding": ([30, 0, 7, 45], [1, 1, 1, 1], 0),
+    "a chunk of one": ([16], [11], 0),
+    "chunks among tokens": ([9, 3, 0, 38, 60], [1, 6, 9, 1, 2], 0),
+    "requests without rows": ([5, 2, 0, 8, 0, 0], [1, 0, 4, 1, 0, 0], 3),
+}
+
+
+def share_of_a_step_is_exact(dtype, step, by_head, dim, heads=6):
+    past, counts, padding = STEPS[step]
+    rows = sum(counts) + padding
+    table, shift = torch.randn(40, heads if by_head else 1), torch.randn(heads if by_head else 1)
+    table[-1] = -torch.inf
+    out = torch.randn(rows, heads, dim + 3).to(dtype)[
+        ..., :dim
+    ]  # wider rows, as those of a cut tensor
+    lse = 3 * torch.randn(heads, rows + 5)[:, :rows]
+    lse[:, 0], lse[0] = (
+        torch.inf,
+        -torch.inf,
+    )  # rows without keys: kernels tell the one or the other
+    exact = out.double().clone()
+    row = 0
+    for before, count in zip(past, counts, strict=True):
+        for position in range(before, before + count):
+            sink = (table[min(position, 39)].double() + shift.double()).expand(heads)
+            kept = 1 / (1 + torch.exp(sink - lse[:, row].double()))
+            exact[row] *= torch.where(sink == -torch.inf, 1.0, kept).unsqueeze(-1)
+            row += 1
+    starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    lengths = torch.tensor([b + n for b, n in zip(past, counts, strict=True)], dtype=torch.int32)
+    kernels.take_share(out, lse, Mass(table, shift), starts, lengths)
+    rounding = torch.finfo(dtype).eps + EPS * 32
+    tiny = torch.finfo(dtype).smallest_normal
+    torch.testing.assert_close(out[:row].double(), exact[:row], rtol=rounding, atol=tiny)
+
+
 def main():
     torch.manual_seed(0)
+    for dtype, step, by_head in itertools.product(
+        (torch.float32, torch.bfloat16), STEPS, (False, True)
+    ):
+        for dim in (8, 80):
+            share_of_a_step_is_exact(dtype, step, by_head, dim)
+    share_of_a_step_is_exact(torch.float16, "chunks among tokens", True, 256, heads=21)
     shapes = [(1, 64, "in place"), (5, 40, "apart")]
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for dtype, shape, name, biased in itertools.product(dtypes, shapes, SINKS, (False, True)):

@@ -68,3 +68,13 @@ def test_the_share_compiles_for(kernels, card, dtype, sink, biased):
 def test_the_table_compiles_for(kernels, card):
     pointers = {"table": "*fp32", "positions": "*i64", "result": "*fp32"}
     assert compile_ahead(kernels._look_up, pointers, {}, {"BLOCK": 16}, card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_share_of_a_step_of_vllm_compiles_for(kernels, card, dtype):
+    from stablemask.vllm.kernels import _take_share
+
+    pointers = {"out": f"*{dtype}", "starts": "*i32", "lengths": "*i32"}
+    pointers |= dict.fromkeys(("lse", "table", "shift"), "*fp32")
+    assert compile_ahead(_take_share, pointers, {}, {"HEADS": 32, "WIDTH": 128}, card)

@@ -14,9 +14,8 @@ def model(stablemask=MASS, **changes):
     text = LlamaConfig(
         num_attention_heads=4, num_hidden_layers=2, hidden_size=32, stablemask=stablemask
     )
-    return Namespace(
-        **{"hf_text_config": text, "use_mla": False, "uses_mrope": False, "model": "m", **changes}
-    )
+    plain = {"use_mla": False, "uses_mrope": False, "is_mm_prefix_lm": False, "rswa_window": None}
+    return Namespace(**{"hf_text_config": text, "model": "m", **plain, **changes})
 
 
 def vllm_config(model_config=None, speculative_config=None, **changes):
@@ -45,6 +44,8 @@ REFUSED = {
     "out of range": (vllm_config(model({"gamma": -1.0})), "greater than 0"),
     "mla": (vllm_config(model(use_mla=True)), "MLA"),
     "mrope": (vllm_config(model(uses_mrope=True)), "do not count tokens"),
+    "pictures": (vllm_config(model(is_mm_prefix_lm=True)), "tokens see later ones"),
+    "rswa": (vllm_config(model(rswa_window=9)), "rswa_window=9"),
     "dcp": (vllm_config(decode_context_parallel_size=2), "decode_context_parallel_size=2"),
     "pcp": (vllm_config(prefill_context_parallel_size=2), "prefill_context_parallel_size=2"),
     "fp8": (vllm_config(cache_dtype="fp8"), "quantized cache"),

@@ -45,13 +45,27 @@ def register_backends() -> None:
     """Ours in the place of vLLM's, which they extend, and are for every other model.
 
     Each backend's attention is an :class:`~stablemask.vllm.mass.AttentionWithMass`; one without it is refused
-    by name. The backends of another platform are registered here too.
+    by name.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.cpu.StableMaskCPUBackend")
+    elif current_platform.is_cuda():
+        register_backend(
+            AttentionBackendEnum.FLASH_ATTN, f"{__package__}.cuda.StableMaskFlashBackend"
+        )
+
+
+def choose_backend(vllm_config: Any) -> None:
+    """On CUDA that of ours, where vLLM is left the choice: on some cards it prefers one that runs no mass."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    if current_platform.is_cuda() and attention.backend is None:
+        attention.backend = AttentionBackendEnum.FLASH_ATTN
 
 
 def text_config(model_config: Any) -> Any:
@@ -99,6 +113,14 @@ def _refused(vllm_config: Any) -> list[tuple[bool, str]]:
             "multimodal rotary positions, which do not count tokens",
         ),
         (
+            model.is_mm_prefix_lm,
+            "pictures whose tokens see later ones; for text alone, --limit-mm-per-prompt '{\"image\": 0}'",
+        ),
+        (
+            model.rswa_window is not None,
+            f"reference sliding windows (rswa_window={model.rswa_window})",
+        ),
+        (
             parallel.decode_context_parallel_size > 1,
             f"decode_context_parallel_size={parallel.decode_context_parallel_size}, which joins shards of keys "
             "inside the kernels",
@@ -137,6 +159,8 @@ def _draft_reason(model: Any, speculation: Any) -> str | None:
 def _checking(check_and_update_config: Callable[..., None]) -> Callable[..., None]:
     def checked(cls: type, vllm_config: Any) -> None:
         check(vllm_config)
+        if asks(vllm_config.model_config):
+            choose_backend(vllm_config)
         check_and_update_config(cls, vllm_config)
 
     return checked
