@@ -12,6 +12,7 @@ NAMES = {
     "training": "whole training loops, ours and others'; 5 to 11 minutes",
     "generation": "a Transformers model that generates; 11 minutes",
     "streaming": "loss by position from bounded caches",
+    "serving": "servers of a model under load, side by side",
     "gpu": "is it right on this GPU, and how fast; 500 seconds",
 }
 
@@ -28,7 +29,7 @@ def _run(argv: list[str]) -> int:
         return 0
     if name not in NAMES:
         raise InputError(f"no benchmark {name!r}; they are {', '.join(NAMES)}")
-    if name in ("streaming", "gpu"):
+    if name in ("streaming", "gpu", "serving"):
         importlib.import_module(f"benchmarks.{name}").main(rest)
         return 0
     # Here, for a GPU is asked before anything is imported that takes long or may not be installed.
