@@ -64,7 +64,7 @@ def _run(options: ServingOptions) -> None:
         if unknown := set(options.servers) - set(known):
             raise InputError(f"no server {unknown.pop()!r}; they are {', '.join(known)}")
         names = options.servers[:1] if options.soak else options.servers
-        servers = {}
+        servers: dict[str, tuple[str, int, str]] = {}
         for name in names:
             command, model = known[name]
             server = running(command, folder / f"{len(servers)}.log", options.threads)
@@ -98,20 +98,14 @@ def _compare(
                 answers = asyncio.run(load(url, bodies, clients))
                 if round_number:
                     told.setdefault((name, clients), []).append(answers)
-    return [_row(name, clients, rounds, tokenizer) for (name, clients), rounds in told.items()]
+    return [_row(name, clients, rounds) for (name, clients), rounds in told.items()]
 
 
-def _row(name: str, clients: int, rounds: list[tuple[list[Told], float]], tokenizer: Any) -> dict:
-    speeds, first, between = [], [], []
-    for answers, seconds in rounds:
-        lengths = [len(tokenizer(told.text, verbose=False)["input_ids"]) for told in answers]
-        speeds.append(sum(lengths) / seconds)
-        first += [told.pieces[0] for told in answers if told.pieces]
-        between += [
-            (told.pieces[-1] - told.pieces[0]) / (length - 1)
-            for told, length in zip(answers, lengths, strict=True)
-            if length > 1
-        ]
+def _row(name: str, clients: int, rounds: list[tuple[list[Told], float]]) -> dict[str, Any]:
+    speeds = [sum(told.tokens for told in answers) / seconds for answers, seconds in rounds]
+    all_told = [told for answers, _ in rounds for told in answers if told.tokens > 1]
+    first = [told.pieces[0] for told in all_told]
+    between = [(told.pieces[-1] - told.pieces[0]) / (told.tokens - 1) for told in all_told]
     return {
         "server": name,
         "clients": clients,

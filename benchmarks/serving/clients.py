@@ -16,17 +16,16 @@ PATIENCE = aiohttp.ClientTimeout(total=None, sock_read=600)
 
 @dataclass
 class Told:
-    """One streamed answer: seconds from the request to each piece that came."""
+    """One streamed answer: seconds from the request to each piece of text, and how many tokens they were."""
 
     pieces: list[float] = field(default_factory=list)
-    text: str = ""
-    seconds: float = 0.0
+    tokens: int = 0
 
 
 def prompts(tokenizer: Any, lengths: Sequence[int], count: int, seed: int) -> list[str]:
     """Texts of Python's documentation, of as many tokens, each from another place."""
     draw = random.Random(seed)
-    ids = tokenizer("\n".join(topics.values()), verbose=False)["input_ids"]
+    ids = tokenizer("\n".join(topics.values())[:100_000], verbose=False)["input_ids"]
     cut = []
     for _ in range(count):
         length = draw.choice(list(lengths))
@@ -42,7 +41,8 @@ def new_session() -> aiohttp.ClientSession:
 async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Told:
     """Stream one answer to its end."""
     told, begun = Told(), time.perf_counter()
-    async with session.post(f"{url}/completions", json={**body, "stream": True}) as response:
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    async with session.post(f"{url}/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.content:
             if not line.startswith(b"data: {"):
@@ -50,11 +50,9 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
             event = json.loads(line[6:])
             if "error" in event:
                 raise RuntimeError(event["error"]["message"])
-            text = "".join(choice["text"] for choice in event["choices"])
-            if text:
+            if any(choice["text"] for choice in event["choices"]):
                 told.pieces.append(time.perf_counter() - begun)
-                told.text += text
-    told.seconds = time.perf_counter() - begun
+            told.tokens = (event.get("usage") or {}).get("completion_tokens", told.tokens)
     return told
 
 

@@ -44,6 +44,8 @@ def without_mass(model: str, folder: Path) -> str:
             (folder / file.name).symlink_to(file.resolve())
     config = json.loads((source / "config.json").read_text())
     config.pop("stablemask", None)
+    if "attention" in config:  # our own decoder
+        config["attention"] = "softmax"
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
