@@ -23,7 +23,7 @@ from stablemask.training import checkpoints
 from stablemask.training.adapting import adapt
 from stablemask.training.adapting.trainer import FIRST_TOKEN_WEIGHT
 from stablemask.training.finetune import describe_finetuning, finetune
-from stablemask.training.options import FinetuneOptions
+from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.run import command_line
 
 from ..processes import start
@@ -318,9 +318,30 @@ def test_the_context_is_the_models_by_default(options, base, tmp_path):
     assert replace(chosen, texts=None, data=None).resolved().texts == 480 + 32
 
 
+@pytest.mark.parametrize(
+    ("capability", "products", "tiles", "small", "large"),
+    [
+        ("AVX2", True, False, "float32", "float32"),
+        ("AVX512", False, False, "float32", "float32"),
+        ("AVX512", True, False, "float32", "bfloat16"),
+        ("AVX512", True, True, "bfloat16", "bfloat16"),
+    ],
+)
+def test_it_computes_in_bfloat16_where_a_cpu_multiplies_it(
+    capability, products, tiles, small, large, adapted, options, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: products)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert replace(options, out=str(adapted), dtype="auto").resolved().dtype == large
+    assert PretrainOptions(dry_run=True).resolved().dtype == small
+
+
 def test_resume_wants_the_same_settings(adapted, options):
     chosen = replace(options, out=str(adapted), adapt=True, resume=True)
     assert finetune(chosen).step == STEPS  # nothing left to do
+    assert finetune(replace(chosen, dtype="auto")).step == STEPS  # as it began, on any machine
     assert math.isfinite(finetune(chosen).perplexity)
     with pytest.raises(InputError, match="was started with texts 24, not 3"):
         finetune(replace(chosen, texts=3))

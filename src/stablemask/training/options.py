@@ -28,7 +28,9 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 # Options whose defaults follow from others or from the model: left out, they stay what they were in a run
 # that is resumed.
-KEPT_ON_RESUME = ("steps", "global_batch_size", "warmup", "eval_every", "save_every", "texts")
+KEPT_ON_RESUME = (
+    "steps", "global_batch_size", "warmup", "eval_every", "save_every", "texts", "dtype",
+)  # fmt: skip
 # What the sink is taken out of a model with, where nothing else is given.
 ADAPTING: dict[str, Any] = {"steps": 120, "context": 256, "batch_size": 4, "beta2": 0.99}
 # Where no biases can stand for the prefix, there is more to learn.
@@ -322,7 +324,9 @@ class FinetuneOptions(TrainingOptions):
     start: int = option(0, "first position with a pseudo mass; 1 leaves the first row alone")
 
     def resolved(self) -> Self:
-        defaults: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999}
+        defaults: dict[str, Any] = {
+            "batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999, "dtype": default_dtype(large=True),
+        }  # fmt: skip
         if self.adapt:
             defaults |= ADAPTING
             if self.lora or not _can_have_biases(self.model):

@@ -129,7 +129,7 @@ def _as_begun(options: Options) -> Options:
     if not written.exists():
         return options
     before = load_yaml(written)
-    left_out = [name for name in KEPT_ON_RESUME if getattr(options, name, before) is None]
+    left_out = [name for name in KEPT_ON_RESUME if getattr(options, name, before) in (None, "auto")]
     kept: dict[str, Any] = {name: before.get(name) for name in left_out}
     return dataclasses.replace(options, **kept)
 

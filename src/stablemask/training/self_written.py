@@ -140,13 +140,9 @@ def _writing_copy(model: PreTrainedModel) -> PreTrainedModel:
     Its parameters are not frozen even where the model's are: PyTorch multiplies a batch's last hidden states
     by a frozen head one row at a time, each by a copy of the head.
     """
-    # What PyTorch was told not to use (ATEN_CPU_CAPABILITY) is as good as not there.
-    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    multiplies_bfloat16 = avx512 and torch.cpu._is_avx512_bf16_supported()
-    on_cpu = model.device.type == "cpu"
-    name = "bfloat16" if on_cpu and multiplies_bfloat16 else default_dtype()
+    dtype = getattr(torch, default_dtype(large=True))
     parameters = {
-        id(parameter): nn.Parameter(parameter.detach().to(getattr(torch, name)))
+        id(parameter): nn.Parameter(parameter.detach().to(dtype))
         for parameter in model.parameters()
     }
     return copy.deepcopy(model, parameters)
