@@ -25,6 +25,27 @@ def stable_mask_definition(
     return (torch.softmax(scores * causal + pseudo, -1) * causal) @ value
 
 
+def paper_definition(
+    query: Tensor, key: Tensor, value: Tensor, gamma: float | Tensor, horizon: int
+) -> Tensor:
+    """The published form of any length: row by row, as many pseudo columns as the horizon leaves behind it,
+    and one of score ``-gamma * i`` where it leaves none.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    rate = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1, 1)
+    rows = []
+    for i in range(query.shape[2]):
+        scores = (key[:, :, : i + 1] @ query[:, :, i, :, None]).squeeze(-1) * query.shape[
+            -1
+        ] ** -0.5
+        columns = range(i + 1, horizon) if i < horizon - 1 else [i]
+        pseudo = -rate * torch.tensor([*columns], dtype=torch.float64)
+        weights = torch.cat((scores, pseudo.expand(*scores.shape[:2], -1)), -1).softmax(-1)
+        rows.append(weights[:, :, None, : i + 1] @ value[:, :, : i + 1])
+    return torch.cat(rows, 2)
+
+
 def sink_definition(
     query: Tensor,
     key: Tensor,

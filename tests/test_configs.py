@@ -47,12 +47,35 @@ def test_recipe_is_valid_and_means_what_it_says(path, tmp_path):
 @pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)
 def test_a_recipe_describes_its_preset(path, tmp_path):
     options = parse(path, "--out", str(tmp_path)).resolved()
-    assert path.stem.endswith(options.preset)
+    assert path.stem.endswith(options.preset.removeprefix("paper-"))
+    assert path.stem.startswith("paper-") == options.preset.startswith("paper-")
     config = options.model_config()
     assert options.context == config.max_position_embeddings
-    assert config.stablemask == {
-        "gamma": 1 / options.context, "horizon": None, "hold": options.context - 1,
-    }  # fmt: skip
+    ours = {"gamma": 1 / options.context, "horizon": None, "hold": options.context - 1}
+    published = {"gamma": "slopes", "horizon": options.context, "suffix": True}
+    assert config.stablemask == (published if path.stem.startswith("paper-") else ours)
+
+
+# Of the paper's table of training settings: sequences a step, steps, the learning rate from, to, its shape,
+# weight decay, and the lengths it names.
+PAPER = {
+    "wikitext103": (64, 50_000, 1e-6, 6e-4, "linear", 0.01, {512}),
+    "minipile": (128, 2 * 22_000, 1e-6, 4e-4, "linear", 0.1, {512, 1024}),
+    "pile": (128, 200_000, 5e-6, 2e-4, "cosine", 0.1, {1024}),
+}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PRETRAINING if p.stem.startswith("paper")], ids=recipe_name
+)
+def test_a_recipe_of_the_papers_has_its_settings(path, tmp_path):
+    options = parse(path, "--out", str(tmp_path)).resolved()
+    sequences, steps, start, peak, shape, decay, lengths = PAPER[path.stem.split("-")[1]]
+    assert (options.global_batch_size, options.steps) == (sequences, steps)
+    assert options.learning_rate == peak
+    assert options.learning_rate * options.start_learning_rate == pytest.approx(start)
+    assert (options.schedule, options.weight_decay, options.warmup) == (shape, decay, 4000)
+    assert (options.beta2, options.clip, options.context in lengths) == (0.98, 1.0, True)
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=recipe_name)

@@ -11,10 +11,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stablemask import pseudo_logsumexp, sink_attention, stable_mask_attention
+from stablemask import (
+    head_decay_rates,
+    pseudo_logsumexp,
+    sink_attention,
+    stable_mask_attention,
+)
 from stablemask.backends import BACKENDS, native
 from stablemask.pseudo import log_pseudo_mass
-from tests.oracle import assert_no_further_than_twice, doubled, gradients, make_inputs
+from tests.oracle import (
+    assert_no_further_than_twice,
+    doubled,
+    gradients,
+    make_inputs,
+    paper_definition,
+)
 
 # FlexAttention compiles anew for each structure, and has tests of its own.
 NAMES = ["auto", *(name for name in BACKENDS if name in ("flash", "blocks", "reference"))]
@@ -153,3 +164,25 @@ def test_any_decode_step_equals_the_dense_float64(data):
                 torch.testing.assert_close(ours, exact, rtol=0, atol=allowed)
             else:
                 assert_no_further_than_twice([ours], [dense], [exact], value.abs().max())
+
+
+@given(data=st.data())
+def test_the_published_form_is_its_definition_in_one_pass_and_from_a_cache(data):
+    torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
+    length, horizon = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 40), "horizon")
+    past = data.draw(st.integers(0, length - 1), "past")
+    heads = data.draw(st.sampled_from([1, 2, 8]), "heads")
+    query, key, value = make_inputs(2, heads, heads // 2 or 1, length, length, 4, torch.float64)
+    slopes = head_decay_rates(heads)
+    exact = paper_definition(query, key, value, slopes, horizon)
+
+    def rows(start, stop):
+        sink = pseudo_logsumexp(torch.arange(start, stop), slopes, horizon, suffix=True)
+        inputs = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+        return sink_attention(*inputs, sink)
+
+    # The masses are float32.
+    near = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(rows(0, length), exact, **near)
+    torch.testing.assert_close(rows(past, length), exact[:, :, past:], **near)
+    torch.testing.assert_close(rows(past, past + 1), exact[:, :, past : past + 1], **near)

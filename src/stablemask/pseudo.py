@@ -32,7 +32,7 @@ def head_decay_rates(num_heads: int) -> Tensor:
 
 
 def pseudo_logsumexp(
-    positions: Tensor, gamma: float | Tensor, horizon: int | None = None
+    positions: Tensor, gamma: float | Tensor, horizon: int | None = None, *, suffix: bool = False
 ) -> Tensor:
     """Log of the pseudo mass of each row, StableMask's sink logits.
 
@@ -47,6 +47,8 @@ def pseudo_logsumexp(
             Positive; zero is allowed with a finite horizon.
         horizon: the number of columns ``n`` (real and pseudo together), or None for infinitely many.
             Rows from ``n - 1`` on have no pseudo mass (``-inf``): they are plain causal rows.
+        suffix: these rows have one pseudo column instead, ``log M = -i gamma``, for which the horizon must
+            be finite.
 
     Returns:
         float32, ``(heads, q_len)`` or ``(batch, heads, q_len)``; ``heads`` is 1 when ``gamma`` is a
@@ -57,9 +59,12 @@ def pseudo_logsumexp(
             checked in eager mode on the CPU only; elsewhere a bad one shows as NaN.
     """
     _check(positions, gamma, horizon)
+    if suffix and horizon is None:
+        raise ValueError("suffix needs a finite horizon: behind an infinite one there is no row")
     if positions.device.type == "mps":  # Apple's GPU has no float64
         on_cpu = gamma.cpu() if isinstance(gamma, Tensor) else gamma
-        return pseudo_logsumexp(positions.cpu(), on_cpu, horizon).to(positions.device)
+        log_mass = pseudo_logsumexp(positions.cpu(), on_cpu, horizon, suffix=suffix)
+        return log_mass.to(positions.device)
     row = positions.to(torch.float64).unsqueeze(-2)
     symbolic = torch.compiler.is_compiling() or isinstance(gamma, torch.SymFloat)
     if horizon is None and not (isinstance(gamma, Tensor) or symbolic):  # `math` knows no symbol
@@ -78,7 +83,7 @@ def pseudo_logsumexp(
     safe_rate = torch.where(flat, 1.0, rate)
     decayed = torch.log(-torch.expm1(-safe_rate * columns)) - torch.log(-torch.expm1(-safe_rate))
     log_mass = torch.where(flat, columns.log(), decayed) - (row + 1) * rate
-    return torch.where(remaining > 0, log_mass, -torch.inf).float()
+    return torch.where(remaining > 0, log_mass, -row * rate if suffix else -torch.inf).float()
 
 
 def log_pseudo_mass(position: int, gamma: float) -> float:

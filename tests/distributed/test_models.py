@@ -23,6 +23,9 @@ from tests.models.tiny import random_ids, tiny_model
 DESIGNS = [
     {"attention": "stablemask", "stablemask": {"gamma": "slopes"}},
     {"attention": "stablemask", "stablemask": {"gamma": [0.3, 0.1, 0.03, 0.01]}},
+    {"attention": "key-sink"},
+    {"attention": "learned-token", "position_encoding": "alibi"},
+    {"attention": "head-gate"},
     {"attention": "learned-sink"},
     {"attention": "learned-sink", "position_encoding": "alibi"},
     {"attention": "stablemask", "position_encoding": "alibi"},

@@ -41,12 +41,18 @@ def test_maps_sum_to_one_and_give_the_output_of_the_module(position, kind):
     assert maps.pseudo.shape == (2, 4, LENGTH)
     assert (maps.real.triu(1) == 0).all()
     torch.testing.assert_close(maps.real.sum(-1) + maps.pseudo, torch.ones(2, 4, LENGTH))
-    for layer, real, (hidden, rotary), output in zip(
-        model.model.layers, maps.real, inputs, attended, strict=True
+    for layer, real, pseudo, (hidden, rotary), output in zip(
+        model.model.layers, maps.real, maps.pseudo, inputs, attended, strict=True
     ):
-        value = layer.self_attn.project(hidden, rotary)[2][0].repeat_interleave(2, dim=0)
-        expected = output[0].detach().view(LENGTH, 4, -1).transpose(0, 1)
-        torch.testing.assert_close(real @ value.detach(), expected, atol=1e-5, rtol=1e-4)
+        module = layer.self_attn
+        value = module.project(hidden, rotary)[2][0].repeat_interleave(2, dim=0)
+        expected = output[0].detach().unflatten(-1, (4, -1)).transpose(0, 1)[:, -LENGTH:]
+        found = real @ value[:, -LENGTH:].detach()
+        if module.has_front:
+            found = found + pseudo[..., None] * value[:, :1].detach()
+        if module.head_gate is not None:
+            found = found * module.head_gate(hidden)[0].sigmoid().T[..., None].detach()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_mask_ratio_is_that_of_the_method():

@@ -49,9 +49,11 @@ def dense_attention(positions: Tensor, settings: dict | None):
     return forward
 
 
-def _pseudo_columns(positions, heads, gamma, horizon=None, start=0, shift=0.0, hold=None):
+def _pseudo_columns(
+    positions, heads, gamma, horizon=None, start=0, shift=0.0, hold=None, suffix=False
+):
     """(batch, heads, q, horizon): ``-gamma * j`` behind a row's place, nothing up to it; past
-    ``hold`` those of that place."""
+    ``hold`` those of that place. With a suffix, rows that have none get one of ``-gamma * i``."""
     if gamma == "slopes":
         gamma = head_decay_rates(heads)
     rate, shift = (
@@ -62,7 +64,11 @@ def _pseudo_columns(positions, heads, gamma, horizon=None, start=0, shift=0.0, h
     column = torch.arange(horizon)
     place = positions[:, None, :, None]
     falls_to = place if hold is None else place.clamp(max=hold)
-    return torch.where((column > falls_to) & (place >= start), shift - rate * column, -torch.inf)
+    scores = torch.where((column > falls_to) & (place >= start), shift - rate * column, -torch.inf)
+    if suffix:
+        behind = torch.where(falls_to >= horizon - 1, shift - rate * falls_to, -torch.inf)
+        scores = torch.cat((scores, behind), -1)
+    return scores
 
 
 def densely(model, positions: Tensor, settings: dict | None):

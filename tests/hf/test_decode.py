@@ -165,6 +165,8 @@ def test_nothing_is_kept_on_the_tensors_of_a_batch(tmp_path):
         {"gamma": 0.1, "hold": None},
         {"gamma": 1e-7, "hold": 2**30},
         {"gamma": [0.3, 0.1, 0.05, 0.0], "horizon": 20, "hold": 12},
+        {"gamma": "slopes", "horizon": 14, "suffix": True},
+        {"gamma": "slopes", "horizon": 14, "suffix": True, "hold": 63},
         {"gamma": 0.1, "hold": 9, "start": 3, "shift": SHIFTS},
         {"gamma": 1e-3, "hold": 2**18, "shift": SHIFTS},  # a table of each layer would be too large
     ],

@@ -48,9 +48,32 @@ def test_saved_and_loaded_it_runs_without_being_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "given"), [("stablemask-paper", {"horizon": 7}), ("stablemask-zero", {})]
+)
+def test_a_kind_is_applied_by_name(kind, given):
+    named = {"stablemask-paper": {"gamma": "slopes", "horizon": 7, "suffix": True},
+             "stablemask-zero": {"gamma": 0.0, "horizon": 12}}[kind]  # fmt: skip
+    config = LLAMA.config(max_position_embeddings=12, attn_implementation="eager")
+    model, ids = LLAMA.model_class(config).double().eval(), random_ids(2, 17)
+    with densely(model, torch.arange(17)[None], named):
+        expected = model(ids).logits
+    apply_stablemask(model, kind=kind, **given)
+    assert model.config.stablemask == named
+    logits = model(ids).logits
+    assert (logits - expected).abs().max() < 64 * EPS * expected.abs().max()
+
+
+def test_an_unknown_kind_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"kind must be one of stablemask, stablemask-paper, .*'paper'"
+    ):
+        apply_stablemask(llama(), kind="paper")
+
+
+@pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"gama": 0.1}, "must be a dict of gamma, horizon, start, shift"),
+        ({"gama": 0.1}, "must be a dict of gamma, horizon, suffix, start, shift"),
         ({"gamma": -1}, "must be greater than 0"),
         ({"gamma": [0.1, 0.2]}, r"a list of one number per head \(4\)"),
         ({"horizon": 0}, "must be an integer of at least 1 or None"),

@@ -25,6 +25,7 @@ def test_defaults():
         {"stablemask": {"gamma": 0.003, "horizon": None}},
         {"stablemask": {"hold": None}},
         {"stablemask": {"gamma": "slopes", "horizon": 77}},
+        {"attention": "stablemask-paper"},
         {"stablemask": {"gamma": [0.1, 0.2, 0.0, 0.4], "horizon": 12}},
         {"stablemask": {"gamma": "learned", "hold": 0, "floor": 0.5, "layers": [1, 0]}},
         {"attention": "learned-sink", "position_encoding": "alibi"},
@@ -81,6 +82,11 @@ WAYS = pytest.mark.parametrize("way", [by_override, by_auto, by_writing])
         ({"position_encoding": "nope"}, {"position_encoding": "nope", "rope_parameters": None}),
         ({"stablemask": {"gamma": 5.0}}, {"stablemask": {"gamma": 5.0}}),
         ({"stablemask": None}, {}),
+        (
+            {"attention": "stablemask-paper"},
+            {"stablemask": {"gamma": "slopes", "horizon": 32, "suffix": True}},
+        ),
+        ({"attention": "stablemask-zero"}, {"stablemask": {"gamma": 0.0, "horizon": 32}}),
         ({"rope_parameters": {"rope_theta": 500.0}}, {"rope_parameters": {"rope_theta": 500.0}}),
         ({"rope_theta": 500.0}, {"rope_parameters": {"rope_theta": 500.0}}),
         (
@@ -131,7 +137,7 @@ def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, 
             {"position_encoding": "rotary"},
             "position_encoding must be one of rope, alibi, .*'rotary'",
         ),
-        ({"attention": "flash"}, "attention must be one of stablemask, softmax, .*'flash'"),
+        ({"attention": "flash"}, "attention must be one of stablemask, .*softmax, .*'flash'"),
         ({"num_attention_heads": 5}, r"num_attention_heads must divide hidden_size \(32\).*got 5"),
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, got 0"),
         ({"vocab_size": 3.5}, "vocab_size must be an integer of at least 1, got 3.5"),
@@ -140,6 +146,10 @@ def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, 
             "num_hidden_layers must be an integer of at least 1, got True",
         ),
         ({"head_dim": 7}, "head_dim must be even with rope positions, got 7"),
+        (
+            {"attention_dropout": 0.1, "attention": "fixed-token"},
+            "attention_dropout must be 0 with attention='fixed-token', got 0.1",
+        ),
         ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\), got 1.0"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, got 0"),
         (
@@ -164,6 +174,12 @@ def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, 
         ),
         ({"stablemask": {"gamma": [0.1, 0.2]}}, r"one number per head \(4\), got \[0.1, 0.2\]"),
         ({"stablemask": {"gamma": []}}, r"one number per head \(4\), got \[\]"),
+        ({"stablemask": {"suffix": True}}, r"\['suffix'\] must be False with an infinite horizon"),
+        ({"stablemask": {"suffix": 1, "horizon": 9}}, r"\['suffix'\] must be True or False, got 1"),
+        (
+            {"attention": "stablemask-paper", "stablemask": {"gamma": 0.1}},
+            "stablemask must be None with attention='stablemask-paper'",
+        ),
         ({"stablemask": {"horizon": 0}}, r"\['horizon'\] must be an integer .* or None, got 0"),
         (
             {"stablemask": {"hold": -1}},
@@ -174,11 +190,11 @@ def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, 
         ({"stablemask": {"layers": 1}}, r"\['layers'\] must be a list of numbers .*got 1"),
         (
             {"stablemask": {"decay": 1}},
-            "stablemask must be a dict of gamma, horizon, start, shift, hold, floor, layers, got",
+            "stablemask must be a dict of gamma, horizon, suffix, start, shift, hold, floor, layers, got",
         ),
         (
             {"stablemask": 0.1},
-            "stablemask must be a dict of gamma, horizon, start, shift, hold, floor, layers, got 0.1",
+            "stablemask must be a dict of gamma, horizon, suffix, start, shift, hold, floor, layers, got 0.1",
         ),
         (
             {"attention": "softmax", "stablemask": {"gamma": 0.1}},
@@ -209,7 +225,11 @@ def test_presets_take_overrides_and_unknown_names_list_the_known():
     )
     assert preset_config("tiny").stablemask == {"gamma": 1 / 256, "horizon": None, "hold": 255}
     with pytest.raises(
-        InputError, match=r"must be one of nano, micro, tiny, 71m, 160m, 410m, 1.4b, got 'huge'"
+        InputError,
+        match=r"must be one of nano, micro, tiny, 71m, 160m, 410m, 1.4b, paper-71m, .*'huge'",
     ):
         preset_config("huge")
-    assert set(PRESETS) == {"nano", "micro", "tiny", "71m", "160m", "410m", "1.4b"}
+    assert set(PRESETS) == {
+        "nano", "micro", "tiny", "71m", "160m", "410m", "1.4b",
+        "paper-71m", "paper-160m", "paper-400m", "paper-1.4b",
+    }  # fmt: skip

@@ -28,6 +28,30 @@ def test_presets_have_the_parameters_of_their_name(name, size):
 
 
 @pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        # embedding, attention, FFN, heads, layers: the paper's appendix E. Of the first, by hand:
+        # 2 x 50,257 x 512 = 51,463,168 in the embeddings, 4 x 512 x 512 = 1,048,576 in the attention of a
+        # layer, 3 x 512 x 2,048 = 3,145,728 in its FFN and 1,024 in its norms, six times, and 512.
+        ("paper-71m", (512, 512, 2048, 8, 6), 76_635_648),
+        ("paper-160m", (768, 1536, 3072, 12, 12), 218_771_712),
+        ("paper-400m", (1024, 2048, 2048, 16, 16), 337_841_152),
+        ("paper-1.4b", (2048, 4096, 8192, 16, 24), 2_219_218_944),
+    ],
+)
+def test_presets_of_the_papers_shapes(name, shape, expected):
+    config = preset_config(name)
+    ours = (
+        config.hidden_size, config.query_width, config.intermediate_size, config.num_attention_heads,
+        config.num_hidden_layers,
+    )  # fmt: skip
+    assert ours == shape
+    width, attention, ffn, _, layers = shape
+    by_hand = layers * (4 * width * attention + 3 * width * ffn + 2 * width) + width
+    assert count_parameters(config) == 2 * 50257 * width + by_hand == expected
+
+
+@pytest.mark.parametrize(
     "settings",
     [{}, {"tie_word_embeddings": True}, {"position_encoding": "learned", "head_dim": 6}],
 )

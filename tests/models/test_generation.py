@@ -58,6 +58,7 @@ def test_caches_and_padding_generate_the_same_tokens(position, kind):
     [
         {"gamma": "slopes"},
         {"gamma": 0.1, "horizon": 12},
+        {"gamma": "slopes", "horizon": 12, "suffix": True},
         {"gamma": [0.0, 0.1, 1, 9], "horizon": 40},
         {"hold": 0, "shift": [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]},
     ],

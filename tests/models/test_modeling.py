@@ -35,10 +35,21 @@ def dense_attention(module, hidden_states, rotary, sink_logits, alibi_slopes):
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[:, None, None] * distance
     scores = scores.masked_fill(distance < 0, -torch.inf)
-    sink_logits = module.sinks[:, None] if sink_logits is None else sink_logits
-    sink = sink_logits.to(scores.dtype).expand(scores.shape[:-1])[..., None]
-    weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
-    return module.o_proj((weights @ value).transpose(1, 2).flatten(2))
+    if module.has_front:  # a row like any other
+        weights = scores.softmax(-1)
+    else:
+        sink_logits = module.sinks[:, None] if sink_logits is None else sink_logits
+        if module.sink_keys is not None:
+            unrotated = module.project(hidden_states)[0]
+            of_keys = torch.einsum("bhnd,hd->bhn", unrotated, module.sink_keys)
+            sink_logits = of_keys * query.shape[-1] ** -0.5
+        sink = sink_logits.to(scores.dtype).expand(scores.shape[:-1])[..., None]
+        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    output = (weights @ value).transpose(1, 2)
+    if module.head_gate is not None:
+        gates = hidden_states @ module.head_gate.weight.T
+        output = output / (1 + torch.exp(-gates))[..., None]
+    return module.o_proj(output.flatten(2))
 
 
 @pytest.mark.parametrize(("position", "kind"), DESIGNS)
@@ -58,7 +69,54 @@ def test_attention_equals_its_definition_rebuilt_from_a_hook(position, kind):
         expected = dense_attention(
             module, hidden_states, kwargs["rotary"], kwargs["sink_logits"], kwargs["alibi_slopes"]
         )
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        # RoPE's angles are float32, and a sink key is rotated with the row that the definition leaves alone.
+        rounded = (position, kind) == ("rope", "key-sink")
+        near = 1e-6 * expected.abs().max() if rounded else 1e-12
+        torch.testing.assert_close(output, expected, rtol=0, atol=float(near))
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "nope"])
+@pytest.mark.parametrize("kind", ["learned-token", "fixed-token"])
+def test_a_front_token_is_a_token_in_front_of_a_softmax_model(kind, position):
+    model = tiny_model(torch.float64, position_encoding=position, attention=kind)
+    softmax = tiny_model(torch.float64, position_encoding=position, attention="softmax")
+    softmax.load_state_dict(model.state_dict(), strict=False)
+    input_ids = random_ids(2, 9)
+    front = model.model.front_token
+    if kind == "fixed-token":
+        assert front is None
+        front = torch.full((32,), 0.3, dtype=torch.float64)
+    embeds = model.get_input_embeddings()(input_ids)
+    inputs = torch.cat((front.expand(2, 1, 32), embeds), 1)
+    with torch.no_grad():
+        expected = softmax(inputs_embeds=inputs).logits[:, 1:]
+        # One further on in the other, where RoPE's angles are float32.
+        near = 1e-5 if position == "rope" else 1e-10
+        torch.testing.assert_close(model(input_ids).logits, expected, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("stablemask-paper", 0),
+        ("stablemask-zero", 0),
+        ("learned-sink", 2 * 4),  # layers x heads
+        ("key-sink", 2 * 4 * 8),  # x head_dim
+        ("learned-token", 32),  # hidden_size
+        ("fixed-token", 0),
+        ("head-gate", 2 * 4 * 32),  # layers x heads x hidden_size
+    ],
+)
+def test_what_a_kind_adds_in_parameters_and_that_all_of_it_trains(kind, more):
+    sizes = [
+        sum(p.numel() for p in tiny_model(attention=name).parameters())
+        for name in ("softmax", kind)
+    ]
+    assert sizes[1] - sizes[0] == more
+    model = tiny_model(attention=kind, position_encoding="alibi")
+    input_ids = random_ids(2, 9)
+    model(input_ids, labels=input_ids).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
 def masses_of_layers(model, length):

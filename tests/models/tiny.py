@@ -7,7 +7,14 @@ import torch
 from stablemask.models import StableMaskConfig, StableMaskForCausalLM
 from stablemask.models.configuration import ATTENTION_KINDS, POSITION_ENCODINGS
 
-DESIGNS = [(position, kind) for position in POSITION_ENCODINGS for kind in ATTENTION_KINDS]
+# Kinds that have nothing to do with how positions are told, but for distances.
+BY_DISTANCE = ("stablemask-paper", "stablemask-zero", "key-sink", "learned-token", "fixed-token", "head-gate")  # fmt: skip
+DESIGNS = [
+    (position, kind)
+    for position in POSITION_ENCODINGS
+    for kind in ATTENTION_KINDS
+    if kind not in BY_DISTANCE or position in ("rope", "alibi")
+]
 # Every encoding and every kind once, where the two have nothing to do with each other.
 FEW_DESIGNS = [*((position, "stablemask") for position in POSITION_ENCODINGS)]
 FEW_DESIGNS += [("alibi", kind) for kind in ATTENTION_KINDS if kind != "stablemask"]

@@ -197,7 +197,9 @@ def test_the_command_line_gives_the_same_options(options):
     assert parsed.resolved().model_config().stablemask == settings
 
 
-@pytest.mark.parametrize("attention", ["softmax", "softmax1", "learned-sink"])
+@pytest.mark.parametrize(
+    "attention", ["softmax", "softmax1", "learned-sink", "key-sink", "fixed-token"]
+)
 def test_other_kinds_of_attention_train(attention, options, tmp_path):
     result = pretrain(
         replace(

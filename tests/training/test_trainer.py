@@ -14,6 +14,8 @@ from ..models.tiny import random_ids, tiny_model
     ("settings", "kept"),
     [
         ({"attention": "learned-sink"}, ".sinks"),
+        ({"attention": "key-sink"}, ".sink_keys"),
+        ({"attention": "learned-token"}, ".front_token"),
         ({"attention": "stablemask", "stablemask": {"gamma": "learned"}}, "log_gamma"),
     ],
 )
@@ -28,7 +30,8 @@ def test_only_matrices_decay(settings, kept, tmp_path):
     found = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
     assert any(name.endswith(kept) for name in found)
     for name, weight_decay in found.items():
-        learned = name.endswith((".sinks", "log_gamma")) or "norm" in name
+        learned = name.endswith((".sinks", ".sink_keys", "log_gamma", "front_token"))
+        learned = learned or "norm" in name
         assert weight_decay == (0 if learned else 0.1), name
 
 

@@ -36,7 +36,8 @@ class LayerAttention(NamedTuple):
     Attributes:
         layer: its number in the model.
         real: what a row gives to each real token, (B, H, q, k), float32 or better.
-        pseudo: what it gives to what carries no value, the pseudo mass or a sink, (B, H, q).
+        pseudo: what it gives to the pseudo mass, a sink or a front token, which are none of the text,
+            (B, H, q).
     """
 
     layer: int
@@ -223,14 +224,15 @@ AttentionMaskInterface.register(CAPTURE, _mask_always)
 @torch.no_grad()
 def _record_ours(module: StableMaskAttention, args: tuple[Tensor], inputs: dict[str, Any]) -> None:
     """A forward pre-hook of our decoder's attention."""
-    query, key, _value = module.project(args[0], inputs["rotary"])
+    query, key, _value, sinks, _front = module.terms(
+        args[0], inputs["sink_logits"], inputs["rotary"]
+    )
     scores = _scores(query, key, module.head_dim**-0.5)
     row = torch.arange(scores.shape[-1], device=scores.device)
     distance = row[:, None] - row
     slopes = inputs["alibi_slopes"]
     if slopes is not None:
         scores = scores - slopes[:, None, None] * distance
-    sinks = module.sink(inputs["sink_logits"])
     _CAPTURE.get().add(module, *_shares(scores.masked_fill(distance < 0, -torch.inf), sinks))
 
 

@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
-from ..models.settings import given_settings
+from ..models.settings import given_settings, named_mass
 from .guard import check_family, check_layers
-from .settings import model_settings
+from .settings import context_of, model_settings
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -15,6 +15,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def apply_stablemask(
     model: Model,
     *,
+    kind: str = "stablemask",
     gamma: float | list[float] | str | None = None,
     horizon: int | None = None,
     start: int = 0,
@@ -28,6 +29,9 @@ def apply_stablemask(
 
     Args:
         model: any Transformers decoder whose layers call the attention interface, or ours.
+        kind: ``stablemask``, or the name of settings that those below replace one by one:
+            ``stablemask-paper`` is the published form (head slopes, and ``horizon`` the model's context),
+            ``stablemask-zero`` has pseudo scores of zero within it.
         gamma, horizon, start, shift, hold: see :func:`~stablemask.models.settings.complete_settings`;
             ``hold="never"`` lets the mass fall for ever, as published.
 
@@ -41,6 +45,8 @@ def apply_stablemask(
     config: Any = model.config.get_text_config(decoder=True)
     check_family(type(model))
     given = given_settings(gamma=gamma, horizon=horizon, start=start, shift=shift, hold=hold)
+    if kind != "stablemask":
+        given = named_mass(kind, context_of(config)) | given
     check_layers(model, config, given)
     settings = model_settings(config, given)
     if isinstance(model, StableMaskPreTrainedModel):

@@ -6,8 +6,14 @@ from transformers import PreTrainedConfig
 
 from ..errors import InputError
 from .cache import CACHE_NAMES
-from .presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
-from .settings import complete_settings, is_number, require_positive_int
+from .presets import (
+    ATTENTION_KINDS,
+    FRONT_TOKENS,
+    NAMED_MASSES,
+    POSITION_ENCODINGS,
+    PRESETS,
+)
+from .settings import complete_settings, is_number, named_mass, require_positive_int
 
 _SIZES = (
     "vocab_size",
@@ -46,7 +52,13 @@ class StableMaskConfig(PreTrainedConfig):
         position_encoding: ``rope``, ``alibi``, ``nope`` (none), ``learned`` or ``sinusoidal``.
         attention: which sink logit a row has. ``stablemask``: the pseudo mass of its position;
             ``softmax``: none; ``softmax1``: 0 (softmax-off-by-one); ``learned-sink``: one trained
-            number per head and layer.
+            number per head and layer; ``key-sink``: the score of a trained key without a value, one per
+            head and layer. ``learned-token`` and ``fixed-token`` have one token more in front of every
+            sequence, which the caller does not see, its embedding trained or the same number everywhere.
+            ``head-gate``: none, and the output of each head times the sigmoid of a linear map of the
+            layer's input. ``stablemask-paper`` and ``stablemask-zero`` are names of settings,
+            and become ``stablemask`` with them: the published form (head slopes, the context as its
+            horizon, one pseudo column behind it), and pseudo scores of zero within the context.
         stablemask: ``{"gamma": ..., "horizon": ...}`` and more, with ``attention="stablemask"`` only:
             see :func:`~stablemask.models.settings.complete_settings`.
         rope_parameters: ``{"rope_type": "default", "rope_theta": 10000.0}``, with ``rope`` only.
@@ -67,7 +79,7 @@ class StableMaskConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "stablemask"
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
-    # A learned sink is not in it: whole on every rank, it is sliced as its heads are.
+    # Sinks and gates are not in it: whole on every rank, they are sliced as their heads are.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -175,6 +187,11 @@ class StableMaskConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout!r}")
+        if self.attention in FRONT_TOKENS and self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout must be 0 with attention={self.attention!r}, "
+                f"got {self.attention_dropout!r}"
+            )
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if not is_number(value) or value <= 0:
@@ -186,6 +203,9 @@ class StableMaskConfig(PreTrainedConfig):
 
     def _complete_stablemask(self) -> dict[str, Any] | None:
         """The ``stablemask`` settings with their defaults filled in; None for other attention."""
+        if self.attention in NAMED_MASSES and self.stablemask is None:
+            self.stablemask = named_mass(self.attention, self.max_position_embeddings)
+            self.attention = "stablemask"
         if self.attention != "stablemask":
             if self.stablemask is not None:
                 raise ValueError(

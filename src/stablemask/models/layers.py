@@ -4,7 +4,7 @@ Shapes: (batch, length, hidden) outside attention, (batch, heads, length, head_d
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from .cache import CACHE
 from .configuration import StableMaskConfig
 from .norm import RMSNorm
 from .positions import Rotary, rotate
+from .presets import FRONT_TOKENS
 from .settings import SHIFT_PARAMETER
 
 if TYPE_CHECKING:
@@ -37,13 +38,32 @@ class StableMaskMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class Terms(NamedTuple):
+    """What attention is made of; under tensor parallelism of the heads of this rank.
+
+    Attributes:
+        query, key, value: (batch, heads or kv_heads, length, head_dim), rotated.
+        sink_logits: broadcastable to (batch, heads, length).
+        front_value: (batch, heads, 1, head_dim), of a token in front of the sequence, whose score is the
+            sink logit: value is less it, so that what attends to the front token gets it added.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sink_logits: Tensor
+    front_value: Tensor | None = None
+
+
 class StableMaskAttention(nn.Module):
     """Grouped-query attention with a sink logit per row.
 
-    To study its attention maps, hook its inputs and rebuild the scores from :meth:`project`.
+    To study its attention maps, hook its inputs and rebuild the scores from :meth:`terms`.
     """
 
     sinks: nn.Parameter | None
+    sink_keys: nn.Parameter | None
+    head_gate: nn.Linear | None
     stablemask_shift: nn.Parameter | None
     stablemask_attention: Callable[..., Tensor] | None = None  # see `settings.WATCHED`
 
@@ -65,16 +85,15 @@ class StableMaskAttention(nn.Module):
             self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
         else:
             self.register_parameter("sinks", None)
+        if config.attention == "key-sink":
+            self.sink_keys = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+        else:
+            self.register_parameter("sink_keys", None)
+        self.head_gate = None
+        if config.attention == "head-gate":
+            self.head_gate = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
+        self.has_front = config.attention in FRONT_TOKENS
         self.register_parameter(SHIFT_PARAMETER, None)  # of `stablemask.hf.train_shifts`
-
-    def sink(self, sink_logits: Tensor | None) -> Tensor:
-        """The sink logits of this layer, given those that follow from positions."""
-        if self.sinks is not None:
-            return self.sinks[:, None]
-        assert sink_logits is not None
-        if self.stablemask_shift is not None:
-            return sink_logits + self.stablemask_shift[:, None]
-        return sink_logits
 
     def project(
         self, hidden_states: Tensor, rotary: Rotary | None = None
@@ -98,6 +117,53 @@ class StableMaskAttention(nn.Module):
             )
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def terms(
+        self,
+        hidden_states: Tensor,
+        sink_logits: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Terms:
+        """What attention is made of, given the sink logits that follow from positions.
+
+        Args:
+            hidden_states: (batch, length, hidden), the token in front among them where there is one.
+        """
+        query, key, value = self.project(hidden_states, rotary)
+        if query.shape[1] != self.num_groups * key.shape[1]:
+            raise ValueError(
+                "tensor parallelism must shard q_proj, k_proj and v_proj alike, got "
+                f"{query.shape[1]} query heads and {key.shape[1]} key heads on a rank"
+            )
+        if self.sinks is not None:
+            sink_logits = self.sinks[:, None]
+        assert sink_logits is not None
+        if self.stablemask_shift is not None:
+            sink_logits = sink_logits + self.stablemask_shift[:, None]
+        sink_logits = self._of_rank("sink_logits", sink_logits, query)
+        if self.sink_keys is not None:
+            sink_keys = self._of_rank("query", self.sink_keys[:, None], query)
+            if rotary is not None:  # as each row is: no row is nearer to it
+                sink_keys = rotate(sink_keys, *rotary)
+            return Terms(query, key, value, sink_logits + self._scores(query, sink_keys))
+        if not self.has_front:
+            return Terms(query, key, value, sink_logits)
+        query, (front_key, key), (front_value, value) = (
+            query[:, :, 1:],
+            *((states[:, :, :1], states[:, :, 1:]) for states in (key, value)),
+        )
+        # Its weight is 1 less those of all others, so that
+        #     sum_j p_j v_j + (1 - sum_j p_j) v_front  =  sum_j p_j (v_j - v_front) + v_front.
+        front_key, of_heads = (
+            states.repeat_interleave(self.num_groups, 1) for states in (front_key, front_value)
+        )
+        sink_logits = sink_logits + self._scores(query, front_key)
+        return Terms(query, key, value - front_value, sink_logits, of_heads)
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """Of each row with one key of its head, (batch, heads, length), in float32 or better."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return (query.to(dtype) * key.to(dtype)).sum(-1) * self.head_dim**-0.5
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -112,22 +178,17 @@ class StableMaskAttention(nn.Module):
         """Attend.
 
         Args:
-            hidden_states: (batch, length, hidden).
+            hidden_states: (batch, length, hidden), the token in front among them where there is one.
             sink_logits: broadcastable to (batch, heads, length); None where the layer has its own.
             rotary: cos and sin from :func:`rotary_angles`.
             attn_mask, alibi_slopes: as in :func:`stablemask.sink_attention`.
             cache: the one to which this layer's keys and values are added.
             sequence_group: the processes that hold the other parts of these sequences.
         """
-        query, key, value = self.project(hidden_states, rotary)
+        query, key, value, sink_logits, front_value = self.terms(hidden_states, sink_logits, rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        sink_logits = self.sink(sink_logits)
-        if query.shape[1] != self.num_heads:
-            shards = self._head_shards(query, key)
-            sink_logits = shards.local("sink_logits", sink_logits)
-            alibi_slopes = shards.local("alibi_slopes", alibi_slopes)
-            attn_mask = shards.local("attn_mask", attn_mask)
+        alibi_slopes = self._of_rank("alibi_slopes", alibi_slopes, query)
         if sequence_group is not None:
             from ..distributed import context_parallel_attention
 
@@ -140,21 +201,27 @@ class StableMaskAttention(nn.Module):
                 key,
                 value,
                 sink_logits,
-                attn_mask=attn_mask,
+                attn_mask=self._of_rank("attn_mask", attn_mask, query),
                 alibi_slopes=alibi_slopes,
                 dropout_p=self.attention_dropout if self.training else 0.0,
             )
+        if front_value is not None:  # which the front token itself sees alone
+            output = torch.cat((front_value, output + front_value), 2)
+        if self.head_gate is not None:
+            gates = self.head_gate(hidden_states).sigmoid().transpose(1, 2)
+            output = output * self._of_rank("sink_logits", gates, query)[..., None]
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
-    def _head_shards(self, query: Tensor, key: Tensor) -> "Shards":
+    def _of_rank(self, name: str, argument: Any, query: Tensor) -> Any:
+        """What of all heads' is for those of this rank's query, in tensor parallelism."""
+        if query.shape[1] == self.num_heads:
+            return argument
+        return self._head_shards(query).local(name, argument)
+
+    def _head_shards(self, query: Tensor) -> "Shards":
         """Which heads are this rank's, so that each meets its own gamma, slope and sink."""
         from ..distributed.tensor_parallel import head_shards
 
-        if query.shape[1] != self.num_groups * key.shape[1]:
-            raise ValueError(
-                "tensor parallelism must shard q_proj, k_proj and v_proj alike, got "
-                f"{query.shape[1]} query heads and {key.shape[1]} key heads on a rank"
-            )
         return head_shards(self.q_proj, self.num_heads, query.shape[1])
 
 

@@ -94,7 +94,7 @@ def _table(
 ) -> Tensor | None:
     """Up to the last position at which it changes; None where it changes for ever, or for too long."""
     last = settings.get("hold")
-    if last is None:
+    if last is None and not settings.get("suffix"):
         last = settings["horizon"]
     if last is None:
         return None

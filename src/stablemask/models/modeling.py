@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
@@ -35,6 +36,7 @@ from .positions import (
     rotary_angles,
     sinusoidal_encoding,
 )
+from .presets import FRONT_TOKENS
 from .settings import LEARNED
 
 ATTN_IMPLEMENTATION = "stablemask"
@@ -55,9 +57,13 @@ class StableMaskPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, StableMaskAttention) and module.sinks is not None:
+        if isinstance(module, StableMaskAttention):
             # As gpt-oss does: close to softmax-off-by-one, the heads told apart from the start.
-            init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
+            for sinks in (module.sinks, module.sink_keys):
+                if sinks is not None:
+                    init.normal_(sinks, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, StableMaskModel) and module.front_token is not None:
+            init.normal_(module.front_token, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, StableMaskModel) and module.log_gamma is not None:
             init.constant_(module.log_gamma, -math.log(self.config.max_position_embeddings))
 
@@ -107,6 +113,10 @@ class StableMaskModel(StableMaskPreTrainedModel):
             )
         else:
             self.register_parameter("log_gamma", None)
+        if config.attention == "learned-token":
+            self.front_token = nn.Parameter(torch.empty(config.hidden_size))
+        else:
+            self.register_parameter("front_token", None)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -136,8 +146,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 is a warning.
             cache: a DynamicCache, a StaticCache, or None; ``past_key_values`` is its older name.
             use_cache: make a DynamicCache where none is given; default ``config.use_cache``.
-            kwargs: ``output_hidden_states``. Others are dropped, but for caches, masks and positions
-                under names that nothing here reads.
+            kwargs: ``output_hidden_states``, whose first row is a front token where there is one. Others
+                are dropped, but for caches, masks and positions under names that nothing here reads.
 
         Raises:
             ValueError: the ``learned`` position table is too short, inputs do not fit together, or a
@@ -181,9 +191,15 @@ class StableMaskModel(StableMaskPreTrainedModel):
         if use_cache and cache is None and self.sequence_group is None:
             cache = DynamicCache(config=config)
 
+        first: Any = self.layers[0]
+        trained_shift = first.self_attn.stablemask_shift is not None
+        sink_logits = position_sink_logits(config, positions, self.log_gamma, trained_shift)
+        has_front = config.attention in FRONT_TOKENS
         rotary = alibi_slopes = None
         if config.position_encoding == "rope":
-            rotary = rotary_angles(positions, config.head_dim, config.rope_parameters["rope_theta"])  # type: ignore[arg-type,index]
+            # A front token stands one before the first.
+            places = F.pad(positions, (1, 0), value=-1) if has_front else positions
+            rotary = rotary_angles(places, config.head_dim, config.rope_parameters["rope_theta"])  # type: ignore[arg-type,index]
         elif config.position_encoding == "alibi":
             alibi_slopes = rates_on_device("slopes", config.num_attention_heads, positions)
             alibi_slopes = alibi_slopes.to(positions.device)
@@ -199,9 +215,12 @@ class StableMaskModel(StableMaskPreTrainedModel):
             scale = config.hidden_size**0.5
             hidden_states = hidden_states * scale + encoding.to(hidden_states.dtype)
 
-        first: Any = self.layers[0]
-        trained_shift = first.self_attn.stablemask_shift is not None
-        sink_logits = position_sink_logits(config, positions, self.log_gamma, trained_shift)
+        if has_front:
+            front = self.front_token
+            if front is None:  # as large as an embedding is at first
+                front = hidden_states.new_full((config.hidden_size,), config.initializer_range)
+            front = front.to(hidden_states.dtype).expand(len(hidden_states), 1, -1)
+            hidden_states = torch.cat((front, hidden_states), 1)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
@@ -213,6 +232,8 @@ class StableMaskModel(StableMaskPreTrainedModel):
                 **{CACHE: cache},  # so named, for gradient checkpointing takes it away
                 sequence_group=self.sequence_group,
             )
+        if has_front:
+            hidden_states = hidden_states[:, 1:]
         filled: Any = {CACHE: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **filled)
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..backends import hardware
 from .configuration import StableMaskConfig
-from .kept import shifts_on_device
+from .kept import rates_on_device, shifts_on_device
 from .mass import sink_logits_at
+from .presets import FRONT_TOKENS
 from .settings import complete_settings, pseudo_sink_logits, without_shift
 
 Rotary = tuple[Tensor, Tensor]
@@ -88,7 +89,8 @@ def position_sink_logits(
 ) -> list[Tensor | None]:
     """Sink logits of each layer that follow from positions, broadcastable to (batch, heads, length).
 
-    None for ``learned-sink``, where each layer holds its own. A shift that layers train is theirs to add.
+    None for ``learned-sink``, where each layer holds its own. A shift that layers train is theirs to add, and
+    so is the score of a key that they hold.
 
     Args:
         positions: int, (batch or 1, length).
@@ -103,7 +105,12 @@ def position_sink_logits(
     if config.attention == "learned-sink":
         return [None for _ in layers]
     if config.attention != "stablemask":
-        same = constant(0.0 if config.attention == "softmax1" else -torch.inf)
+        same = constant(-torch.inf)
+        if config.attention in ("softmax1", "key-sink", *FRONT_TOKENS):
+            same = constant(0.0)
+        if config.attention in FRONT_TOKENS and config.position_encoding == "alibi":
+            slopes = rates_on_device("slopes", config.num_attention_heads, positions)
+            same = -slopes.to(positions.device)[:, None] * (positions[:, None] + 1)
         return [same for _ in layers]
     settings, heads = config.stablemask, config.num_attention_heads
     assert settings is not None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..pseudo import pseudo_logsumexp
 from .kept import rates_on_device, shifts_on_device
+from .presets import NAMED_MASSES
 
-_KEYS = ("gamma", "horizon", "start", "shift", "hold", "floor", "layers")
+_KEYS = ("gamma", "horizon", "suffix", "start", "shift", "hold", "floor", "layers")
 LEARNED = "learned"
 NEVER = "never"
 # A trained shift, (heads,), of an attention module that has one.
@@ -38,6 +39,8 @@ def complete_settings(
               layer, from the default on); default ``1 / context``;
             - ``horizon``: number of columns, real and pseudo together; default None, infinitely many.
               Rows from ``horizon - 1`` on are plain softmax;
+            - ``suffix``: with a finite horizon, these rows have one pseudo column, of score
+              ``-gamma * i``, instead of none; default False;
             - ``start``: the first position that has a pseudo mass; default 0. With 1 the first row,
               which sees only itself, is left alone;
             - ``shift``: added to the log of the mass: a number, or a list for each layer of one number
@@ -79,6 +82,12 @@ def complete_settings(
         gamma = list(gamma) if isinstance(gamma, (list, tuple)) else gamma
         _check_gamma(gamma, horizon, num_heads, own_decoder)
     settings = {"gamma": gamma, "horizon": horizon}
+    suffix = given.get("suffix", False)
+    if not isinstance(suffix, bool) or (suffix and horizon is None):
+        allowed = "False with an infinite horizon" if suffix is True else "True or False"
+        raise ValueError(f"stablemask['suffix'] must be {allowed}, got {suffix!r}")
+    if suffix:
+        settings["suffix"] = True
 
     start = given.get("start", 0)
     if not isinstance(start, int) or isinstance(start, bool) or start < 0:
@@ -115,6 +124,18 @@ def given_settings(**options: Any) -> dict[str, Any]:
     return {**given, "hold": None} if given.get("hold") == NEVER else given
 
 
+def named_mass(kind: str, context: int | None) -> dict[str, Any]:
+    """Settings of a kind of :data:`~.presets.NAMED_MASSES` at a training context.
+
+    Raises:
+        ValueError: no settings have this name.
+    """
+    if kind not in NAMED_MASSES:
+        known = ", ".join(("stablemask", *NAMED_MASSES))
+        raise ValueError(f"kind must be one of {known}, got {kind!r}")
+    return {"horizon": context, **NAMED_MASSES[kind]}
+
+
 def pseudo_sink_logits(
     settings: dict[str, Any], num_heads: int, positions: Tensor, gamma: Tensor | None = None
 ) -> Tensor:
@@ -132,7 +153,8 @@ def pseudo_sink_logits(
             gamma = rates_on_device(gamma, num_heads, positions)
     hold = settings.get("hold")
     falling = positions if hold is None else positions.clamp(max=hold)
-    sink_logits = pseudo_logsumexp(falling, gamma, settings["horizon"])
+    suffix = settings.get("suffix", False)
+    sink_logits = pseudo_logsumexp(falling, gamma, settings["horizon"], suffix=suffix)
     if "floor" in settings:
         floor = sink_logits.new_full((), math.log(settings["floor"]))
         sink_logits = torch.logaddexp(sink_logits, floor)

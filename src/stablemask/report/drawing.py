@@ -18,10 +18,27 @@ from matplotlib.ticker import MaxNLocator
 COLORS = {
     "softmax": "#d55e00",
     "stablemask": "#0072b2",
+    "stablemask-paper": "#56b4e9",
+    "stablemask-zero": "#999999",
     "softmax1": "#009e73",
     "learned-sink": "#cc79a7",
+    "key-sink": "#e69f00",
+    "learned-token": "#7a5195",
+    "fixed-token": "#b8860b",
+    "head-gate": "#222222",
 }
-MARKERS = {"softmax": "s", "stablemask": "o", "softmax1": "^", "learned-sink": "D"}
+MARKERS = {
+    "softmax": "s",
+    "stablemask": "o",
+    "stablemask-paper": "P",
+    "stablemask-zero": "v",
+    "softmax1": "^",
+    "learned-sink": "D",
+    "key-sink": "d",
+    "learned-token": "<",
+    "fixed-token": ">",
+    "head-gate": "X",
+}
 GRAY = "#6b7280"
 WIDTH = 4.8  # inches: a drawing fits a telephone, and two stand side by side on a wider screen
 

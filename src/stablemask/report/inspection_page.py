@@ -101,6 +101,8 @@ def attention_in_words(inspection: Inspection) -> str:
         else f"gamma {min(gamma):.4g} to {max(gamma):.4g} by head",
         "infinite horizon" if settings["horizon"] is None else f"horizon {settings['horizon']:,}",
     ]  # fmt: skip
+    if settings.get("suffix"):
+        words.append("one column behind it")
     if settings.get("start"):
         words.append(f"from position {settings['start']}")
     if shift := in_short(settings).get("shift"):

@@ -12,7 +12,7 @@ from .comparison import Comparison, RunMeasurement
 from .page import SINK, listed
 
 MANIFOLD = 10  # from this ratio on it is told as such, not in percent
-ATTENTION_OPTIONS = {"attention", "gamma", "horizon", "hold", "floor", "layers"}
+ATTENTION_OPTIONS = {"attention", "gamma", "horizon", "hold", "shift", "floor", "layers"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from .machine import world_size
 from .options import TrainingOptions
 from .processes import is_main, on_main, rank
 from .run import RunResult, given, put_in_place
+from .schedule import rate_at
 from .sequences import SequenceGroup
 from .sharding import is_sharded
 from .trainer import LanguageModelTrainer, begun_at
@@ -88,6 +90,14 @@ def build_trainer(
         keep=options.keep_checkpoints,
         async_save=options.async_save,
         sequences=sequences,
+        rate=partial(
+            rate_at,
+            warmup=given(options.warmup),
+            steps=given(options.steps),
+            shape=options.schedule,
+            start=options.start_learning_rate,
+            end=options.min_learning_rate,
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     record = Record(
@@ -130,9 +140,6 @@ def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:
         "per_device_eval_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulation,
         "learning_rate": options.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": options.min_learning_rate},
-        "warmup_steps": given(options.warmup),
         "weight_decay": options.weight_decay,
         "adam_beta2": options.beta2,
         "max_grad_norm": options.clip,

@@ -28,7 +28,7 @@ positions, pretrained from scratch with `stablemask`
 | training data | {data} |
 | training | {steps:,} steps of {tokens_per_step:,} tokens, context {context}, {dtype} |
 | validation loss | {eval_loss:.4f} nats a token (perplexity {perplexity}), on {validation_tokens:,} tokens |
-
+{note}
 ```sh
 {command}
 ```
@@ -42,6 +42,16 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 """
 
+# What a reader must know of a kind of attention.
+NOTES = {
+    "stablemask-paper": (
+        "`stablemask-paper` is StableMask as published: a horizon of the training length and head slopes. "
+        "Of rows from that length on the paper says only that their pseudo mass falls with the position, "
+        "for its formula is lost in the text that we have: one pseudo column, log M(i) = -gamma i from row "
+        "n - 1 on, is our reading of it."
+    ),
+}
+
 
 def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str, Any]) -> None:
     """Write ``README.md`` from the options and the record of a finished pretraining."""
@@ -50,7 +60,9 @@ def write_pretrain_card(folder: Path, options: PretrainOptions, record: dict[str
     eval_loss = record["result"]["eval_loss"]
     assert options.global_batch_size is not None
     tokens_per_step = options.global_batch_size * options.context
+    reading = NOTES.get(options.attention, "")
     card = _PRETRAIN_CARD.format(
+        note=reading and f"\n{reading}\n",
         name=folder.name,
         folder=options.out,
         tags=", ".join(dict.fromkeys(["stablemask", options.attention])),

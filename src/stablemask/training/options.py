@@ -63,7 +63,9 @@ class TrainingOptions:
     )
 
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", group="optimizer")
-    min_learning_rate: float = option(0.1, "where the cosine ends, as a share of the peak")
+    schedule: str = option("cosine", "how it falls to its end", choices=("cosine", "linear"))
+    min_learning_rate: float = option(0.1, "where it ends, as a share of the peak")
+    start_learning_rate: float = option(0.0, "where the warm-up begins, as a share of the peak")
     warmup: int | None = option(None, "steps of linear warm-up; by default a tenth of the steps")
     weight_decay: float = option(0.1, "decoupled weight decay of AdamW")
     beta2: float = option(0.98, "decay of AdamW's second moment")
@@ -161,7 +163,7 @@ class TrainingOptions:
             keep_checkpoints=1, context=2, warmup=0, seed=0, global_batch_size=1, workers=0, skip_spikes=0,
             probe_tokens=0, final_eval_tokens=1,
         )  # fmt: skip
-        for name in ("min_learning_rate", "beta2"):
+        for name in ("min_learning_rate", "start_learning_rate", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("learning_rate", "clip", "peak_flops"):
@@ -195,6 +197,7 @@ class PretrainOptions(TrainingOptions):
     hold: int | Literal["never"] | None = option(
         None, "last position at which the mass falls, or never; by default context - 1"
     )
+    shift: float | None = option(None, "added to the log of the mass")
     floor: float | None = option(None, "a constant added to the mass of every row")
     layers: list[int] | None = option(None, "the layers that have a mass; by default all")
     tokenizer: str | None = option(None, "existing one; by default one is trained", group="tokens")
@@ -241,7 +244,7 @@ class PretrainOptions(TrainingOptions):
         from ..models.configuration import preset_config
         from ..models.settings import given_settings
 
-        names = ("gamma", "horizon", "hold", "floor", "layers")
+        names = ("gamma", "horizon", "hold", "shift", "floor", "layers")
         given = given_settings(**{name: getattr(self, name) for name in names})
         if given and self.attention != "stablemask":
             raise InputError(
@@ -288,7 +291,7 @@ class FinetuneOptions(TrainingOptions):
         "peak learning rate of AdamW; by default 5e-5; --lora wants about 2e-4",
         group="optimizer",
     )
-    min_learning_rate: float = option(0.0, "where the cosine ends, as a share of the peak")
+    min_learning_rate: float = option(0.0, "where it ends, as a share of the peak")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
     beta2: float | None = option(  # type: ignore[assignment]
         None, "decay of AdamW's second moment; by default 0.999"

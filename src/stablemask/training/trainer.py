@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import CheckpointException  # no Exception, but a BaseException
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
@@ -47,6 +48,7 @@ class LanguageModelTrainer(Trainer):
         keep: how many of the latest checkpoints stay; the best one by ``eval_loss`` stays too.
         async_save: write checkpoints in the background.
         sequences: who shares sequences with this process; None where it has its own.
+        rate: the learning rate at a step, as a share of its peak; None for that of the arguments.
 
     Attributes:
         data_seconds: how long it has waited for batches.
@@ -66,8 +68,10 @@ class LanguageModelTrainer(Trainer):
         keep: int,
         async_save: bool = False,
         sequences: SequenceGroup | None = None,
+        rate: Callable[[int], float] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._rate = rate
         self._use_cache = model.config.use_cache  # which a Trainer turns off, and would save so
         super().__init__(model=model, **kwargs)
         self.keep = keep
@@ -119,10 +123,16 @@ class LanguageModelTrainer(Trainer):
 
     # Steps
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self._rate is not None and self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        # Like biases, a sink and a decay rate have no size to keep small.
+        # Like biases, sinks and decay rates have no size to keep small.
         names = super().get_decay_parameter_names(model)
-        return [name for name in names if not name.endswith((".sinks", ".log_gamma"))]
+        own = (".sinks", ".sink_keys", ".log_gamma", ".front_token")
+        return [name for name in names if not name.endswith(own)]
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         last = self.accelerator.sync_gradients
