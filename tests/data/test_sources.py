@@ -46,6 +46,37 @@ def test_builtin_is_the_library_without_its_tests():
     assert 0.02 < held_out / sum(map(len, documents)) < 0.09
 
 
+def install(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
+    """A package as an installer leaves it."""
+    about = folder / f"{name}-{version}.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (about / "RECORD").write_text(
+        "".join(f"{file},,\n" for file in [*files, "gone.py", "../run.py"])
+    )
+    for file, text in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+
+
+def test_builtin_packages_are_the_library_and_each_text_of_the_packages_once(tmp_path, monkeypatch):
+    (tmp_path / "run.py").write_text("a script")
+    site = tmp_path / "site"
+    install(site, "Zeta", "2.0", {"zeta/a.py": "zeta = 1\n", "zeta/copy.py": "one = 1\n"})
+    install(site, "alpha", "1.5", {"alpha/b.py": "one = 1\n", "alpha/b.txt": "text",
+                                   "alpha/tests/c.py": "tested = 1\n"})  # fmt: skip
+    monkeypatch.setattr("sys.path", [str(site)])
+    library = load_documents("builtin")
+    source = open_source("builtin:packages")
+    documents = [document.text for document in source.documents()]
+    assert documents[-2:] == ["one = 1\n", "zeta = 1\n"]
+    assert documents[:-2] == list(dict.fromkeys(library))
+    assert source.packages == {"alpha": "1.5", "zeta": "2.0"}
+    before = list(source.fingerprint())
+    install(site, "Beta", "3", {"beta.py": "beta = 1\n"})
+    assert list(open_source("builtin:packages").fingerprint()) != before
+
+
 def test_folder_is_read_in_order_of_names(text_folder):
     (text_folder / ".hidden.txt").write_text("not a source")
     (text_folder / "part0" / "blank.txt").write_text(" \n")

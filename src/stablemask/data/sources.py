@@ -1,6 +1,6 @@
 """Where documents come from.
 
-A *source* is ``builtin``, a file or folder of text or of records, or ``hub:OWNER/NAME``.
+A *source* is ``builtin``, ``builtin:packages``, a file or folder of text or of records, or ``hub:OWNER/NAME``.
 Its unit is the *document*: a ``.txt``, ``.md`` or ``.py`` file, or one record of anything else. Documents
 without text are left out. Which of them are held out says ``splitting.py``.
 """
@@ -8,6 +8,8 @@ without text are left out. Which of them are held out says ``splitting.py``.
 from __future__ import annotations
 
 import errno
+import hashlib
+import importlib.metadata
 import stat
 import sys
 import sysconfig
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 BUILTIN = "builtin"
+PACKAGES = "builtin:packages"
 HUB_PREFIX = "hub:"
 READ_ROWS = 256  # of a dataset, at a time
 
@@ -61,7 +64,8 @@ def load_documents(
 
     Args:
         source: ``"builtin"`` (the source text of the running interpreter's standard library, less
-            its tests), the path of a file or folder (searched recursively), or
+            its tests), ``"builtin:packages"`` (the same and the installed packages, each text once), the
+            path of a file or folder (searched recursively), or
             ``"hub:OWNER/NAME[:CONFIG]"``, where ``OWNER/NAME`` may also be a local dataset folder.
             Text is ``.txt`` and ``.md``; records are ``.jsonl``, ``.json`` (an array, or lines),
             ``.csv`` and ``.tsv``; all of these also with ``.gz`` or ``.zst``, and ``.parquet``. A
@@ -150,6 +154,8 @@ def open_source(source: str, text_column: str = "text", *, streaming: bool = Fal
     """
     if source == BUILTIN:
         return _StandardLibrary(text_column)
+    if source == PACKAGES:
+        return _InstalledPackages(text_column)
     if source.startswith(HUB_PREFIX):
         return DatasetSource(source, text_column, streaming=streaming)
     return _path_source(source, text_column)
@@ -216,6 +222,54 @@ class _StandardLibrary(_Files):
     def _read_file(self, file: _File) -> Iterator[tuple[Document, int]]:
         text = file.path.read_bytes().decode("utf-8", errors="replace")
         yield Document(text, file.name), file.size
+
+
+class _InstalledPackages(_StandardLibrary):
+    """The standard library, then the packages by name; tests are left out, and so is a text that was read before.
+
+    Attributes:
+        packages: version by name.
+    """
+
+    def __init__(self, text_column: str) -> None:
+        super().__init__(text_column)
+        self.name = PACKAGES
+        self.packages: dict[str, str] = {}
+        found: dict[Path, _File] = {}
+        for package in sorted(importlib.metadata.distributions(), key=_name_of):
+            root = Path(str(package.locate_file("")))
+            files = [
+                root / file
+                for file in sorted(package.files or (), key=str)
+                if file.suffix == ".py" and not {"..", *self._SKIPPED} & set(file.parts)
+            ]
+            files = [path for path in files if path not in found and path.is_file()]
+            if files and _name_of(package) not in self.packages:
+                self.packages[_name_of(package)] = package.version
+                found |= {path: _file(path, root) for path in files}
+        self.files += [file._replace(name=f"site-packages/{file.name}") for file in found.values()]
+        self.num_bytes = sum(file.size for file in self.files)
+
+    def fingerprint(self) -> Iterator[str]:
+        yield from (f"{name}\0{version}" for name, version in self.packages.items())
+        yield from super().fingerprint()
+
+    def _read(self) -> Iterator[Document]:
+        seen = set()  # copies of one file would stand on both sides
+        for document in super()._read():
+            digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield document
+
+
+def _name_of(package: importlib.metadata.Distribution) -> str:
+    return package.metadata["Name"].lower()
+
+
+def packages_of(source: str) -> dict[str, str]:
+    """Version by name of the packages that a source is made of; none but of ``builtin:packages``."""
+    return _InstalledPackages("text").packages if source == PACKAGES else {}
 
 
 def _path_source(source: str, text_column: str) -> _Files:

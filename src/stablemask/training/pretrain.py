@@ -9,6 +9,7 @@ from transformers import set_seed
 from ..data import Corpus, prepare_corpus, prepare_mixture
 from ..data.corpus import prepare_stream
 from ..data.mixture import parse_mixture
+from ..data.sources import packages_of
 from ..models.modeling import StableMaskForCausalLM
 from .assembly import build_trainer, finish_run, train
 from .card import write_pretrain_card
@@ -36,11 +37,13 @@ def pretrain(options: PretrainOptions) -> RunResult:
         return begun.finished
 
     corpus = main_first(lambda: prepare_data(options))
-    record = {
+    record: dict[str, Any] = {
         "train_tokens": corpus.num_train_tokens,
         "validation_tokens": corpus.validation.num_tokens,
         "command": command,
     }
+    if packages := packages_of(options.data):
+        record["packages"] = packages
     begin_run(folder, options, corpus.key, record)
     set_seed(options.seed)
     model = StableMaskForCausalLM(_config_for(options, corpus))
@@ -84,8 +87,8 @@ def _config_for(options: PretrainOptions, corpus: Corpus) -> Any:
     tokens = len(corpus.tokenizer)
     # A tokenizer that was given may be larger than the preset's vocabulary; 64 suits the hardware.
     vocab_size = given(options.vocab_size)
-    if options.tokenizer is not None:
-        vocab_size = max(vocab_size, math.ceil(tokens / 64) * 64)
+    if tokens > vocab_size:
+        vocab_size = math.ceil(tokens / 64) * 64
     return options.model_config(
         vocab_size=vocab_size,
         eos_token_id=corpus.tokenizer.eos_token_id,
