@@ -16,10 +16,12 @@ from stablemask.options import check_least, command_words, option
 from stablemask.writing import only_writer
 
 from . import (
+    ablation,
     cost,
     extrapolation,
     language,
     language_section,
+    long_training,
     position,
     position_section,
     sinks,
@@ -27,13 +29,15 @@ from . import (
     theory,
 )
 from .page import load_documents, text_of, verdicts, write_page
-from .runner import Stopped, run_studies
+from .runner import KEPT, Stopped, run_studies
 from .study import SCALES, Study
 
 PAGE = "page"
+# These take many hours.
+ALONE = ("ablation", "long")
 # In the order they are run and told.
 STUDIES = {
-    name: Study(name, title, measured.jobs, told.section, text_of(name))
+    name: Study(name, title, measured.jobs, told.section, text_of(name), name in ALONE)
     for name, title, measured, told in (
         ("theory", "Theory", theory, theory),
         ("position", "Absolute position", position, position_section),
@@ -41,6 +45,8 @@ STUDIES = {
         ("extrapolation", "Past the training length", extrapolation, extrapolation),
         ("sinks", "Attention sinks", sinks, sinks_section),
         ("cost", "Cost", cost, cost),
+        ("ablation", "What the mass should be, and its rivals", ablation, ablation),
+        ("long", "To the end of the lead", long_training, long_training),
     )
 }
 
@@ -49,7 +55,8 @@ STUDIES = {
 class StudyOptions:
     names: list[str] = option(
         [],
-        "which studies, or page for the page alone; by default all and the page",
+        "which studies, or page for the page alone; by default the page and all but ablation and long, "
+        "which take many hours",
         choices=(*STUDIES, PAGE),
         positional=True,
     )
@@ -57,6 +64,10 @@ class StudyOptions:
         "small", "small for two cores and 100 minutes, gpu for a large one", choices=SCALES
     )
     out: str = option("runs/reproduce", "folder for the results and the work")
+    records: str = option(
+        str(KEPT),
+        "folder where ablation and long keep the record of each training, and find it again",
+    )
     page: str | None = option(None, "Markdown file to write; by default results.md in --out")
     text: str | None = option(
         None, "one more source to model: a file or folder of text, or hub:OWNER/NAME[:CONFIG]"
@@ -72,7 +83,8 @@ class StudyOptions:
 def run(options: StudyOptions) -> int:
     out = Path(options.out)
     _check(options, out)
-    names = [name for name in STUDIES if name in options.names or not options.names]
+    asked = options.names or [name for name in STUDIES if name not in ALONE]
+    names = [name for name in STUDIES if name in asked]
     workers = options.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     try:
         with only_writer(out):
@@ -83,6 +95,7 @@ def run(options: StudyOptions) -> int:
                 workers=workers,
                 out=out,
                 command=_command(options),
+                kept=Path(options.records),
             )
     except Stopped as stop:
         here = _command(options).replace("python", shlex.quote(sys.executable), 1)
@@ -133,5 +146,5 @@ def _check(options: StudyOptions, out: Path) -> None:
 
 def _command(options: StudyOptions) -> str:
     """The command with these options, defaults left out."""
-    words = command_words(options, without=("resume", "page", "against"))
+    words = command_words(options, without=("resume", "page", "against", "records"))
     return shlex.join(["python", "-m", "studies", *words])

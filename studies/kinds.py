@@ -24,6 +24,7 @@ LABELS = {
     "stablemask-slopes": "StableMask, head slopes",
     "softmax1": "softmax-off-by-one",
     "learned-sink": "learned sink",
+    "stablemask-paper": "StableMask as published",
 }
 # The variants of StableMask share its colour; lines and markers tell them apart.
 _VARIANTS = {

@@ -81,11 +81,11 @@ def jobs(scale: str, seeds: int, text: str | None = None) -> list[Job]:
 
 def _runs(plan: Plan, seeds: int, text: str | None) -> Iterator[tuple[Size, Record]]:
     first = plan.sizes[0]
-    context = _context(first.preset)
+    context = context_of(first.preset)
     for seed in range(seeds):  # all comparisons of a seed before the next one, for early news
         run = partial(_run, seed)
         for size in plan.sizes:
-            own = _context(size.preset)
+            own = context_of(size.preset)
             for position, kinds in plan.grid[size.preset].items():
                 for kind in kinds:
                     yield size, run(GRID, kind, settings_of(kind, own), own, position=position)
@@ -101,7 +101,7 @@ def _runs(plan: Plan, seeds: int, text: str | None) -> Iterator[tuple[Size, Reco
             for label, settings in ablations(first.preset).items():
                 yield first, run(ABLATION, label, {"attention": "stablemask", **settings}, context)
         for size in plan.sizes:
-            own = _context(size.preset)
+            own = context_of(size.preset)
             for rate in (factor * size.learning_rate for factor in plan.rates):
                 for kind in PAIR:
                     yield size, run(RATE, kind, settings_of(kind, own), own, learning_rate=rate)
@@ -114,13 +114,14 @@ def _run(
     return {**run, "group": group, "settings": settings, **others}
 
 
-def _context(preset: str) -> int:
+def context_of(preset: str) -> int:
+    """Tokens in a training block of a preset."""
     return PRESETS[preset]["max_position_embeddings"]
 
 
 def ablations(preset: str) -> dict[str, dict[str, Any]]:
     """Settings of the pseudo mass by what they try, beside those of the grid."""
-    context = _context(preset)
+    context = context_of(preset)
     layers = PRESETS[preset]["num_hidden_layers"]
     return {
         "constant mass": {"hold": 0, "gamma": math.log1p(1 / mean_mass(1 / context, context))},
@@ -182,9 +183,13 @@ def training_options(run: Record) -> dict[str, Any]:
     }
 
 
-def model_name(run: Record) -> str:
-    """Readable, and the same for every record with the same training."""
-    options = training_options(run)
+def model_name(run: Record, options: Mapping[str, Any] | None = None) -> str:
+    """Readable, and the same for every record with the same training.
+
+    Args:
+        options: of the training, by default those of :func:`training_options`.
+    """
+    options = training_options(run) if options is None else options
     words = [
         run["preset"],
         run["position"],

@@ -16,6 +16,7 @@ from stablemask.errors import InputError
 from stablemask.report.drawing import STYLE
 from stablemask.writing import whole_file, write_whole
 
+from .paper import first_table
 from .runner import load_study
 from .study import Claim, Section, Study, Verdict
 
@@ -52,6 +53,7 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
                     drawn.savefig(partial, dpi=130, metadata={"Software": None})
     figures = Path(os.path.relpath(out, page.parent))
     filled = _TEMPLATES.from_string(text_of("page")).render(
+        paper=first_table({name: found["records"] for name, found in documents.items()}, sections),
         claims=_claims_table(studies, sections),
         missing=[name for name in studies if name not in documents],
         sections=[_filled(studies[name], section, figures) for name, section in sections.items()],

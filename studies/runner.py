@@ -4,6 +4,7 @@ OUT/NAME.json              a study: scale, seeds, hardware, versions, command, a
 OUT/work/records/NAME/     the record of each job, written when it is done
 OUT/work/models/           what the jobs have trained
 OUT/work/jobs-*.log        what they have printed
+KEPT/NAME/                 of a study that stands alone: the record of each job again, which is committed
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from stablemask.reading import parse_json, read_json
 
 from .study import Job, Record, Study
 
+KEPT = Path(__file__).parent / "results"
+
 
 class Stopped(BaseException):
     """A signal has ended the studies; what was done is stored."""
@@ -42,19 +45,27 @@ class Stopped(BaseException):
 
 
 def run_studies(
-    studies: Sequence[Study], *, scale: str, seeds: int, workers: int, out: Path, command: str
+    studies: Sequence[Study],
+    *,
+    scale: str,
+    seeds: int,
+    workers: int,
+    out: Path,
+    command: str,
+    kept: Path = KEPT,
 ) -> None:
     """Do all jobs of the studies and write the record of each study as its last job is done.
 
     Args:
-        workers: processes at a time; on a CPU each computes on one thread.
+        workers: processes at a time; on a CPU each computes on one thread, or on ``OMP_NUM_THREADS``.
+        kept: where studies that stand alone keep their records for good.
 
     Raises:
         Stopped: by SIGINT or SIGTERM.
         InputError, RunError: a job could not do its work; those done before are stored.
     """
     queue = [(study, job) for study in studies for job in study.jobs(scale, seeds)]
-    done = {id(job): _stored(out, study, job) for study, job in queue}
+    done = {id(job): _stored(out, kept, study, job) for study, job in queue}
     todo = [(study, job) for study, job in queue if done[id(job)] is None]
     about = {"scale": scale, "seeds": seeds, "workers": workers}
     here = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -79,14 +90,25 @@ def run_studies(
         ) as bar,
     ):
         running: dict[Future, tuple[Study, Job]] = {}
-        waiting = iter(todo)
+        waiting = list(todo)
         failure: InputError | RunError | None = None
+
+        def before(study: Study, job: Job) -> list[Record | None]:
+            named = {other.name: done[id(other)] for of, other in queue if of is study}
+            return [named[name] for name in job.after]
+
         while True:
             # No more than can begin at once, so that a stop leaves nothing half begun.
-            while len(running) < workers and (following := next(waiting, None)) is not None:
+            ready = (pair for pair in waiting if None not in before(*pair))
+            while len(running) < workers and (following := next(ready, None)) is not None:
                 study, job = following
-                future = pool.submit(_run, job.run, out / "work", dict(job.arguments))
+                waiting.remove(following)
+                arguments = dict(job.arguments)
+                if job.after:
+                    arguments["before"] = before(study, job)
+                future = pool.submit(_run, job.run, out / "work", arguments)
                 running[future] = following
+                ready = (pair for pair in waiting if None not in before(*pair))
                 bar.set_postfix_str(f"{study.name} {job.name}")
             if not running:
                 break
@@ -96,11 +118,12 @@ def run_studies(
                     result = _result(future, study, job, out)
                 except (InputError, RunError) as error:
                     # Nothing more begins; what runs beside it ends and is kept.
-                    failure, waiting = failure or error, iter(())
+                    failure, waiting = failure or error, []
                     bar.set_postfix_str(f"{study.name} {job.name} failed")
                     continue
                 record = {"job": job.name, **job.arguments, **result, "hardware": here["hardware"]}
-                save_json(record, _record_file(out, study, job))
+                for path in _record_files(out, kept, study, job):
+                    save_json(record, path)
                 done[id(job)] = record
                 bar.update(job.cost)
                 finish(study)
@@ -180,7 +203,7 @@ def _begin_worker(work: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.setpgid(0, 0)  # Ctrl-C comes from the parent, once
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -191,19 +214,22 @@ def _begin_worker(work: str) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _record_file(out: Path, study: Study, job: Job) -> Path:
-    return out / "work" / "records" / study.name / f"{job.name}.json"
+def _record_files(out: Path, kept: Path, study: Study, job: Job) -> list[Path]:
+    places = [out / "work" / "records"] + ([kept] if study.alone else [])
+    return [place / study.name / f"{job.name}.json" for place in places]
 
 
-def _stored(out: Path, study: Study, job: Job) -> Record | None:
+def _stored(out: Path, kept: Path, study: Study, job: Job) -> Record | None:
     """The record of a job that was done with these arguments."""
-    try:
-        record = parse_json(_record_file(out, study, job).read_bytes())
-    except (OSError, ValueError):
-        return None
     arguments = json.loads(json.dumps(dict(job.arguments)))
-    same = all(record.get(name) == value for name, value in arguments.items())
-    return record if same else None
+    for path in _record_files(out, kept, study, job):
+        try:
+            record = parse_json(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if all(record.get(name) == value for name, value in arguments.items()):
+            return record
+    return None
 
 
 def _document(study: Study, about: dict[str, Any], records: list[Record | None]) -> dict[str, Any]:

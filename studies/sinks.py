@@ -92,8 +92,8 @@ def run(
     config = preset_config(preset, **{**config_fields(kind, context), **sizes})
     corpus = prepare_corpus(source, block_size=context, vocab_size=config.vocab_size)
     first = corpus.tokenizer.eos_token_id if start == END else None
-    delimiters = _delimiters(corpus.tokenizer)
-    validation = _spread(corpus.validation, blocks, first)
+    delimiters = delimiters_of(corpus.tokenizer)
+    validation = blocks_of(corpus.validation, blocks, first)
     few = validation[::8]
     curve: dict[str, list[float]] = {"step": [], "first_token": [], "first_token_head": []}
 
@@ -120,7 +120,7 @@ def run(
         "largest": outliers.largest.tolist(),
         "kurtosis": outliers.kurtosis.tolist(),
         "perplexity": perplexity_of(model),
-        **_int8(model, _spread(corpus.train, 32, first), perplexity_of),
+        **_int8(model, blocks_of(corpus.train, 32, first), perplexity_of),
     }
 
 
@@ -173,7 +173,7 @@ def _blocks(data: PackedDataset, indices: Sequence[int], first: int | None) -> T
     return ids
 
 
-def _spread(data: PackedDataset, blocks: int, first: int | None) -> Tensor:
+def blocks_of(data: PackedDataset, blocks: int, first: int | None = None) -> Tensor:
     """Blocks from the beginning of the data to its end, (blocks, n)."""
     indices = np.linspace(0, len(data) - 1, min(blocks, len(data)), dtype=int)
     return _blocks(data, indices.tolist(), first)
@@ -243,7 +243,7 @@ def _even_attention(length: int) -> Tensor:
     return (1 / rows)[:, None].expand(length, length).tril(-1)
 
 
-def _delimiters(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def delimiters_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Tokens of punctuation and white space only, and the end of a document, (V,)."""
     marks = string.punctuation + string.whitespace
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))

@@ -26,12 +26,14 @@ class Job:
             share; returns JSON, for a record of ``arguments`` and this.
         arguments: JSON; a job whose arguments have changed is done anew.
         cost: about how many seconds it takes on one core, for the time left.
+        after: names of jobs before it in its study, whose records it is given as ``before``.
     """
 
     name: str
     run: Callable[..., Mapping[str, Any]]
     arguments: Mapping[str, Any]
     cost: float = 1.0
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Study:
         jobs: from the scale and the number of seeds, in the order they begin.
         section: from the records of all jobs, in their order.
         text: what a person has written, a Jinja template that names tables, figures and facts.
+        alone: it takes so long that it is run only where it is named, and the record of each of its jobs is
+            kept for good, beside those that others have made.
     """
 
     name: str
@@ -87,3 +91,4 @@ class Study:
     jobs: Callable[[str, int], list[Job]]
     section: Callable[[list[Record]], Section]
     text: str
+    alone: bool = False

@@ -17,6 +17,10 @@ def square(work: Path, *, number: int) -> dict:
     return {"square": number**2}
 
 
+def add(work: Path, *, number: int, before: list[dict]) -> dict:
+    return {"square": number + sum(record["square"] for record in before)}
+
+
 def refuse(work: Path, *, number: int) -> dict:
     raise InputError(f"{number} is not wanted")
 

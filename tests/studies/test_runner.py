@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ from .jobs import squares, study_of
 ROOT = Path(__file__).parents[2]
 
 
-def run(out, *studies, workers=1):
-    run_studies(studies, scale="small", seeds=1, workers=workers, out=out, command="the command")
+def run(out, *studies, workers=1, **more):
+    run_studies(
+        studies, scale="small", seeds=1, workers=workers, out=out, command="the command", **more
+    )
 
 
 def squared(out):
@@ -53,6 +56,28 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(tmp_path):
     assert again["hardware"] == f"another; {document['hardware']}"
     logs = "".join(path.read_text() for path in (tmp_path / "work").glob("jobs-*.log"))
     assert "squaring 5" in logs
+
+
+def test_a_job_is_given_the_records_of_those_it_waits_for(tmp_path):
+    last = Job("sum", made.add, {"number": 100}, after=("square-2", "square-3"))
+    run(tmp_path, study_of(*squares(2, 3), last), workers=2)
+    records = json.loads((tmp_path / "squares.json").read_text())["records"]
+    assert [record["square"] for record in records] == [4, 9, 113]
+    assert "before" not in records[-1]
+
+
+def test_what_is_kept_for_good_is_not_done_again_elsewhere(tmp_path):
+    """Of a study that stands alone, such as a training that another machine has made."""
+    kept, first, second = (tmp_path / name for name in ("kept", "first", "second"))
+    alone = replace(study_of(*squares(2)), alone=True)
+    run(first, alone, kept=kept)
+    assert json.loads((kept / "squares/square-2.json").read_text())["square"] == 4
+    run(second, replace(study_of(*squares(2, 3)), alone=True), kept=kept)
+    assert squared(second) == [3]
+    records = json.loads((second / "squares.json").read_text())["records"]
+    assert [record["square"] for record in records] == [4, 9]
+    run(tmp_path / "third", study_of(*squares(2)), kept=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_job_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_real_attention_leaves_out_what_goes_to_no_token():
 
 def test_delimiters_are_marks_white_space_and_the_end_of_a_document():
     tokenizer = train_tokenizer(["def f(x):\n    return x\n" * 50], 300)
-    found = sinks._delimiters(tokenizer)
+    found = sinks.delimiters_of(tokenizer)
     texts = {tokenizer.decode([token]) for token in torch.arange(len(found))[found].tolist()}
     assert {"(", "\n", " ", "<|endoftext|>"} <= texts
     assert not any(text.isalnum() for text in texts)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..models.presets import NAMED_MASSES
 from .comparison import Comparison, RunMeasurement
 from .drawing import lines
 from .figures import draw_all
@@ -85,7 +86,12 @@ def _settings(runs: Sequence[RunMeasurement]) -> dict[str, list[Any]]:
         **{name: [run.options[name] for run in runs] for name in SHOWN_OPTIONS},
         "gamma": [_gamma(run.gamma) for run in runs],
         "horizon": [
-            "none" if run.gamma is None else run.options["horizon"] or "infinite" for run in runs
+            "none"
+            if run.gamma is None
+            else run.options["context"]
+            if run.attention in NAMED_MASSES
+            else run.options["horizon"] or "infinite"
+            for run in runs
         ],
         "parameters": [f"{run.parameters:,}" for run in runs],
     }

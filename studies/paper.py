@@ -1,0 +1,229 @@
+"""The first table of the page: each figure of the paper's, and what stands beside it here.
+
+The figures are the authors' (arXiv 2402.04779), read in a text of the paper that lost most formulas and the
+perplexities of its Table 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from benchmarks.tables import table
+from stablemask.evaluation.perplexity import perplexity_of
+from stablemask.evaluation.statistics import estimate
+
+from .ablation import PAPER
+from .language_section import SAME, by_seed, difference
+from .position_results import SOLVED, Results, at_chance
+from .study import Record, Section, Verdict
+from .sweep import finals, sizes_of
+
+GPU, HUB, NOT_OURS, LOST, NOT_RUN = (
+    "needs a GPU", "needs data from the hub", "not ours", "the paper's figure is lost", "not run"
+)  # fmt: skip
+_WORDS: dict[Verdict, str] = {
+    "reproduced": "yes", "partly reproduced": "partly", "not reproduced": "no", "open": "open",
+}  # fmt: skip
+_PILE = "`stablemask pretrain --config configs/pretrain/paper-pile-1.4b.yaml`"
+_TOKENS = "after 5, 10, 15, 20, 25B tokens: "
+# By encoding, of constant tokens, one marked token, odd and even numbers.
+_POSITION = {
+    "learned": "96.7, 94.3, 97.6",
+    "sinusoidal": "98.1, 99.1, 96.2",
+    "alibi": "21.7, 26.7, 46.5",
+    "T5's bias": "22.4, 24.5, 42.7",
+    "rope": "25.3, 24.7, 43.1",
+}
+_DOWNSTREAM = {
+    "LAMBADA": (59.4, 59.6),
+    "PIQA": (67.1, 67.1),
+    "ARC-easy": (51.4, 51.7),
+    "ARC-challenge": (25.6, 25.6),
+    "OpenBookQA": (31.4, 32.6),
+    "WinoGrande": (53.5, 54.1),
+}
+
+
+class Row(NamedTuple):
+    """A claim, the paper's figure, ours, at which size, the verdict, and the command that measures it."""
+
+    claim: str
+    figure: str
+    ours: str
+    size: str
+    verdict: str
+    command: str = ""
+
+
+def first_table(records: dict[str, list[Record]], sections: dict[str, Section]) -> str:
+    """Of what the studies have recorded, by study; a study without records is said to be not run."""
+    head = [
+        "claim of the paper",
+        "the paper's figure",
+        "ours",
+        "at which size",
+        "verdict",
+        "command",
+    ]
+    rows = [*_proved(sections), *_modelled(records, sections), *_ablated(records)]
+    rows += [*_placed(records, sections), *_others(sections)]
+    return table(head, [[*row[:4], f"**{row.verdict}**", row.command] for row in rows])
+
+
+def _claimed(sections: dict[str, Section], study: str, begin: str) -> tuple[str, str]:
+    """In how many cases a claim of a study holds, and the verdict in a word."""
+    for claim in sections[study].claims if study in sections else ():
+        if claim.statement.startswith(begin):
+            cases = f"{sum(map(bool, claim.holds))} of {len(claim.holds)} cases"
+            return cases, _WORDS[claim.verdict]
+    return "", NOT_RUN
+
+
+def _study(name: str) -> str:
+    return f"`python -m studies {name}`"
+
+
+def _proved(sections: dict[str, Section]) -> Iterator[Row]:
+    for claim, begin in (
+        ("Softmax with relative positions cannot encode absolute position", "Softmax with"),
+        ("The mask ratio encodes absolute position", "The mask ratio"),
+        ("It has no parameter", "StableMask is parameter-free"),
+    ):
+        ours, verdict = _claimed(sections, "theory", begin)
+        yield Row(claim, "a theorem" if "no parameter" not in claim else "0", ours, "any", verdict, _study("theory"))  # fmt: skip
+
+
+def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) -> Iterator[Row]:
+    lower = "It lowers the perplexity (WikiText-103, MiniPile)"
+    _, verdict = _claimed(sections, "language", "StableMask lowers")
+    yield Row(
+        f"{lower}: at the beginning of training", LOST, _leads(records.get("language", [])),
+        "nano and micro, 360 steps of Python", verdict, _study("language"),
+    )  # fmt: skip
+    for words, begin in (
+        ("ours", "StableMask lowers"),
+        ("as published", "StableMask as published lowers"),
+    ):
+        ours, verdict = _claimed(sections, "long", begin)
+        yield Row(
+            f"{lower}: at the end, {words}", LOST, ours, "nano and micro, 20,000 steps of Python", verdict,
+            _study("long"),
+        )  # fmt: skip
+    for size in ("wikitext103-71m", "wikitext103-160m", "minipile-160m", "minipile-400m"):
+        yield Row(
+            f"{lower}: its own shapes and settings, {size}", LOST, "", size.partition("-")[2], GPU,
+            f"`stablemask pretrain --config configs/pretrain/paper-{size}.yaml`",
+        )  # fmt: skip
+    for kind, figure in (
+        ("softmax", "15.4, 14.8, 12.4, 11.7, 10.7"),
+        ("StableMask", "15.0, 14.6, 11.9, 11.3, 10.4"),
+    ):
+        yield Row(f"Perplexity on the Pile, {kind}", _TOKENS + figure, "", "1.4b", GPU, _PILE)
+    for task, (softmax, ours) in _DOWNSTREAM.items():
+        figure = f"softmax {softmax}, StableMask {ours}"
+        yield Row(
+            f"{task}, after the Pile", figure, "", "1.4b", GPU, "`stablemask evaluate --tasks`"
+        )
+
+
+def _leads(grid: Sequence[Record]) -> str:
+    """Nats less softmax's with RoPE, by size."""
+    rope = [r for r in grid if (r["group"], r["position"]) == ("grid", "rope")]
+    found = []
+    for preset in sizes_of(rope):
+        of_size = [record for record in rope if record["preset"] == preset]
+        less = difference(by_seed(of_size, label="stablemask"), by_seed(of_size, label="softmax"))
+        if less is not None:
+            found.append(f"{less.text(3)} nats ({preset}, RoPE)")
+    return ", ".join(found)
+
+
+def _ablated(records: dict[str, list[Record]]) -> Iterator[Row]:
+    """The paper's Table 3; a row holds where ours is below softmax beyond doubt, as the paper's is."""
+    names = {
+        "softmax": "Pseudo scores all minus infinity: softmax",
+        "learned-token": "One trained token in front",
+        "fixed-token": "One fixed token in front",
+        "stablemask-zero": "Pseudo scores all zero",
+        "constant": "Pseudo scores constant, far from the scores' range",
+        "stablemask-paper": "Pseudo scores decaying: StableMask",
+    }
+    ends = finals(records.get("ablation", []))
+    for label, name in names.items():
+        ours, holds = [], []
+        for preset in sizes_of(ends):
+            of_size = [record for record in ends if record["preset"] == preset]
+            losses, softmax = by_seed(of_size, label=label), by_seed(of_size, label="softmax")
+            if not losses:
+                continue
+            perplexity = estimate([perplexity_of(loss) for loss in losses.values()]).text(2)
+            ours.append(f"{perplexity} ({preset})")
+            less = difference(losses, softmax)
+            if less is not None and label != "softmax":
+                holds.append(less.below(0, SAME))
+        verdict = NOT_RUN if not ours else _word(holds) if holds else "the base"
+        yield Row(
+            f"{name} (Table 3)", f"{PAPER[label]}, MiniPile", ", ".join(ours),
+            "nano, 2,000 steps, and micro, 1,000", verdict, _study("ablation"),
+        )  # fmt: skip
+
+
+def _word(holds: Sequence[bool | None]) -> str:
+    if all(holds):
+        return "yes"
+    return "partly" if any(holds) else "no" if False in holds else "open"
+
+
+def _placed(records: dict[str, list[Record]], sections: dict[str, Section]) -> Iterator[Row]:
+    """The position tasks: constant tokens and even numbers are ours too, one marked token is not."""
+    results = Results(records.get("position", []))
+    expected: dict[str, Callable] = {
+        "learned": lambda found: found.mean >= SOLVED,
+        "sinusoidal": lambda found: found.mean >= SOLVED,
+        "alibi": lambda found: at_chance(found, "constant", 64),
+        "rope": lambda found: at_chance(found, "constant", 64),
+    }
+    for encoding, figure in _POSITION.items():
+        claim = f"Position tasks under softmax, {encoding}: constant, marked, odd and even"
+        if encoding not in expected:
+            yield Row(claim, figure, "", "", NOT_OURS)
+            continue
+        constant = results.accuracy("constant", encoding, "softmax", 64)
+        even = results.accuracy("even", encoding, "softmax", 64)
+        if constant is None or even is None:
+            yield Row(claim, figure, "", "", NOT_RUN, _study("position"))
+            continue
+        ours = f"{constant.text(1, 100)}, not measured, {even.text(1, 100)}"
+        size = "3 layers of width 64, 64 tokens"
+        verdict = _word([expected[encoding](constant)])
+        yield Row(claim, figure, ours, size, verdict, _study("position"))
+    ours, verdict = _claimed(sections, "position", "With StableMask it can")
+    yield Row(
+        "StableMask solves them",
+        "a chart",
+        ours,
+        "3 layers of width 64",
+        verdict,
+        _study("position"),
+    )
+
+
+def _others(sections: dict[str, Section]) -> Iterator[Row]:
+    for claim, size, study, begin in (
+        ("It mends the attention on the first token (figure 1)", "nano", "sinks", "StableMask mends it"),
+        ("It mends the attention on punctuation (figure 1)", "nano", "sinks", "Delimiters receive"),
+        (
+            "It extrapolates, its mass falling on, as published", "nano and micro", "extrapolation",
+            "StableMask extrapolates better than softmax, all keys kept, its mass falling",
+        ),
+        (
+            "It extrapolates, its mass held, ours", "nano and micro", "extrapolation",
+            "StableMask extrapolates better than softmax, all keys kept, its mass held",
+        ),
+        ("It generates as fast", "tiny", "cost", "It costs nothing in generating"),
+        ("It goes with FlashAttention", "shapes of benchmarks.md", "cost", "It integrates easily"),
+    ):  # fmt: skip
+        ours, verdict = _claimed(sections, study, begin)
+        figure = "no timing" if "Flash" in claim else "a chart"
+        yield Row(claim, figure, ours, size, verdict, _study(study))
