@@ -197,9 +197,10 @@ def test_the_command_line_gives_the_same_options(options):
     assert parsed.resolved().model_config().stablemask == settings
 
 
-@pytest.mark.parametrize(
-    "attention", ["softmax", "softmax1", "learned-sink", "key-sink", "fixed-token"]
-)
+KINDS = ["softmax", "softmax1", "learned-sink", "key-sink", "fixed-token", "stablemask-paper"]
+
+
+@pytest.mark.parametrize("attention", KINDS)
 def test_other_kinds_of_attention_train(attention, options, tmp_path):
     result = pretrain(
         replace(
@@ -209,7 +210,11 @@ def test_other_kinds_of_attention_train(attention, options, tmp_path):
     )  # fmt: skip
     assert result.step == 4
     assert result.perplexity < 400
-    assert stablemask.hf.load_model(str(result.folder)).config.attention == attention
+    config = stablemask.hf.load_model(str(result.folder)).config
+    is_paper = attention == "stablemask-paper"
+    assert config.attention == ("stablemask" if is_paper else attention)
+    assert bool(config.stablemask) == is_paper
+    assert ("is our reading of it" in (result.folder / "README.md").read_text()) == is_paper
 
 
 def test_a_dry_run_needs_neither_steps_nor_a_folder_and_a_run_both(options):

@@ -5,6 +5,7 @@ from types import SimpleNamespace as Namespace
 import pytest
 from transformers import LlamaConfig
 
+from stablemask.models import StableMaskConfig
 from stablemask.vllm import guard
 
 MASS = {"gamma": 1 / 64, "hold": 63}
@@ -60,6 +61,16 @@ REFUSED = {
         "the draft model 'm', whose",
     ),
 }
+
+
+@pytest.mark.parametrize("kind", ["key-sink", "learned-token", "fixed-token", "head-gate"])
+def test_a_kind_of_ours_that_the_plugin_does_not_compute_is_refused_by_name(kind):
+    config = vllm_config(model(None))
+    config.model_config.hf_text_config = StableMaskConfig(attention=kind)
+    with pytest.raises(ValueError, match=f"attention='{kind}', which our decoder runs"):
+        guard.check(config)
+    config.model_config.hf_text_config = StableMaskConfig(attention="stablemask-paper")
+    guard.check(config)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -21,11 +21,24 @@ def log_m(position, rate, horizon=None):
     return math.log(sum(math.exp(-rate * j) for j in columns)) if columns else -math.inf
 
 
-def expected(position, head, layer, gamma, horizon=None, start=0, shift=0.0, hold=None, floor=0.0):
+def expected(
+    position,
+    head,
+    layer,
+    gamma,
+    horizon=None,
+    start=0,
+    shift=0.0,
+    hold=None,
+    floor=0.0,
+    suffix=False,
+):
     if position < start:
         return -math.inf
     rate = 2.0 ** (-8 * (head + 1) / HEADS) if gamma == "slopes" else gamma
     rate = rate[head] if isinstance(rate, list) else rate
+    if suffix and position >= horizon - 1:
+        return -rate * position
     mass = math.exp(log_m(min(position, math.inf if hold is None else hold), rate, horizon)) + floor
     more = shift[layer][head] if isinstance(shift, list) else shift
     return math.log(mass) + more if mass else -math.inf
@@ -40,6 +53,7 @@ def expected(position, head, layer, gamma, horizon=None, start=0, shift=0.0, hol
         {"gamma": "slopes", "hold": 5, "shift": -0.5, "start": 8},
         {"gamma": 0.01, "horizon": 15},
         {"gamma": 0.01, "horizon": 15, "floor": 3.0},
+        {"gamma": "slopes", "horizon": 15, "suffix": True},
         {"gamma": RATES, "hold": 9, "shift": SHIFTS},
         {"gamma": 0.02, "hold": 9, "shift": SHIFTS, "start": 2},
     ],

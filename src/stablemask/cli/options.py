@@ -9,7 +9,7 @@ from typing import Literal
 
 from stablemask.options import option
 
-SOURCE = "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]"
+SOURCE = "builtin[:packages], a file or folder of text, or hub:OWNER/NAME[:CONFIG]"
 
 
 @dataclass(kw_only=True)

@@ -264,7 +264,7 @@ class _InstalledPackages(_StandardLibrary):
 
 
 def _name_of(package: importlib.metadata.Distribution) -> str:
-    return package.metadata["Name"].lower()
+    return (package.metadata["Name"] or "").lower()  # a broken installation has none
 
 
 def packages_of(source: str) -> dict[str, str]:

@@ -50,7 +50,9 @@ class TrainingOptions:
     seed: int = option(0, "of new weights, and of the order of the data")
 
     data: str = option(
-        MISSING, "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]", group="data"
+        MISSING,
+        "builtin[:packages], a file or folder of text, or hub:OWNER/NAME[:CONFIG]",
+        group="data",
     )
     text_column: str = option("text", "column of a record's text; messages, for conversations")
     context: int | None = option(None, "tokens in a training block; by default the model's")
@@ -185,7 +187,9 @@ class PretrainOptions(TrainingOptions):
     command: ClassVar[str] = "pretrain"
 
     data: str = option(
-        "builtin", "builtin, a file or folder of text, or hub:OWNER/NAME[:CONFIG]", group="data"
+        "builtin",
+        "builtin[:packages], a file or folder of text, or hub:OWNER/NAME[:CONFIG]",
+        group="data",
     )
     preset: str = option("tiny", "size of the model", choices=tuple(PRESETS), group="model")
     attention: str = option("stablemask", "kind of attention", choices=ATTENTION_KINDS)

@@ -14,6 +14,7 @@ from ..versions import release
 # Releases of vLLM that this was tested with, or read against; others are told of in one line.
 TESTED = ("0.32", "0.33")
 WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")  # ways of speculation
+SERVED = ("stablemask", "softmax", "softmax1", "learned-sink")  # attention of our decoder
 
 
 def install() -> None:
@@ -85,9 +86,13 @@ def check(vllm_config: Any) -> None:
         ValueError: a setting is unknown or out of its range, or StableMask does not run with the rest.
     """
     from ..hf.settings import model_settings
+    from ..models import StableMaskConfig
 
     model = vllm_config.model_config
     reason = _draft_reason(model, vllm_config.speculative_config)
+    config = text_config(model)
+    if isinstance(config, StableMaskConfig) and config.attention not in SERVED:
+        reason = f"attention={config.attention!r}, which our decoder runs under Transformers alone"
     if asks(model):
         model_settings(text_config(model))
         reason = reason or next((why for found, why in _refused(vllm_config) if found), None)

@@ -174,6 +174,6 @@ def _make_table(
     hold, horizon, start = settings.get("hold"), settings["horizon"], settings.get("start", 0)
     if hold is not None:
         length = min(length, max(hold, start) + 1)
-    elif horizon is not None:
+    elif horizon is not None and not settings.get("suffix"):
         length = min(length, max(horizon, start + 1))
     return pseudo_sink_logits(settings, num_heads, torch.arange(length), gamma).T.contiguous()
