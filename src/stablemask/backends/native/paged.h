@@ -17,6 +17,8 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "row.h"
@@ -173,10 +175,22 @@ void attend_rows(const Batch<scalar_t>& batch, const Row* rows, int64_t count) {
   });
 }
 
+// The right side of the product with the values: packed, or where they are.
+const at::BFloat16* values_of(const at::BFloat16* from, int64_t& stride, int64_t count, int64_t dim, at::BFloat16* to) {
+  tiles::pack(from, stride, count, dim, to);
+  stride = dim;
+  return to;
+}
+
+const float* values_of(const float* from, int64_t&, int64_t, int64_t, float*) {
+  return from;
+}
+
 // Requests of more rows, by tiles.
-template <typename scalar_t, int64_t TILE>
+template <typename scalar_t>
 void attend_tiles(const Batch<scalar_t>& batch, const std::vector<int64_t>& requests) {
   using namespace tiles;
+  constexpr int64_t TILE = 64, STEP = LANES * WORD<scalar_t>; // of the columns that are computed
   constexpr float NONE = -std::numeric_limits<float>::infinity();
   const int64_t dim = batch.dim, groups = batch.groups, key_heads = batch.key_heads;
   const int64_t count = requests.size();
@@ -199,57 +213,66 @@ void attend_tiles(const Batch<scalar_t>& batch, const std::vector<int64_t>& requ
       const int64_t request = requests[place], first_token = batch.first_token(request);
       const int64_t length = batch.length(request), past = length - batch.tokens(request);
       const int64_t h = (item - items[place]) % key_heads, first = (item - items[place]) / key_heads * TILE;
-      const int64_t rows_count = std::min<int64_t>(TILE, batch.tokens(request) * groups - first);
-      const auto token = [&](int64_t row) { return (first + std::min(row, rows_count - 1)) / groups; };
+      const int64_t height = std::min<int64_t>(TILE, batch.tokens(request) * groups - first);
+      const int64_t computed = at::round_up(height, LANES); // oneDNN makes a kernel for each size
+      const auto token = [&](int64_t row) { return (first + row) / groups; };
       const auto head = [&](int64_t row) { return h * groups + (first + row) % groups; };
       const auto position = [&](int64_t row) { return past + token(row); };
-      for (int64_t row = 0; row < rows_count; ++row) {
+      for (int64_t row = 0; row < height; ++row) {
         std::copy_n(batch.query(first_token + token(row), head(row)), dim, rows + row * dim);
       }
-      std::fill(rows + rows_count * dim, rows + TILE * dim, scalar_t(0));
-      const int64_t earliest = batch.first_key(position(0));
-      // Keys, or values, of a tile; 0 where no row sees them, for what lies in a page there may be no number.
-      const auto read = [&](int64_t start, int64_t offset) {
-        for (int64_t i = 0; i < TILE; ++i) {
-          if (start + i >= earliest && start + i < length) {
-            std::copy_n(batch.key(request, start + i, h) + offset, dim, tile + i * dim);
-          } else {
-            std::fill_n(tile + i * dim, dim, scalar_t(0));
-          }
-        }
-      };
+      const int64_t last = position(height - 1), earliest = batch.first_key(position(0));
+      const int64_t start_of_all = earliest / TILE * TILE;
       Rows<TILE> known;
-      for (int64_t start = earliest; start <= position(TILE - 1); start += TILE) {
-        read(start, 0);
-        multiply<scalar_t>(rows, pack_transposed(tile, TILE, dim, packed), scores, TILE, TILE, dim, false);
-        for (int64_t row = 0; batch.has_slopes() && row < TILE; ++row) {
+      for (int64_t start = start_of_all; start <= last; start += TILE) {
+        const int64_t width = std::min(TILE, at::round_up(last + 1 - start, STEP));
+        // Within a page they are read where they are; 0 stands for what no row sees, which may be no number.
+        const bool whole = batch.block % TILE == 0 && start >= earliest && start + width <= length;
+        const auto read = [&](int64_t offset) {
+          if (whole) {
+            return std::pair(batch.key(request, start, h) + offset, batch.key_stride());
+          }
+          for (int64_t i = 0; i < width; ++i) {
+            if (start + i >= earliest && start + i < length) {
+              std::copy_n(batch.key(request, start + i, h) + offset, dim, tile + i * dim);
+            } else {
+              std::fill_n(tile + i * dim, dim, scalar_t(0));
+            }
+          }
+          return std::pair(static_cast<const scalar_t*>(tile), dim);
+        };
+        const auto [keys, key_stride] = read(0);
+        multiply<scalar_t>(rows, pack_transposed(keys, key_stride, width, dim, packed), scores, computed, width, dim,
+                           false);
+        for (int64_t row = 0; batch.has_slopes() && row < height; ++row) {
           const float slope = batch.slope(head(row)) / batch.scale;
-          for (int64_t i = 0; i < TILE; ++i) {
-            scores[row * TILE + i] += slope * static_cast<float>(start + i - position(row));
+          for (int64_t i = 0; i < width; ++i) {
+            scores[row * width + i] += slope * static_cast<float>(start + i - position(row));
           }
         }
-        if (start + TILE > position(0) + 1 || start < batch.first_key(position(TILE - 1))) {
-          for (int64_t row = 0; row < TILE; ++row) {
-            float* of_row = scores + row * TILE;
-            const auto column = [&](int64_t key) { return std::clamp<int64_t>(key - start, 0, TILE); };
+        if (start + width > position(0) + 1 || start < batch.first_key(last)) {
+          for (int64_t row = 0; row < height; ++row) {
+            float* of_row = scores + row * width;
+            const auto column = [&](int64_t key) { return std::clamp<int64_t>(key - start, 0, width); };
             std::fill(of_row, of_row + column(batch.first_key(position(row))), NONE);
-            std::fill(of_row + column(position(row) + 1), of_row + TILE, NONE);
+            std::fill(of_row + column(position(row) + 1), of_row + width, NONE);
           }
         }
-        known.add(scores, batch.scale, faded);
-        if (start > earliest) {
-          scale_rows<TILE>(sums, faded, dim);
+        known.add(scores, batch.scale, faded, height, width);
+        if (start > start_of_all) {
+          scale_rows<TILE>(sums, faded, dim, height);
         }
-        read(start, dim);
-        multiply<scalar_t>(rounded(scores, TILE * TILE, weights), pack(tile, TILE, dim, packed), sums, TILE, dim, TILE,
-                           start > earliest);
+        auto [values, value_stride] = read(dim);
+        const scalar_t* right = values_of(values, value_stride, width, dim, packed);
+        multiply<scalar_t>(rounded(scores, height * width, weights), right, value_stride, sums, computed, dim, width,
+                           start > start_of_all);
       }
       for (int64_t row = 0; row < TILE; ++row) {
-        taken[row] = batch.sink(position(row), head(row));
+        taken[row] = row < height ? batch.sink(position(row), head(row)) : 0;
       }
       known.finish(taken, kept, totals);
-      scale_rows<TILE>(sums, kept, dim);
-      for (int64_t row = 0; row < rows_count; ++row) {
+      scale_rows<TILE>(sums, kept, dim, height);
+      for (int64_t row = 0; row < height; ++row) {
         at::vec::convert(sums + row * dim, batch.out(first_token + token(row), head(row)), dim);
       }
     }
@@ -280,7 +303,7 @@ void attend(const at::Tensor& query, const at::Tensor& cache, const at::Tensor& 
       attend_rows(batch, rows.data() + first, std::min<int64_t>(ROWS_AT_ONCE, rows.size() - first));
     }
     if constexpr (std::is_same_v<scalar_t, float> || std::is_same_v<scalar_t, at::BFloat16>) {
-      attend_tiles<scalar_t, 64>(batch, requests);
+      attend_tiles(batch, requests);
     }
   });
 }

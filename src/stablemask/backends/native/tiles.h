@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <limits>
@@ -52,12 +53,12 @@ void copy_rows(const scalar_t* from, int64_t stride, int64_t count, int64_t tile
   std::fill(to + count * dim, to + tile * dim, scalar_t(0));
 }
 
-// The right side of a product: of bfloat16 with its rows in pairs, [tile / 2][dim][2].
-const BFloat16* pack(const BFloat16* from, int64_t tile, int64_t dim, BFloat16* to) {
+// The right side of a product, its rows `stride` apart: of bfloat16 in pairs, [tile / 2][dim][2].
+const BFloat16* pack(const BFloat16* from, int64_t stride, int64_t tile, int64_t dim, BFloat16* to) {
   const auto* bits = reinterpret_cast<const uint16_t*>(from);
   auto* pairs = reinterpret_cast<uint32_t*>(to);
   for (int64_t row = 0; row < tile; row += 2) {
-    const uint16_t *first = bits + row * dim, *second = first + dim;
+    const uint16_t *first = bits + row * stride, *second = first + stride;
     for (int64_t i = 0; i < dim; ++i) {
       pairs[row / 2 * dim + i] = static_cast<uint32_t>(second[i]) << 16 | first[i];
     }
@@ -65,24 +66,34 @@ const BFloat16* pack(const BFloat16* from, int64_t tile, int64_t dim, BFloat16* 
   return to;
 }
 
+const BFloat16* pack(const BFloat16* from, int64_t tile, int64_t dim, BFloat16* to) {
+  return pack(from, dim, tile, dim, to);
+}
+
 const float* pack(const float* from, int64_t, int64_t, float*) {
   return from;
 }
 
-// (rows, columns), multiples of 16, to (columns, rows).
-void transpose_words(const float* from, int64_t rows, int64_t columns, float* to) {
+// (rows, columns), multiples of 16, to (columns, rows); rows are `stride` apart.
+void transpose_words(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
   for (int64_t row = 0; row < rows; row += 16) {
     for (int64_t column = 0; column < columns; column += 16) {
-      at::vec::transpose_mxn<float, 16, 16>(from + row * columns + column, columns, to + column * rows + row, rows);
+      at::vec::transpose_mxn<float, 16, 16>(from + row * stride + column, stride, to + column * rows + row, rows);
     }
   }
 }
 
 // ... of the transpose of (tile, dim): of bfloat16 [dim / 2][tile][2], for words are moved whole.
 template <typename scalar_t>
-const scalar_t* pack_transposed(const scalar_t* from, int64_t tile, int64_t dim, scalar_t* to) {
-  transpose_words(reinterpret_cast<const float*>(from), tile, dim / WORD<scalar_t>, reinterpret_cast<float*>(to));
+const scalar_t* pack_transposed(const scalar_t* from, int64_t stride, int64_t tile, int64_t dim, scalar_t* to) {
+  transpose_words(reinterpret_cast<const float*>(from), stride / WORD<scalar_t>, tile, dim / WORD<scalar_t>,
+                  reinterpret_cast<float*>(to));
   return to;
+}
+
+template <typename scalar_t>
+const scalar_t* pack_transposed(const scalar_t* from, int64_t tile, int64_t dim, scalar_t* to) {
+  return pack_transposed(from, dim, tile, dim, to);
 }
 
 // The transpose of (tile, dim) as it is; `work` is as large.
@@ -103,11 +114,17 @@ const float* transpose(const float* from, int64_t tile, int64_t dim, float*, flo
   return pack_transposed(from, tile, dim, to);
 }
 
-// c (rows, columns) = a (rows, inner) b, or is added to; b is packed.
+// c (rows, columns) = a (rows, inner) b, or is added to; b is packed, its rows `b_stride` apart.
+template <typename scalar_t>
+void multiply(const scalar_t* a, const scalar_t* b, int64_t b_stride, float* c, int64_t rows, int64_t columns,
+              int64_t inner, bool add) {
+  constexpr bool packed = WORD<scalar_t> > 1;
+  at::native::cpublas::brgemm(rows, columns, inner, inner, b_stride, columns, add, a, b, c, packed);
+}
+
 template <typename scalar_t>
 void multiply(const scalar_t* a, const scalar_t* b, float* c, int64_t rows, int64_t columns, int64_t inner, bool add) {
-  constexpr bool packed = WORD<scalar_t> > 1;
-  at::native::cpublas::brgemm(rows, columns, inner, inner, columns, columns, add, a, b, c, packed);
+  multiply(a, b, columns, c, rows, columns, inner, add);
 }
 
 // Whether products are what they should be. Where oneDNN is held to an older processor (ONEDNN_MAX_CPU_ISA),
@@ -200,39 +217,42 @@ class Buffers {
   at::Tensor memory_;
 };
 
-// What is known of the rows of a tile while its keys pass: the largest score so far, and the sum of the weights over it.
+// What is known of the rows of a tile while its keys pass: a base that no score exceeds by more than SLACK, and the
+// sum of the weights over it. So seldom has what was summed to be multiplied, when a score is larger than all before.
 template <int64_t TILE>
 struct Rows {
-  float most[TILE], sum[TILE];
+  static constexpr float SLACK = 8; // e^8 is far from where float32 ends
+
+  float base[TILE], sum[TILE];
 
   Rows() {
-    std::fill_n(most, TILE, -std::numeric_limits<float>::infinity());
+    std::fill_n(base, TILE, -std::numeric_limits<float>::infinity());
     std::fill_n(sum, TILE, 0.0f);
   }
 
-  // Scores become weights; `faded` is by what sums of earlier weights are to be multiplied.
-  void add(float* scores, float scale, float* faded) {
-    float before[TILE];
-    std::copy_n(most, TILE, before);
-    for (int64_t row = 0; row < TILE; ++row) {
-      lanes_t largest(most[row]);
-      for (int64_t i = 0; i < TILE; i += LANES) {
-        const lanes_t scaled = lanes_t::loadu(scores + row * TILE + i) * lanes_t(scale);
-        scaled.store(scores + row * TILE + i);
+  // Scores become weights, of `rows` that are `columns` apart, a multiple of LANES; `faded` is by what sums of earlier
+  // weights are to be multiplied.
+  void add(float* scores, float scale, float* faded, int64_t rows = TILE, int64_t columns = TILE) {
+    for (int64_t row = 0; row < rows; ++row) {
+      float* of_row = scores + row * columns;
+      lanes_t largest(-std::numeric_limits<float>::infinity());
+      for (int64_t i = 0; i < columns; i += LANES) {
+        const lanes_t scaled = lanes_t::loadu(of_row + i) * lanes_t(scale);
+        scaled.store(of_row + i);
         largest = at::vec::maximum(largest, scaled);
       }
-      most[row] = at::vec::vec_reduce_all<float>(
+      const float most = at::vec::vec_reduce_all<float>(
           [](lanes_t x, lanes_t y) { return at::vec::maximum(x, y); }, largest);
-    }
-    for (int64_t i = 0; i < TILE; i += LANES) {
-      (lanes_t::loadu(before + i) - base(i)).exp().store(faded + i);
-    }
-    for (int64_t row = 0; row < TILE; ++row) {
-      const float base = finite(most[row]);
+      faded[row] = 1;
+      if (most > base[row] + SLACK) {
+        faded[row] = std::exp(base[row] - most);
+        base[row] = most;
+      }
+      const lanes_t shift(base[row] == -std::numeric_limits<float>::infinity() ? 0 : base[row]);
       lanes_t total(0);
-      for (int64_t i = 0; i < TILE; i += LANES) {
-        const lanes_t weight = (lanes_t::loadu(scores + row * TILE + i) - lanes_t(base)).exp_u20();
-        weight.store(scores + row * TILE + i);
+      for (int64_t i = 0; i < columns; i += LANES) {
+        const lanes_t weight = (lanes_t::loadu(of_row + i) - shift).exp_u20();
+        weight.store(of_row + i);
         total = total + weight;
       }
       sum[row] = sum[row] * faded[row] + at::vec::vec_reduce_all<float>(std::plus<lanes_t>(), total);
@@ -243,7 +263,7 @@ struct Rows {
   void finish(const float* sinks, float* kept, float* lse) const {
     const lanes_t one(1);
     for (int64_t i = 0; i < TILE; i += LANES) {
-      const auto highest = lanes_t::loadu(most + i), sink = lanes_t::loadu(sinks + i);
+      const auto highest = lanes_t::loadu(base + i), sink = lanes_t::loadu(sinks + i);
       const auto top = at::vec::maximum(highest, sink);
       // The larger of the two is 1, infinities too.
       const auto share = lanes_t::blendv((highest - top).exp(), one, highest >= sink);
@@ -252,16 +272,6 @@ struct Rows {
       (share / total).store(kept + i);
       (top + total.log()).store(lse + i);
     }
-  }
-
- private:
-  static float finite(float number) {
-    return number == -std::numeric_limits<float>::infinity() ? 0 : number;
-  }
-
-  lanes_t base(int64_t i) const {
-    const auto highest = lanes_t::loadu(most + i);
-    return lanes_t::blendv(highest, lanes_t(0), highest == lanes_t(-std::numeric_limits<float>::infinity()));
   }
 };
 
@@ -295,8 +305,8 @@ void hide_later_keys(float* scores) {
 }
 
 template <int64_t TILE>
-void scale_rows(float* sums, const float* factors, int64_t dim) {
-  for (int64_t row = 0; row < TILE; ++row) {
+void scale_rows(float* sums, const float* factors, int64_t dim, int64_t rows = TILE) {
+  for (int64_t row = 0; row < rows; ++row) {
     if (factors[row] != 1) {
       const lanes_t factor(factors[row]);
       float* at = sums + row * dim;
@@ -444,7 +454,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiate_in(const at::Tensor
       }
       for (int64_t n = 0; n < groups * blocks; ++n) {
         const int64_t h = key_head * groups + n / blocks, first = n % blocks * TILE;
-        transpose_words(query_sums + n * TILE * dim, dim, TILE, key_sums);
+        transpose_words(query_sums + n * TILE * dim, TILE, dim, TILE, key_sums);
         write_rows(key_sums, std::min(TILE, length - first), dim, mutable_rows_of<scalar_t>(d_query, b, h, first),
                    d_query.stride(2));
       }
