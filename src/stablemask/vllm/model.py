@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.utils import set_weight_attrs
 
 from ..models.positions import check_length, sinusoidal_encoding
 from ..models.settings import LEARNED
@@ -75,7 +76,9 @@ class StableMaskAttention(nn.Module):
             given["sinks"] = torch.zeros(heads)
         elif config.attention == "learned-sink":
             self.sinks = nn.Parameter(torch.empty(heads), requires_grad=False)
-            self.sinks.weight_loader = lambda to, whole: to.data.copy_(whole[own])
+            set_weight_attrs(
+                self.sinks, {"weight_loader": lambda to, whole: to.data.copy_(whole[own])}
+            )
             given["sinks"] = self.sinks
         self.attn = Attention(
             heads,
