@@ -56,13 +56,9 @@ def run(options: ServeOptions) -> None:
                 cors_origins=options.cors_origins,
             )
             return
-        listener_port = listener.getsockname()[1]
-        from stablemask.inference.serving.server import ready_line, url
-
-        address = url(listener)
-    _run_vllm(
-        _vllm_command(options, listener_port), key, address, ready_line(options.model, address)
-    )
+        port, address = listener.getsockname()[1], url(listener)
+    command = _vllm_command(options, port)
+    _run_vllm(command, key, address, ready_line(options.model, address))
 
 
 def _say(line: str) -> None:
