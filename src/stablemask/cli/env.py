@@ -67,6 +67,7 @@ def describe_environment() -> dict[str, Any]:
             "stablemask": __version__,
             "python": platform.python_version(),
             **{name: installed(name) for name in PACKAGES},
+            "torch": torch.__version__,  # which tells its kind of build, its package's may not
         },
         "newer_than_tested": newer_than_tested(),
         "decoding": asdict(check_decoding()),
