@@ -221,7 +221,8 @@ def test_the_schemas_are_those_of_this_pytorch():
         ]
         positional = [a.name for a in schema.arguments if not a.kwarg_only]
         assert len(positional) == function.__code__.co_argcount, name
-        assert {a.name for a in schema.arguments if a.kwarg_only} == set(
-            given[len(positional) :]
-        ), name
+        keywords = {a.name for a in schema.arguments if a.kwarg_only}
+        # PyTorch 2.9 has none of these two, which we never give.
+        assert set(given[len(positional) :]) - {"block_table", "num_splits"} <= keywords, name
+        assert keywords <= set(given), name
     assert len(set(itertools.chain(cuda_contract.OPERATORS))) == 8

@@ -147,7 +147,7 @@ def test_a_broken_or_foreign_file_is_none(tmp_path, text):
 def test_a_kill_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "rules.json"
     write(RULES, path)
-    monkeypatch.setattr(Path, "replace", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("os.replace", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write({}, path)
     assert read(path) == RULES

@@ -100,7 +100,8 @@ def _from_pretrained(folder, design):
 
 @pytest.mark.parametrize("design", DESIGNS[::3])
 def test_from_pretrained_with_a_plan_of_transformers(two_ranks, design, tmp_path):
-    tiny_model(torch.float64, **design).save_pretrained(tmp_path)
+    # Before Transformers 5.24 a head that is gathered must divide.
+    tiny_model(torch.float64, vocab_size=62, **design).save_pretrained(tmp_path)
     two_ranks.run(_from_pretrained, tmp_path, design)
 
 

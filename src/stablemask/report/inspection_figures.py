@@ -82,7 +82,7 @@ def _layer_figure(
 
 
 def _plain(number: float, _: int | None = None) -> str:
-    return f"{number:,.0f}" if number >= 1 else f"{number:.3g}"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def sink_figures(inspections: Sequence[Inspection]) -> list[str]:
