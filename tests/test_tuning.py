@@ -3,7 +3,6 @@
 import json
 import math
 from contextlib import nullcontext
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest

@@ -21,9 +21,9 @@ from stablemask.errors import InputError
 from stablemask.evaluation import attention_maps
 from stablemask.hf import apply_stablemask
 from stablemask.report import inspection as inspection_module
-from stablemask.report.drawing import COLORS
+from stablemask.report.drawing import COLORS, lines
 from stablemask.report.inspection import SHADES, HeadMaps, Inspection, inspect_model
-from stablemask.report.inspection_figures import layer_figures
+from stablemask.report.inspection_figures import _layer_figure, layer_figures
 from stablemask.report.inspection_page import (
     MEANINGS,
     attention_in_words,
@@ -124,6 +124,15 @@ def test_a_chart_by_layer_for_each_of_four_numbers(pair):
         assert COLORS["stablemask"] in svg
         assert f'alt="{title}, by layer" src="{uri}"' in text
     assert "Mask ratio" not in dict(layer_figures(pair[:1]))
+
+
+@pytest.mark.parametrize("largest", [0.03, 3.3, 47, 1300])
+def test_each_number_on_an_axis_has_its_own_label(largest):
+    curves = [([0, 1], [largest, largest / 2])]
+    (axes,) = _layer_figure(curves, lines(["softmax"]), as_share=False).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(labels)) == len(labels) > 2
+    assert [float(label.replace(",", "")) for label in labels] == pytest.approx(axes.get_yticks())
 
 
 @pytest.mark.parametrize(
