@@ -66,8 +66,8 @@ $(DIST)/.ready: Makefile
 MATRIX := .matrix
 MATRIX_TESTS := tests/test_private.py tests/test_versions.py tests/models tests/hf tests/inference \
   tests/evaluation tests/test_attention.py tests/backends tests/test_merging.py tests/test_native.py
-MATRIX_EXTRAS := build,train,report,export,eval
-MATRIX_TOOLS := hypothesis pytest pytest-xdist
+MATRIX_EXTRAS := build,train,report,serve,export,eval
+MATRIX_TOOLS := hypothesis openai pytest pytest-xdist
 
 matrix: oldest newest
 
@@ -91,7 +91,7 @@ $(MATRIX)/newest/.ready: pyproject.toml
 	$(PYTHON) -m venv $(MATRIX)/newest
 	$(MATRIX)/newest/bin/python -m pip install --quiet --upgrade pip
 	$(MATRIX)/newest/bin/python -m pip install --no-compile --upgrade --upgrade-strategy eager \
-	  --editable ".[$(MATRIX_EXTRAS),serve,quant]" $(MATRIX_TOOLS)
+	  --editable ".[$(MATRIX_EXTRAS),quant]" $(MATRIX_TOOLS)
 	touch $@
 
 # vLLM pins PyTorch and Transformers. What it brings for pictures and sound is of CUDA's PyTorch, and does not load.

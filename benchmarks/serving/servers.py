@@ -46,6 +46,11 @@ def without_mass(model: str, folder: Path) -> str:
     config.pop("stablemask", None)
     if "attention" in config:  # our own decoder
         config["attention"] = "softmax"
+    else:  # what has others refuse a model that asks for a mass
+        config.pop("attn_implementation", None)
+        config["architectures"] = [
+            name.removeprefix("StableMask") for name in config["architectures"]
+        ]
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 

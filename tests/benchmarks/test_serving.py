@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import os
 
 import pytest
@@ -63,3 +64,17 @@ def test_the_softmax_copy_of_a_model(server, tmp_path):
     copy = without_mass(folder, tmp_path)
     kinds = [AutoConfig.from_pretrained(path).attention for path in (folder, copy)]
     assert kinds == ["stablemask", "softmax"]
+
+
+def test_the_softmax_copy_of_an_adapted_model(tmp_path):
+    from transformers import LlamaConfig
+
+    from benchmarks.serving.servers import without_mass
+
+    adapted = LlamaConfig(architectures=["LlamaForCausalLM"], stablemask={"gamma": 0.1})
+    adapted.save_pretrained(tmp_path / "adapted")
+    (tmp_path / "copy").mkdir()
+    without_mass(str(tmp_path / "adapted"), tmp_path / "copy")
+    content = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert content["architectures"] == ["LlamaForCausalLM"]
+    assert not {"stablemask", "attn_implementation"} & set(content)
