@@ -57,11 +57,11 @@ def section(records: list[Record]) -> Section:
         + [
             Claim(
                 f"{LABELS[kind]} extrapolates better than softmax at the end of a longer training, {words}",
-                [_further(ends, preset, kind, way).below(0, SAME) for preset in far],
+                [less.below(0, SAME) for less in far],
             )
             for way, words in WAYS.items()
             for kind in KINDS[1:]
-            if (far := [preset for preset in sizes if _further(ends, preset, kind, way)])
+            if (far := [less for size in sizes if (less := _further(ends, size, kind, way))])
         ],
         {
             "far": _far_table(ends, sizes),
@@ -103,7 +103,8 @@ def _leads(ends: Sequence[Record], preset: str, kind: str) -> dict[int, Estimate
 
 
 def _leads_table(ends: Sequence[Record], sizes: Sequence[str]) -> str:
-    rows, head = [], []
+    rows: list[list[str]] = []
+    head: list[str] = []
     for preset in sizes:
         for kind in KINDS[1:]:
             leads = _leads(ends, preset, kind)

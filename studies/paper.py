@@ -19,9 +19,8 @@ from .position_results import SOLVED, Results, at_chance
 from .study import Record, Section, Verdict
 from .sweep import finals, sizes_of
 
-GPU, HUB, NOT_OURS, LOST, NOT_RUN = (
-    "needs a GPU", "needs data from the hub", "not ours", "the paper's figure is lost", "not run"
-)  # fmt: skip
+GPU = "needs a GPU, and data from the hub"
+NOT_OURS, LOST, NOT_RUN = "not ours", "the paper's figure is lost", "not run"
 _WORDS: dict[Verdict, str] = {
     "reproduced": "yes", "partly reproduced": "partly", "not reproduced": "no", "open": "open",
 }  # fmt: skip
@@ -120,8 +119,8 @@ def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) ->
         ("StableMask", "15.0, 14.6, 11.9, 11.3, 10.4"),
     ):
         yield Row(f"Perplexity on the Pile, {kind}", _TOKENS + figure, "", "1.4b", GPU, _PILE)
-    for task, (softmax, ours) in _DOWNSTREAM.items():
-        figure = f"softmax {softmax}, StableMask {ours}"
+    for task, (softmax, stablemask) in _DOWNSTREAM.items():
+        figure = f"softmax {softmax}, StableMask {stablemask}"
         yield Row(
             f"{task}, after the Pile", figure, "", "1.4b", GPU, "`stablemask evaluate --tasks`"
         )

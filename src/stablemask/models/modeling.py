@@ -216,7 +216,7 @@ class StableMaskModel(StableMaskPreTrainedModel):
             hidden_states = hidden_states * scale + encoding.to(hidden_states.dtype)
 
         if has_front:
-            front = self.front_token
+            front: Tensor | None = self.front_token
             if front is None:  # as large as an embedding is at first
                 front = hidden_states.new_full((config.hidden_size,), config.initializer_range)
             front = front.to(hidden_states.dtype).expand(len(hidden_states), 1, -1)

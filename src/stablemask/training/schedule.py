@@ -1,18 +1,16 @@
 """The learning rate by step, as a share of its peak."""
 
 import math
-from typing import Literal
-
-Shape = Literal["cosine", "linear"]
 
 
-def rate_at(step: int, *, warmup: int, steps: int, shape: Shape, start: float, end: float) -> float:
+def rate_at(step: int, *, warmup: int, steps: int, shape: str, start: float, end: float) -> float:
     """Linear from ``start`` to the peak in the first ``warmup`` steps, then down to ``end`` at the last.
 
     With a cosine from 0 it is Transformers' ``cosine_with_min_lr``, to the same bits. None of its types has
     a starting rate and an end that differ.
 
     Args:
+        shape: ``cosine`` or ``linear``.
         start, end: shares of the peak.
     """
     if step < warmup:

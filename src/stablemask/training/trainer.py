@@ -124,8 +124,9 @@ class LanguageModelTrainer(Trainer):
     # Steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        optimizer = optimizer or self.optimizer
         if self._rate is not None and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate)
+            self.lr_scheduler = LambdaLR(optimizer, self._rate)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
