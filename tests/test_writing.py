@@ -160,6 +160,7 @@ OTHER_WRITES = {
     "training/checkpoints.py": "(partial / MANIFEST).write_text(",
     "training/trainer.py": "(partial / name / DATA_FILE).write_text(",
     "benchmarks/memory.py": "_CLEAR_REFS.write_text(",  # of the kernel's
+    "benchmarks/serving/servers.py": '(folder / "config.json").write_text(',  # in a temporary folder
 }
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from stablemask.hf import train_shifts
+from tests import marks
 from tests.hf.families import MIXED, Family
 
 LLAMA = Family("Llama", "LlamaForCausalLM")
@@ -66,7 +67,14 @@ def _parallel(folder):
             torch.testing.assert_close(_whole(ours.grad), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Older ones hand a layer its queries without their mesh, and its sinks with it: an error.
+        pytest.param(case, marks=[marks.transformers_since("5.24")] if family is GRANITE else [])
+        for case, (family, _) in CASES.items()
+    ],
+)
 def test_tensor_parallel_equals_one_process(two_ranks, case, tmp_path):
     family, settings = CASES[case]
     # Before Transformers 5.24 a head that is gathered must divide.

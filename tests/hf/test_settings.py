@@ -1,6 +1,7 @@
 """``config.stablemask`` is what runs: saved, loaded, changed between steps, or refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from stablemask.hf import apply_stablemask
+from stablemask.hf.settings import context_of
 
 from ..models.tiny import tiny_model
 from .dense import densely
@@ -331,3 +333,16 @@ def test_positions_of_several_axes():
     positions = (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
     batch = model(ids, attention_mask=mask, position_ids=positions).logits
     assert (batch[1:, 3:] - alone).abs().max() < 64 * EPS * alone.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("named", "context"),
+    [
+        ({"seq_length": 9, "max_position_embeddings": 7}, 7),
+        ({"max_seq_len": 8}, 8),
+        ({"max_position_embeddings": None, "seq_length": 9}, 9),
+        ({}, None),
+    ],
+)
+def test_the_context_goes_by_several_names(named, context):
+    assert context_of(SimpleNamespace(**named)) == context
