@@ -331,18 +331,20 @@ class FinetuneOptions(TrainingOptions):
     start: int = option(0, "first position with a pseudo mass; 1 leaves the first row alone")
 
     def resolved(self) -> Self:
+        from .base_model import can_have_biases, context_of
+
         defaults: dict[str, Any] = {
             "batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999, "dtype": default_dtype(large=True),
         }  # fmt: skip
         if self.adapt:
             defaults |= ADAPTING
-            if self.lora or not _can_have_biases(self.model):
+            if self.lora or not can_have_biases(self.model):
                 defaults |= WITHOUT_BIASES
             # Evaluating often would take as long as the training, which is short.
             quarter = max(1, (self.steps or defaults["steps"]) // 4)
             defaults |= {"eval_every": quarter, "save_every": quarter}
         if self.context is None:
-            longest = _context_of(self.model)
+            longest = context_of(self.model)
             # The teacher reads one token more.
             defaults["context"] = min(defaults["context"], longest - 1) if self.adapt else longest
         options = self._filled(**defaults)
@@ -382,20 +384,6 @@ class FinetuneOptions(TrainingOptions):
             raise InputError("first_layer goes without --lora, whose adapter is in every layer")
         if self.lora and not _installed("peft"):
             raise InputError(f"lora needs PEFT, which is not installed: {pip_install('train')}")
-
-
-def _config_of(model: str) -> Any:
-    from ..hf.loading import load_config
-
-    return load_config(model).get_text_config(decoder=True)
-
-
-def _context_of(model: str) -> int:
-    return min(getattr(_config_of(model), "max_position_embeddings", None) or 1024, 1024)
-
-
-def _can_have_biases(model: str) -> bool:
-    return isinstance(getattr(_config_of(model), "attention_bias", None), bool)
 
 
 def _installed(package: str) -> bool:
