@@ -7,7 +7,7 @@
     model.safetensors, config.json, tokenizer files   the model, written last
     README.md           its model card                metrics.jsonl, tensorboard/
     checkpoints/        checkpoint-STEP, each whole
-    texts/, calibration.safetensors                   of a model that is adapted (adapting/)
+    texts/, adapting/                                 of a model that is adapted (adapting/)
 """
 
 import dataclasses

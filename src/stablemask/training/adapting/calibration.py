@@ -20,7 +20,8 @@ from ...models.settings import pseudo_sink_logits, without_shift
 from .reading import Reading
 from .watch import Recorded, Watch, record
 
-FILE = "calibration.safetensors"
+# Not beside the weights: vLLM reads every such file in a model's folder as weights.
+FILE = "adapting/calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Calibration:
         tensors |= {f"value.{layer}": value for layer, value in self.values.items()}
         tensors |= {f"key.{layer}": key for layer, key in self.keys.items()}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        partial = folder / f".{FILE}"
+        path = folder / FILE
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f".{path.name}")
         save_file(tensors, partial, metadata={"notes": json.dumps(self.notes)})
-        os.replace(partial, folder / FILE)
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, folder: Path) -> "Calibration":
