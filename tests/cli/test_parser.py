@@ -278,7 +278,7 @@ def test_a_shell_that_completes_is_told_every_command_and_flag(monkeypatch):
     [
         ("stablemask pre", ["pretrain "]),
         ("stablemask pretrain --wa", ["--warmup", "--wandb"]),
-        ("stablemask pretrain --attention s", ["stablemask", "softmax", "softmax1"]),
+        ("stablemask pretrain --attention so", ["softmax", "softmax1"]),
     ],
 )
 def test_what_a_shell_offers(typed, offered, tmp_path):

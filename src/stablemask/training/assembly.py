@@ -93,7 +93,6 @@ def build_trainer(
         rate=partial(
             rate_at,
             warmup=given(options.warmup),
-            steps=given(options.steps),
             shape=options.schedule,
             start=options.start_learning_rate,
             end=options.min_learning_rate,

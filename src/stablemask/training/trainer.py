@@ -1,6 +1,7 @@
 """The Transformers Trainer: our batches on every process, checkpoints whole or absent, any sharding."""
 
 import errno
+import functools
 import json
 import os
 import pickle
@@ -48,7 +49,8 @@ class LanguageModelTrainer(Trainer):
         keep: how many of the latest checkpoints stay; the best one by ``eval_loss`` stays too.
         async_save: write checkpoints in the background.
         sequences: who shares sequences with this process; None where it has its own.
-        rate: the learning rate at a step, as a share of its peak; None for that of the arguments.
+        rate: the learning rate at a step of so many ``steps``, as a share of its peak; None for that of the
+            arguments.
 
     Attributes:
         data_seconds: how long it has waited for batches.
@@ -68,7 +70,7 @@ class LanguageModelTrainer(Trainer):
         keep: int,
         async_save: bool = False,
         sequences: SequenceGroup | None = None,
-        rate: Callable[[int], float] | None = None,
+        rate: Callable[..., float] | None = None,
         **kwargs: Any,
     ) -> None:
         self._rate = rate
@@ -124,10 +126,11 @@ class LanguageModelTrainer(Trainer):
     # Steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        optimizer = optimizer or self.optimizer
-        if self._rate is not None and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer, self._rate)
-        return super().create_scheduler(num_training_steps, optimizer)
+        if self._rate is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        shape = functools.partial(self._rate, steps=num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, shape)
+        return self.lr_scheduler
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         # Like biases, sinks and decay rates have no size to keep small.
