@@ -128,8 +128,10 @@ class LanguageModelTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self._rate is None:
             return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
         shape = functools.partial(self._rate, steps=num_training_steps)
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, shape)
+        self.lr_scheduler = LambdaLR(optimizer, shape)
         return self.lr_scheduler
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
