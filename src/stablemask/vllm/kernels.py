@@ -57,9 +57,9 @@ def _take_share(
     sink = tl.load(at, mask=inside, other=0.0) + tl.load(
         shift + head * shift_h, mask=inside, other=0.0
     )
-    mass = tl.load(lse + head * lse_h + row * lse_t, mask=inside, other=0.0)
-    # Of two of -inf there is no difference: a row without keys, in a layer without a mass.
-    kept = tl.where(sink == float("-inf"), 1.0, 1.0 / (1.0 + tl.exp(sink - mass)))
+    visible = tl.load(lse + head * lse_h + row * lse_t, mask=inside, other=0.0)
+    # Two of -inf have no difference: a row without keys, in a layer without a mass.
+    kept = tl.where(sink == float("-inf"), 1.0, 1.0 / (1.0 + tl.exp(sink - visible)))
 
     column = tl.arange(0, WIDTH)[None, :]
     here = inside[:, None] & (column < dim)

@@ -31,7 +31,7 @@ namespace {
 constexpr int64_t FEW_ROWS = 4; // of one request, that read the cache one by one
 constexpr int64_t ROWS_AT_ONCE = 128; // whose parts are kept until they are joined
 
-// What the kernels read, by token, request, page and head; see paged_attention in ../../vllm/cpu.py for the shapes.
+// What the kernels read, by token, request, page and head; library.cpp tells the shapes.
 template <typename scalar_t>
 class Batch {
  public:

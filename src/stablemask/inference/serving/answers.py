@@ -187,9 +187,8 @@ class _Answer(BaseStreamer):
 
     def _decode(self, token_id: int) -> str:
         text = str(self._tokenizer.decode([token_id]))
-        if (
-            "\ufffd" in text
-        ):  # a part of a character: as the vocabulary has it, so that no two look alike
+        # A part of a character is told as the vocabulary has it, so that no two look alike.
+        if "\ufffd" in text:
             return str(self._tokenizer.convert_ids_to_tokens(token_id))
         return text
 

@@ -1,7 +1,6 @@
 """The sink that takes the prefix's place: a constant per layer and head, and the value that it stands for."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from ...errors import InputError
 from ...hf.settings import model_settings
 from ...inference.model import evaluating
 from ...models.settings import pseudo_sink_logits, without_shift
+from ...writing import whole_file
 from .reading import Reading
 from .watch import Recorded, Watch, record
 
@@ -52,9 +52,8 @@ class Calibration:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         path = folder / FILE
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        save_file(tensors, partial, metadata={"notes": json.dumps(self.notes)})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata={"notes": json.dumps(self.notes)})
 
     @classmethod
     def load(cls, folder: Path) -> "Calibration":
