@@ -147,7 +147,7 @@ def fails(capsys, *argv: str) -> str:
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--max-model-len", "1"], "max_model_len must be at least 2"),
         (["--api-key", ""], "the API key is empty"),
-        (["--tensor-parallel-size", "0"], "--tensor-parallel-size must be at least 1, got 0"),
+        (["--tensor-parallel-size", "0"], "tensor_parallel_size must be at least 1, got 0"),
         (["--engine", "sglang"], "--engine: 'sglang' is not one of auto, vllm, transformers"),
         (["--engine", "transformers", "--", "--seed", "1"], "flags after -- are for vLLM"),
         (["--engine", "transformers", "--tensor-parallel-size", "2"], "--tensor-parallel-size"),
@@ -176,10 +176,12 @@ def test_a_port_that_is_taken(model_folder, capsys):
 
 
 def test_without_a_web_server(model_folder, capsys, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("stablemask.inference.serving")]:
+    for name in [name for name in sys.modules if "serv" in name and name.startswith("stablemask")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "serve needs the package 'uvicorn'" in fails(capsys, "--model", model_folder)
+    error = fails(capsys, "--model", model_folder)
+    assert "serve needs the package 'uvicorn'" in error
+    assert "[serve]" in error
 
 
 def test_nothing_else_needs_that_server():
@@ -189,6 +191,7 @@ def test_nothing_else_needs_that_server():
         "    sys.modules[name] = None\n"
         "import importlib, stablemask, stablemask.hf\n"
         "from stablemask.cli import main\n"
-        "for name in main.COMMANDS: importlib.import_module(f'stablemask.cli.{name}')\n"
+        "for name in main.COMMANDS:\n"
+        "    if name != 'serve': importlib.import_module(f'stablemask.cli.{name}')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -116,7 +116,8 @@ def _import_command(name: str) -> ModuleType:
         package = (error.name or "").partition(".")[0]
         if package in ("", "stablemask"):
             raise
-        raise InputError(f"{name} needs the package {package!r}: {pip_install('all')}") from error
+        extra = "serve" if name == "serve" else "all"
+        raise InputError(f"{name} needs the package {package!r}: {pip_install(extra)}") from error
 
 
 def _quieten_libraries() -> None:

@@ -1,6 +1,5 @@
 """Serve a model over HTTP, with the API of OpenAI: by vLLM, or by the small server of ours."""
 
-import ipaddress
 import json
 import os
 import signal
@@ -8,8 +7,8 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from typing import Any, NoReturn
-from urllib.error import URLError
+from ipaddress import ip_address
+from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
 from stablemask.cli.models import load
@@ -17,7 +16,8 @@ from stablemask.cli.options import ServeOptions
 from stablemask.data import load_tokenizer
 from stablemask.errors import InputError, RunError
 from stablemask.hf.loading import is_adapter, load_config
-from stablemask.shell import pip_install
+from stablemask.inference.serving import bind, build_app, serve
+from stablemask.options import check_least
 
 # What this vLLM serves, plug-ins and all. It logs to stdout too, so the last line counts.
 ARCHITECTURES = (
@@ -32,44 +32,29 @@ def run(options: ServeOptions) -> None:
     key = os.environ.get("STABLEMASK_API_KEY") if options.api_key is None else options.api_key
     if key == "":
         raise InputError("the API key is empty; leave it out to ask for none")
-    if options.tensor_parallel_size < 1:
-        raise InputError(
-            f"--tensor-parallel-size must be at least 1, got {options.tensor_parallel_size}"
-        )
-    try:
-        from stablemask.inference.serving import bind, ready_line, serve, url
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"serve needs the package {error.name!r}: {pip_install('serve')}"
-        ) from error
+    check_least(options, tensor_parallel_size=1)
     with bind(options.host, options.port) as listener:
-        if key is None and not _is_loopback(options.host):
+        host, port = listener.getsockname()[:2]
+        if key is None and not ip_address(host).is_loopback:
             _say(f"anyone who reaches {options.host} may ask; --api-key asks for a key")
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        ready = f"serving {options.model} at {address}/v1; Ctrl-C ends it"
         if not _takes_vllm(options):
-            serve(
+            app = build_app(
                 load(options),
                 load_tokenizer(options.model),
                 name=options.model,
-                listener=listener,
                 max_model_len=options.max_model_len,
                 api_key=key,
                 cors_origins=options.cors_origins,
             )
+            serve(app, listener, ready)
             return
-        port, address = listener.getsockname()[1], url(listener)
-    command = _vllm_command(options, port)
-    _run_vllm(command, key, address, ready_line(options.model, address))
+    _run_vllm(_vllm_command(options, port), key, address, ready)
 
 
 def _say(line: str) -> None:
     print(f"stablemask: {line}", file=sys.stderr, flush=True)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _takes_vllm(options: ServeOptions) -> bool:
@@ -130,11 +115,7 @@ def _vllm_command(options: ServeOptions, port: int) -> list[str]:
 
 def _run_vllm(command: list[str], key: str | None, address: str, ready: str) -> None:
     """Run it until it ends or we are told to end; it and all its processes end with us."""
-
-    def end(*_: Any) -> NoReturn:
-        sys.exit(128 + signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Not in the command, which every user of the machine can read.
     environment = os.environ | ({} if key is None else {"VLLM_API_KEY": key})
     # Of a session of its own, so that a terminal's Ctrl-C comes to it once, from here.
@@ -158,5 +139,5 @@ def _is_healthy(address: str) -> bool:
     try:
         with build_opener(ProxyHandler({})).open(f"{address}/health", timeout=2):
             return True
-    except (URLError, OSError):
+    except OSError:
         return False

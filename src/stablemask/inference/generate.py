@@ -95,10 +95,10 @@ def generate(
         # Without a top_k Transformers takes its default of 50; 0 switches it off.
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
 
-    with evaluating(model), _seeded(seed, model.device):
+    with evaluating(model), seeded(seed, model.device):
         if stream is None and window is None:
             return _continue(model, tokenizer, encoded, settings)
-        streamer = None if stream is None else _CallbackStreamer(tokenizer, stream)
+        streamer = None if stream is None else CallbackStreamer(tokenizer, stream)
         if window is not None:
             settings["custom_generate"] = partial(
                 decode_with_window, window=window, streamer=streamer
@@ -182,7 +182,7 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int
     return encoded["input_ids"]
 
 
-class _CallbackStreamer(BaseStreamer):
+class CallbackStreamer(BaseStreamer):
     """Hands the continuation to a function piece by piece, at the same cost for each token."""
 
     # Tokens whose text the next ones join. A character is at most four of them.
@@ -225,7 +225,7 @@ class _CallbackStreamer(BaseStreamer):
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return

@@ -6,7 +6,7 @@ import openai
 import pytest
 import torch
 
-from stablemask.inference.serving.answers import _Answer
+from stablemask.inference.generate import CallbackStreamer
 
 from .conftest import CONTEXT, complete, post, say, stream
 
@@ -286,10 +286,8 @@ def test_some_tokenizers_drop_a_leading_space():
     tokenizer = Tokenizer(models.WordLevel({"▁the": 0, "▁dog": 1}, unk_token="▁the"))
     tokenizer.decoder = decoders.Metaspace()
     pieces = []
-    answer = _Answer(tokenizer, [9], [], None, pieces.append)
-    for tokens in ([[0]], [1], [0]):
-        answer.put(torch.tensor(tokens))
-    answer.end()
-    answer.finish()
-    assert [piece.text for piece in pieces] == [" dog", " the", ""]
-    assert (pieces[-1].finish_reason, pieces[-1].num_tokens) == ("length", 2)
+    streamer = CallbackStreamer(tokenizer, pieces.append)
+    for tokens in ([0], [1], [0]):
+        streamer.put(torch.tensor(tokens))
+    streamer.end()
+    assert "".join(pieces) == " dog the"

@@ -40,7 +40,7 @@ def test_a_prompt_that_is_too_long(client, our_client):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b'{"prompt": ', "the body is not valid JSON: Expecting value"),
+        (b'{"prompt": ', "the body is not valid JSON: EOF while parsing a value"),
         (b"", "the body must be a JSON object"),
         (b"[1]", "the body must be a JSON object"),
         (b'{"prompt": "\xff"}', "the body is not valid JSON"),
@@ -51,8 +51,8 @@ def test_a_prompt_that_is_too_long(client, our_client):
         (b'{"prompt": [[1.0]]}', "prompt: it must be text, a list of token ids"),
         (b'{"prompt": [999]}', "token id 999 is outside the model's vocabulary of 280"),
         (b'{"prompt": []}', "prompt must be given"),
-        (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"prompt": "a", "\\ud800": 1}', "half of a surrogate pair"),
+        (b'{"prompt": "\\ud800"}', "the body is not valid JSON"),
+        (b'{"prompt": "a", "\\ud800": 1}', "the body is not valid JSON"),
         (b'{"prompt": "a", "\\n\\u00e9": 1}', "\\n\\xe9 is not supported"),
         (b'{"prompt": "a", "logprobs": 21}', "logprobs: Input should be less than or equal to 20"),
         (
@@ -61,8 +61,11 @@ def test_a_prompt_that_is_too_long(client, our_client):
         ),
         (b'{"prompt": "a", "logit_bias": {"5": 1}}', "logit_bias is not supported"),
         (b'{"prompt": "a", "n": 0}', "n: Input should be greater than or equal to 1, got 0"),
-        (b'{"prompt": "a", "best_of": 2}', "best_of: only 1 is supported, got 2"),
-        (b'{"prompt": "a", "presence_penalty": 0.5}', "presence_penalty: only 0 is supported"),
+        (b'{"prompt": "a", "best_of": 2}', "best_of: Input should be 1, got 2"),
+        (
+            b'{"prompt": "a", "presence_penalty": 0.5}',
+            "presence_penalty: Input should be 0, got 0.5",
+        ),
         (b'{"prompt": "a", "max_tokens": -1}', "max_tokens: Input should be greater than or equal"),
         (b'{"prompt": "a", "max_tokens": "9"}', "max_tokens: Input should be a valid integer"),
         (b'{"prompt": "a", "max_tokens": true}', "max_tokens: Input should be a valid integer"),

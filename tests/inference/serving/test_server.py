@@ -61,6 +61,21 @@ def test_hanging_up_on_a_whole_answer_frees_the_model(client, slow):
     assert_free(client)
 
 
+def test_hanging_up_in_the_midst_of_a_body_is_no_failure(client, caplog):
+    caplog.set_level(logging.INFO, "stablemask.serve")
+    with socket.create_connection(("127.0.0.1", client.base_url.port)) as connection:
+        connection.send(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+    wait_for_lines(caplog, 1)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert " POST /v1/completions 499 " in caplog.messages[0]
+
+
+def wait_for_lines(caplog, count):
+    end = time.perf_counter() + 10
+    while len(caplog.messages) < count and time.perf_counter() < end:
+        time.sleep(0.05)
+
+
 def test_a_failing_model_is_said_and_survived(client, llama, monkeypatch):
     def fail(**kwargs):
         raise RuntimeError('out of "memory"\nand more')
@@ -171,9 +186,7 @@ def test_a_line_for_each_request(client, slow, caplog):
     get(client, "a%0Ab")
     with pytest.raises(openai.APITimeoutError):
         complete(client.with_options(timeout=0.3), "the", max_tokens=200)
-    end = time.perf_counter() + 10
-    while len(caplog.messages) < 5 and time.perf_counter() < end:
-        time.sleep(0.05)
+    wait_for_lines(caplog, 5)
     lines = [line.split() for line in caplog.messages]
     assert [line[1:4] for line in lines[:3]] == [
         ["POST", "/v1/completions", status] for status in ("200", "200", "400")

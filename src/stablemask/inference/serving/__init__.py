@@ -1,5 +1,5 @@
-"""An OpenAI-compatible server of one model: `server.py` first, then `requests.py`, `answers.py`, `replies.py`."""
+"""An OpenAI-compatible server of one model: `server.py` first, then `protocol.py` and `answers.py`."""
 
-from .server import bind, build_app, ready_line, serve, url
+from .server import bind, build_app, serve
 
-__all__ = ["bind", "build_app", "ready_line", "serve", "url"]
+__all__ = ["bind", "build_app", "serve"]

@@ -1,213 +1,223 @@
 """Answers of the model, one at a time: ``model.generate`` in a thread, told of as it goes."""
 
 import asyncio
-import logging
+import copy
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
-from ..generate import _CallbackStreamer, _seeded
-from ..model import evaluating
+from ...errors import InputError
+from ..generate import CallbackStreamer, encode_prompt, seeded
+from ..model import check_token_ids, evaluating
+from .protocol import AnyRequest, ChatRequest, Choices, Piece
 
-LOGGER = logging.getLogger("uvicorn.error")
-
-
-@dataclass
-class Token:
-    """A token's text and log-probability (the prompt's first has none), and the likeliest in its place."""
-
-    text: str
-    logprob: float | None = None
-    likeliest: list[tuple[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class Piece:
-    """What is new of an answer. The last piece says why it ends, and how many tokens it had."""
-
-    text: str
-    tokens: list[Token]
-    finish_reason: str | None = None
-    num_tokens: int = 0
+# Below it, logits would overflow and the likeliest token is certain anyway.
+MIN_TEMPERATURE = 1e-5
 
 
 class Answers:
-    """The model's thread. An answer runs no longer than the task that waits for it."""
+    """The model, and the thread it runs in."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int
+    ):
+        self.model, self.tokenizer, self.max_model_len = model, tokenizer, max_model_len
         self._thread = ThreadPoolExecutor(1, "model")
-        self._running: set[_Answer] = set()
 
-    def close(self) -> None:
-        """End every answer, and wait until the model has stopped.
+    async def close(self) -> None:
+        """Wait until the model has stopped.
 
         An interpreter that exits while a thread is inside PyTorch is aborted.
         """
-        for answer in self._running:
-            answer.over = True
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)
 
-    async def stream(
-        self,
-        ids: list[int],
-        config: Any,
-        *,
-        stop: list[str],
-        seed: int | None = None,
-        num_likeliest: int | None = None,
-        score_prompt: bool = False,
-    ) -> AsyncIterator[Piece]:
-        """Generate as ``config`` says, up to a stop text.
-
-        Args:
-            num_likeliest: tell log-probabilities, and those of so many likeliest tokens; None: do not.
-            score_prompt: tell the log-probabilities of the prompt's tokens first.
+    def encode(self, asked: AnyRequest) -> list[list[int]]:
+        """The ids of its prompts.
 
         Raises:
-            RuntimeError: the model failed.
+            InputError: they do not fit the model, or leave no room for the answer.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | RuntimeError]()
+        if isinstance(asked, ChatRequest) and self.tokenizer.chat_template is None:
+            raise InputError(
+                "this model has no chat template, so it cannot be talked to; use /v1/completions"
+            )
+        return [self._encode(asked, prompt) for prompt in asked.prompts]
 
-        def emit(piece: Piece | RuntimeError) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, piece)
+    def _encode(self, asked: AnyRequest, prompt: Any) -> list[int]:
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            ids = prompt
+            check_token_ids(self.model, max(ids))
+        else:
+            chat = isinstance(asked, ChatRequest)
+            ids = encode_prompt(self.model, self.tokenizer, prompt, max_new_tokens=1, chat=chat)
+        new = 1 if asked.max_tokens is None else asked.max_tokens
+        if len(ids) + new > self.max_model_len:
+            raise InputError(
+                f"this model's maximum context length is {self.max_model_len} tokens, the prompt has "
+                f"{len(ids)} and {new} more are asked for; shorten the prompt or lower max_tokens"
+            )
+        return ids
 
-        answer = _Answer(self.tokenizer, config.eos_token_id, stop, num_likeliest, emit)
-        self._running.add(answer)
+    async def choices(
+        self, asked: AnyRequest, encoded: list[list[int]], usage: dict[str, int]
+    ) -> Choices:
+        """The pieces of each choice of each prompt, by the place of the choice; ``usage`` is kept up.
 
-        def end(task: Any) -> None:
-            answer.over = True
-            self._running.discard(answer)
+        Raises:
+            Exception: what the model raised.
+        """
+        for index in range(asked.n * len(encoded)):
+            place, number = divmod(index, asked.n)
+            ids, prompt = encoded[place], asked.prompts[place]
+            if asked.echo:
+                text = prompt if isinstance(prompt, str) else str(self.tokenizer.decode(ids))
+                yield index, Piece(text)
+            async for piece in self._stream(asked, ids, number):
+                usage["completion_tokens"] += piece.num_tokens
+                usage["total_tokens"] += piece.num_tokens
+                yield index, piece
 
+    async def _stream(self, asked: AnyRequest, ids: list[int], number: int) -> AsyncIterator[Piece]:
+        """One answer. It runs no longer than the present task waits for it."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
         task: Any = asyncio.current_task()
-        task.add_done_callback(end)  # it has sent the answer, or its client has gone
-        self._thread.submit(self._run, answer, ids, config, seed, score_prompt)
-        while True:
-            piece = await queue.get()
-            if isinstance(piece, RuntimeError):
-                raise piece
-            yield piece
-            if piece.finish_reason is not None:
-                return
 
-    def _run(
-        self, answer: "_Answer", ids: list[int], config: Any, seed: int | None, score_prompt: bool
-    ) -> None:
-        if answer.over:
+        def emit(piece: Piece) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, piece)
+
+        config = self._config(asked, len(ids))
+        seed = None if asked.seed is None else (asked.seed + number) % (1 << 63)
+        answer = _Answer(self.tokenizer, asked, config.eos_token_id, emit, task.done)
+        run = loop.run_in_executor(self._thread, self._run, answer, ids, config, seed)
+        run.add_done_callback(lambda _: queue.put_nowait(None))
+        while (piece := await queue.get()) is not None:
+            yield piece
+        await run  # for what it raised
+
+    def _config(self, asked: AnyRequest, prompt_len: int) -> Any:
+        config: Any = copy.deepcopy(self.model.generation_config)
+        left = self.max_model_len - prompt_len
+        config.max_new_tokens = left if asked.max_tokens is None else asked.max_tokens
+        if asked.temperature is not None or asked.top_p is not None:
+            config.do_sample = asked.temperature is None or asked.temperature >= MIN_TEMPERATURE
+        if config.do_sample:
+            config.temperature = asked.temperature or config.temperature
+            config.top_p = asked.top_p or config.top_p
+            config.top_k = config.top_k or 0  # a None would become Transformers' default of 50
+        eos = config.eos_token_id
+        if eos is None:
+            eos = self.tokenizer.eos_token_id
+        config.eos_token_id = eos if isinstance(eos, list) else [eos]
+        config.pad_token_id = self.tokenizer.pad_token_id
+        return config
+
+    def _run(self, answer: "_Answer", ids: list[int], config: Any, seed: int | None) -> None:
+        if answer.is_over():
             return
         prompt = torch.tensor([ids], device=self.model.device)
-        try:
-            with evaluating(self.model), _seeded(seed, self.model.device):
-                if score_prompt:
-                    logits = self.model(input_ids=prompt, use_cache=False).logits
-                    answer.tell_prompt(ids, logits[0, :-1])
-                if config.max_new_tokens:
-                    self.model.generate(  # type: ignore[operator]
-                        input_ids=prompt,
-                        attention_mask=torch.ones_like(prompt),
-                        generation_config=config,
-                        streamer=answer,
-                        logits_processor=[answer.watch],
-                        stopping_criteria=[answer.is_over],
-                    )
-            answer.finish()
-        except Exception as error:
-            LOGGER.exception("a request failed")
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            answer.emit(RuntimeError(f"the model could not answer: {reason}"))
+        with evaluating(self.model), seeded(seed, self.model.device):
+            if answer.scores_prompt:
+                logits = self.model(input_ids=prompt, use_cache=False).logits
+                answer.tell_prompt(ids, logits[0, :-1])
+            if config.max_new_tokens:
+                self.model.generate(  # type: ignore[operator]
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=config,
+                    streamer=answer,
+                    logits_processor=[answer.watch],
+                    stopping_criteria=[answer.criterion],
+                )
+        answer.finish()
 
 
-class _Answer(BaseStreamer):
+class _Answer(CallbackStreamer):
     """Takes tokens from ``generate``, and hands on the text that is certain."""
 
     def __init__(
         self,
         tokenizer: Any,
+        asked: AnyRequest,
         eos: list[int],
-        stops: list[str],
-        num_likeliest: int | None,
-        emit: Callable[[Piece | RuntimeError], None],
+        emit: Callable[[Piece], Any],
+        is_left: Callable[[], bool],
     ):
-        self.emit = emit
-        self.over = False  # a stop text has come, or nobody waits for more
-        self._tokenizer, self._eos, self._stops, self._num = tokenizer, eos, stops, num_likeliest
-        self._text = _CallbackStreamer(tokenizer, self._write)
-        self._ids: list[int] | None = None  # until the prompt has come
-        self._scores: Tensor | None = None
-        self._tokens: list[Token] = []  # not handed on yet
+        super().__init__(tokenizer, self._write)
+        self._stops, self._num, self._eos = asked.stop, asked.num_likeliest, eos
+        self.scores_prompt = asked.echo and self._num is not None
+        self._emit, self._is_left = emit, is_left
+        self._new: list[int] = []
+        self._log_probs: Tensor | None = None  # of the next token, (1, vocabulary)
+        self._tokens: list[dict[str, Any]] = []  # not handed on yet
         self._held = ""  # may be the beginning of a stop text
         self._stopped = False
 
-    def is_over(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.over, device=input_ids.device)
+    def is_over(self) -> bool:
+        return self._stopped or self._is_left()
+
+    def criterion(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.is_over(), device=input_ids.device)
 
     def watch(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See the scores of a step, before temperature and ``top_p``."""
         if self._num is not None:
-            self._scores = scores[0].float().log_softmax(-1)
+            self._log_probs = _log_probs(scores)
         return scores
 
     def put(self, value: Tensor) -> None:
-        if self._ids is None:
-            self._ids = []
-        else:
-            self._ids.append(int(value))
-            if self._scores is not None:
-                self._tell(int(value), self._scores)
-        self._text.put(value)
-
-    def end(self) -> None:
-        self._text.end()
+        if self.ids:  # else this is the prompt
+            self._new.append(int(value))
+            if self._log_probs is not None:
+                self._tell(self._new[-1:], self._log_probs)
+        super().put(value)
 
     def finish(self) -> None:
-        ids = self._ids or []
-        ended = self._stopped or (ids and ids[-1] in self._eos)
-        self.emit(Piece(self._held, self._tokens, "stop" if ended else "length", len(ids)))
+        ended = self._stopped or (self._new and self._new[-1] in self._eos)
+        reason = "stop" if ended else "length"
+        self._emit(Piece(self._held, self._tokens, reason, len(self._new)))
 
     def tell_prompt(self, ids: list[int], logits: Tensor) -> None:
         """Log-probabilities of a prompt; logits of each token but the first, (len(ids) - 1, vocabulary)."""
-        self._tokens.append(Token(self._decode(ids[0])))
+        self._tokens.append(self._entry(ids[0], None) | {"top_logprobs": []})
         for start, rows in zip(range(1, len(ids), 256), logits.split(256)):
-            for token_id, scores in zip(ids[start:], rows.float().log_softmax(-1)):
-                self._tell(token_id, scores)
+            self._tell(ids[start : start + 256], _log_probs(rows))
 
-    def _tell(self, token_id: int, scores: Tensor) -> None:
-        values, places = scores.topk(min(self._num or 0, len(scores)))
-        # JSON has no infinity; this is OpenAI's.
-        values, own = values.clamp(min=-9999), max(scores[token_id].item(), -9999.0)
-        likeliest = zip(map(self._decode, places.tolist()), values.tolist())
-        self._tokens.append(Token(self._decode(token_id), own, list(likeliest)))
+    def _tell(self, ids: list[int], log_probs: Tensor) -> None:
+        values, places = log_probs.topk(min(self._num or 0, log_probs.shape[-1]))
+        for token_id, row, *top in zip(ids, log_probs, places.tolist(), values.tolist()):
+            entry = self._entry(token_id, row[token_id].item())
+            self._tokens.append(entry | {"top_logprobs": list(map(self._entry, *top))})
 
-    def _decode(self, token_id: int) -> str:
-        text = str(self._tokenizer.decode([token_id]))
+    def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        text = str(self.tokenizer.decode([token_id]))
         # A part of a character is told as the vocabulary has it, so that no two look alike.
         if "\ufffd" in text:
-            return str(self._tokenizer.convert_ids_to_tokens(token_id))
-        return text
+            text = str(self.tokenizer.convert_ids_to_tokens(token_id))
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def _write(self, text: str) -> None:
         if self._stopped:
             return
         text = self._held + text
         found = [text.index(stop) for stop in self._stops if stop in text]
-        if found:
-            self._stopped = self.over = True
-            text, self._held = text[: min(found)], ""
-        else:
-            ends = [range(min(len(stop) - 1, len(text)), 0, -1) for stop in self._stops]
-            begun = [
-                next((n for n in lengths if text.endswith(stop[:n])), 0)
-                for stop, lengths in zip(self._stops, ends)
-            ]
-            certain = len(text) - max(begun, default=0)
-            text, self._held = text[:certain], text[certain:]
-        if text:
-            self.emit(Piece(text, self._tokens))
+        begun = [
+            length
+            for stop in self._stops
+            for length in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:length])
+        ]
+        self._stopped = bool(found)
+        certain = min(found) if found else len(text) - max(begun, default=0)
+        self._held = "" if found else text[certain:]
+        if certain:
+            self._emit(Piece(text[:certain], self._tokens))
             self._tokens = []
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    # JSON has no infinity; this is OpenAI's.
+    return logits.float().log_softmax(-1).clamp(min=-9999)
