@@ -135,13 +135,26 @@ def test_a_kill_leaves_the_old_file(write, tmp_path, monkeypatch):
 
     def last_moment(partial, final):
         # All is written, and a kill now would leave this beside the old file, hidden.
-        seen.append(
-            (path.read_text(), partial.name[0], partial.suffix, partial.stat().st_size > 1000)
-        )
+        hidden = partial.relative_to(tmp_path).parts[0].startswith(".")
+        seen.append((path.read_text(), hidden, partial.name, partial.stat().st_size > 1000))
 
     monkeypatch.setattr(os, "replace", last_moment)
     write(path)
-    assert seen == [("old", ".", ".txt", True)]
+    assert seen == [("old", True, "kept.txt", True)]
+
+
+def test_what_is_written_beside_a_file_comes_with_it_and_before_it(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: (moved.append(paths[1].name), replace(*paths))
+    )
+    with whole_file(tmp_path / "graph") as partial:
+        partial.write_text("")
+        for name in ("a", "z"):
+            partial.with_name(name).write_text("")
+        assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
+    assert sorted(moved) == sorted(os.listdir(tmp_path)) == ["a", "graph", "z"]
+    assert moved[-1] == "graph"
 
 
 def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):

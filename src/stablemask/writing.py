@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,15 +35,18 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is whole or as it was; text as UTF-8."""
+    """Write a file, and the folders it needs, as :func:`whole_file` does; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(path) as partial:
+    with whole_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end; it is made first, to fail before the work.
+    """A name to write under, so that the file at ``path`` is whole or as it was.
+
+    It lies in a hidden folder beside ``path``, which is made first, to fail before the work. At the end all that is
+    in it takes its place.
 
     Raises:
         InputError: ``path`` is no place for a file.
@@ -52,25 +56,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no ordinary file"
             raise InputError(f"cannot write {path}: it is {kind}; name a file as --out")
-        _partial(path).touch()
-    with _beside(path) as partial:
-        yield partial
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """The name to write under, which is renamed unless what writes there fails."""
-    partial = _partial(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    # Hidden, and with its suffix, which tells some libraries what to write.
-    return path.with_name(f".partial-{os.getpid()}-{path.name}")
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-")
+    with beside as folder:
+        yield Path(folder, path.name)
+        # The file of that name last: what a library wrote beside it, such as weights, is there by then.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
 
 
 @contextmanager

@@ -120,4 +120,6 @@ def test_out_must_be_a_folder_of_its_own(tmp_path, capsys):
 def test_one_that_was_killed_before_it_had_begun_starts(resume, tmp_path):
     (tmp_path / "softmax").mkdir()
     (tmp_path / "softmax" / ".lock").touch()
+    (tmp_path / "softmax" / ".partial-x").mkdir()
+    (tmp_path / "softmax" / ".partial-x" / "pretrain.yaml").touch()
     _check_out(tmp_path, resume)

@@ -84,9 +84,9 @@ def _check_out(out: Path, resume: bool) -> None:
         raise InputError(f"{out} already holds a demo; add --resume, or name another --out")
     if resume and not out.exists():
         raise InputError(f"{out} holds no demo to resume; leave out --resume to start one")
-    # One that was killed before its first training had begun left nothing but locks.
-    files = (path for path in out.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not begun and any(files):
+    # One that was killed before its first training had begun left nothing but what is hidden.
+    files = (path.relative_to(out).parts for path in out.rglob("*") if path.is_file())
+    if not begun and any(not any(part.startswith(".") for part in parts) for parts in files):
         raise InputError(f"{out} is not empty and holds no demo; name another --out")
 
 

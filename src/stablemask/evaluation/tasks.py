@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.hub import require_hub
 from ..errors import InputError
 from ..inference.model import errors_only
+from ..reading import first_line
 from ..shell import pip_install
 
 
@@ -94,8 +95,7 @@ def _load_tasks(patterns: Sequence[str], include_path: Path | None) -> dict[str,
     try:
         return manager.load(manager.match_tasks(list(patterns)))
     except Exception as error:  # what a YAML file names, or a server says, may be anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"cannot load {', '.join(patterns)}: {reason}") from error
+        raise InputError(f"cannot load {', '.join(patterns)}: {first_line(error)}") from error
 
 
 def _all_there(patterns: Sequence[str], manager: Any) -> bool:

@@ -15,11 +15,8 @@ alike: ``logits, *cache = graph(input_ids, attention_mask, cache)``.
 
 import inspect
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..errors import InputError
 from ..models.cache import CACHE
 from ..shell import pip_install
-from ..writing import writing
+from ..writing import whole_file
 from .model import errors_only, evaluating
 
 Graph = Callable[..., tuple[Tensor, ...]]
@@ -79,8 +76,8 @@ def export_pt2(
     Args, Raises: as for :func:`export_program`; ``path`` is replaced if it exists.
     """
     program = export_program(model, cache=cache, shape=shape)
-    with _replacing(path) as new:
-        torch.export.save(program, new)
+    with whole_file(path) as partial:
+        torch.export.save(program, partial)
 
 
 def export_onnx(
@@ -121,8 +118,8 @@ def export_onnx(
         )
     assert onnx_program is not None
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    with _replacing(path) as new:
-        onnx_program.save(new, external_data=weights > _WEIGHTS_IN_THE_FILE)
+    with whole_file(path) as partial:
+        onnx_program.save(partial, external_data=weights > _WEIGHTS_IN_THE_FILE)
 
 
 def load_onnx(path: str | os.PathLike) -> Graph:
@@ -199,19 +196,6 @@ class _Decoder(nn.Module):
             **{CACHE: cache},
         )
         return outputs.logits, *([] if cache is None else _keys_and_values(cache))
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A name to write under, in a folder beside ``path``; what is there afterwards takes its place."""
-    path = Path(path)
-    with writing(path):
-        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
-    with beside as folder:
-        yield Path(folder, path.name)
-        # The file of that name last: a graph never stands without its weights.
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
-            os.replace(file, path.with_name(file.name))
 
 
 def _keys_and_values(cache: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
+from ..reading import first_line
 from .model import check_length, check_token_ids, evaluating
 from .streaming import decode_with_window, window_cache
 
@@ -177,8 +178,7 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     # What a template raises of itself, or for messages it does not know.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"the chat template refuses the messages: {reason}") from error
+        raise InputError(f"the chat template refuses the messages: {first_line(error)}") from error
     return encoded["input_ids"]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..reading import first_line
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -23,8 +24,7 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"device {name!r} cannot be used here: {reason}") from error
+        raise InputError(f"device {name!r} cannot be used here: {first_line(error)}") from error
 
 
 @contextmanager

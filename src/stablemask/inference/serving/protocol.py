@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from ...errors import InputError
+from ...reading import first_line
 
 LOGGER = logging.getLogger("stablemask.serve")
 
@@ -273,5 +274,4 @@ def error_body(status: int, message: str) -> dict[str, Any]:
 def failure(error: Exception) -> dict[str, Any]:
     """What a client is told of an error that is not its own; the log has where it was."""
     LOGGER.error("a request failed", exc_info=error)
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return error_body(500, f"the model could not answer: {reason}")
+    return error_body(500, f"the model could not answer: {first_line(error)}")
