@@ -93,6 +93,20 @@ def test_no_circle_of_files():
     list(TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
 
 
+def test_nothing_but_serve_needs_the_packages_of_a_server():
+    """Nor vLLM, which it starts as another process."""
+    packages = {"openai", "pydantic", "pydantic_core", "starlette", "uvicorn", "vllm"}
+    modules = (["stablemask", "inference", "serving"], ["stablemask", "cli", "serve"])
+    needing = {
+        file.relative_to(PACKAGE)
+        for file in PACKAGE.rglob("*.py")
+        for name in imported(file, PACKAGE)
+        if name[0] in packages or name[:3] in modules
+    }
+    folders = (Path("inference/serving"), Path("vllm"))
+    assert {file for file in needing if file.parent not in folders} == {Path("cli/serve.py")}
+
+
 def test_what_the_first_import_loads():
     program = (
         "import sys, stablemask; assert 'torch' not in sys.modules; stablemask.sink_attention\n"

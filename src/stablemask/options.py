@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stablemask.errors import InputError
 from stablemask.reading import reading
-from stablemask.writing import whole_file
+from stablemask.writing import write_whole
 
 
 def option(
@@ -262,5 +262,4 @@ def save_yaml(options: Any, path: str | os.PathLike) -> None:
     import yaml
 
     text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False, allow_unicode=True)
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_whole(Path(path), text)

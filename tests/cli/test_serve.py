@@ -182,16 +182,3 @@ def test_without_a_web_server(model_folder, capsys, monkeypatch):
     error = fails(capsys, "--model", model_folder)
     assert "serve needs the package 'uvicorn'" in error
     assert "[serve]" in error
-
-
-def test_nothing_else_needs_that_server():
-    code = (
-        "import sys\n"
-        "for name in ('starlette', 'uvicorn', 'pydantic', 'openai', 'vllm'):\n"
-        "    sys.modules[name] = None\n"
-        "import importlib, stablemask, stablemask.hf\n"
-        "from stablemask.cli import main\n"
-        "for name in main.COMMANDS:\n"
-        "    if name != 'serve': importlib.import_module(f'stablemask.cli.{name}')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from stablemask.report.summary import caveat, takeaway, text_table
 from stablemask.shell import runnable
 from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import OPTIONS_FILE, pretrain
-from stablemask.writing import whole_file
+from stablemask.writing import write_whole
 
 KINDS = ("softmax", "stablemask")
 RESULTS, REPORT = "results.json", "report.html"
@@ -49,12 +49,8 @@ def run(options: DemoOptions) -> int:
             prompt="def " if options.data == "builtin" else None,
             command=_command(options),
         )
-        for name, text in {
-            RESULTS: comparison.to_json(),
-            REPORT: render_comparison(comparison),
-        }.items():
-            with whole_file(out / name) as partial:
-                partial.write_text(text, encoding="utf-8")
+        write_whole(out / RESULTS, comparison.to_json())
+        write_whole(out / REPORT, render_comparison(comparison))
     print(f"\n{text_table(comparison)}\n\n{takeaway(comparison)}\n{caveat(comparison)}\n")
     print(_what_next(options))
     return 0
