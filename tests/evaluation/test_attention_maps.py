@@ -119,6 +119,22 @@ def test_stablemask_maps_are_the_definition(family, start, shift):
     assert (maps.pseudo[:, :, 0] == 0).all() == (start == 1)
 
 
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+@pytest.mark.parametrize("kind", ["learned-token", "fixed-token"])
+def test_what_a_front_token_gets_is_of_none_of_the_text(kind, position):
+    """As in a softmax model that reads it as one more token, 0, whose embedding is its."""
+    model = tiny_model(torch.float64, attention=kind, position_encoding=position)
+    softmax = tiny_model(torch.float64, attention="softmax", position_encoding=position)
+    softmax.load_state_dict(model.state_dict(), strict=False)
+    front = torch.full((32,), 0.3) if kind == "fixed-token" else model.model.front_token
+    softmax.get_input_embeddings().weight.data[0] = front
+    ids = random_ids(LENGTH)
+    maps = attention_maps(model, ids)
+    whole = attention_maps(softmax, torch.cat((torch.zeros(1, dtype=ids.dtype), ids))).real
+    torch.testing.assert_close(maps.real, whole[:, :, 1:, 1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(maps.pseudo, whole[:, :, 1:, 0], rtol=0, atol=1e-5)
+
+
 def test_a_row_that_sees_nothing_beside_a_sink_of_nothing_gives_nothing():
     model, layers = tiny_transformer("Llama"), []
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]])  # rows of padding on the left

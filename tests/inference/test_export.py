@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from stablemask.hf import apply_stablemask
 from stablemask.inference import export
 from stablemask.inference.export import export_onnx, export_program, export_pt2, load_onnx
 
+from .. import marks
 from ..models.tiny import random_ids, tiny_config, tiny_model
 
 SHIFT = [[0.5, -1.0, 2.0, 0.0], [1.5, -0.5, 0.25, -3.0]]
@@ -82,6 +84,31 @@ def test_a_program_with_a_cache_goes_on_where_it_stopped(make):
         for row, alone in zip(logits, logits_alone(model, ids, mask), strict=True):
             seen = min(length, len(alone))
             torch.testing.assert_close(row[-seen:], alone[-seen:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "stablemask-paper",
+        "key-sink",
+        "learned-token",
+        "head-gate",
+        pytest.param("stablemask-zero", marks=marks.nightly),
+        pytest.param("fixed-token", marks=marks.nightly),
+    ],
+)
+def test_a_program_of_each_kind_of_attention_decodes_past_the_training_length(kind):
+    model = tiny_model(attention=kind, num_hidden_layers=1, max_position_embeddings=6)
+    graph = export_program(model, cache=True).module()
+    ids, mask = padded(3, 9)
+    alone = logits_alone(model, ids, mask)
+    cache = [torch.zeros(3, 2, 0, 8)] * 2
+    for start, end in pairwise((0, 5, 8, 9)):
+        logits, *cache = graph(ids[:, start:end], mask[:, :end], cache)
+        for row, whole in zip(logits, alone, strict=True):
+            padding = ids.shape[1] - len(whole)
+            expected = whole[max(start - padding, 0) : end - padding]
+            torch.testing.assert_close(row[-len(expected) :], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_files_are_read_in_a_fresh_process(tmp_path):

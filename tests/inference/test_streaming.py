@@ -16,7 +16,7 @@ from stablemask.inference import generate
 from stablemask.inference.streaming import cached_logits, mass_held, window_cache
 from stablemask.models import layers, modeling
 
-from ..models.tiny import random_ids, tiny_model
+from ..models.tiny import BY_DISTANCE, random_ids, tiny_model
 from ..oracle import sink_definition
 
 WINDOW = 8
@@ -93,8 +93,15 @@ def dense(query, key, value, sink_logits, *, attn_mask=None, alibi_slopes=None, 
     return sink_definition(query, key, value, sink_logits.double(), attn_mask, bias)
 
 
-@pytest.mark.parametrize("kind", ["stablemask", "softmax", "learned-sink"])
-@pytest.mark.parametrize("position", ["rope", "alibi", "nope", "sinusoidal"])
+@pytest.mark.parametrize(
+    ("position", "kind"),
+    [
+        *itertools.product(
+            ("rope", "alibi", "nope", "sinusoidal"), ("stablemask", "softmax", "learned-sink")
+        ),
+        *itertools.product(("rope",), BY_DISTANCE),
+    ],
+)
 def test_our_decoder_is_the_dense_definition_in_a_band(monkeypatch, position, kind):
     model = tiny_model(torch.float64, position_encoding=position, attention=kind)
     ids = random_ids(2, LENGTH)

@@ -61,7 +61,9 @@ def test_parameters_are_those_of_the_model(settings):
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"head_dim": 6, "num_key_value_heads": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"head_dim": 6, "num_key_value_heads": 1}, {"attention": "head-gate"}]
+)
 def test_flops_are_those_of_the_matrix_multiplications(settings):
     config, model, context = tiny_config(**settings), tiny_model(**settings), 12
     input_ids = random_ids(2, context)
@@ -119,6 +121,19 @@ def test_a_layers_activations_are_what_autograd_saves(dtype, checkpointing, kv_h
         memory = training_memory(config, 2, 100, dtype, checkpointing)
         estimated.append(memory["activations"])
     assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+@pytest.mark.parametrize("kind", ["stablemask-paper", "key-sink", "learned-token", "head-gate"])
+def test_what_a_kind_adds_to_a_layers_activations_is_what_autograd_saves(kind, position, dtype):
+    def config(layers):
+        sizes = {"vocab_size": 64, "num_hidden_layers": layers, "attention": kind}
+        return preset_config("tiny", **sizes, position_encoding=position)
+
+    measured = [bytes_saved_for_backward(config(layers), dtype, False) for layers in (2, 3)]
+    estimated = [training_memory(config(n), 2, 100, dtype)["activations"] for n in (2, 3)]
+    assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.002)
 
 
 def test_memory_adds_up():

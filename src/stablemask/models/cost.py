@@ -12,6 +12,7 @@ import torch
 from .configuration import StableMaskConfig
 from .loss import CHUNK_LOGITS
 from .modeling import StableMaskForCausalLM
+from .presets import FRONT_TOKENS
 
 
 class Flops(NamedTuple):
@@ -34,14 +35,21 @@ def flops_per_token(config: StableMaskConfig, context: int) -> Flops:
         forward  = 2 (L (2 d h (H + K) + 3 d f) + d V)  +  4 L H h T
         training = 3 forward          (the backward pass costs twice the forward)
 
-    The last term is attention, counted in full as is the custom (PaLM, arXiv 2204.02311, appendix
-    B); a causal kernel skips about half of it. Norms, rotations and the sink logit are left out.
+    A gate of the heads adds 2 L d H. The last term is attention, counted in full as is the custom (PaLM,
+    arXiv 2204.02311, appendix B); a causal kernel skips about half of it. Norms, rotations, the sink logit
+    and a token in front, one more in T, are left out.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
-    width, kv_width = config.query_width, config.key_value_width
-    weights = layers * (2 * d * (width + kv_width) + 3 * d * config.intermediate_size)
-    forward = 2 * (weights + d * config.vocab_size) + 4 * layers * width * context
+    forward = 2 * (layers * _layer_matrices(config) + d * config.vocab_size)
+    forward += 4 * layers * config.query_width * context
     return Flops(forward, 3 * forward)
+
+
+def _layer_matrices(config: StableMaskConfig) -> int:
+    """Parameters of a layer that are multiplied by its input."""
+    d, width = config.hidden_size, config.query_width + config.key_value_width
+    gate = config.num_attention_heads if config.attention == "head-gate" else 0
+    return d * (2 * width + 3 * config.intermediate_size + gate)
 
 
 def training_memory(
@@ -74,6 +82,10 @@ def training_memory(
     gradients and optimizer by the devices; on top come, gathered, s times the weights outside the
     layers, for the whole step, and those of a layer. Context parallelism divides T.
 
+    A gate of the heads adds s (h + 1) H to a layer. A token in front adds (s h + 4) H, and itself to T; a sink
+    key adds 4 H and, with RoPE, 4 h H / B for being rotated. The scores of the last two are float32: below
+    it they keep 4 h H of the query.
+
     A layer keeps what autograd saves without torch.compile: of its two norms the input (float32, the
     residual stream) and the output, query, key, value and the attention's output, its logsumexp, and
     four tensors of the SwiGLU. The allocator's overhead, autocast's copies of the weights and a dense
@@ -83,9 +95,18 @@ def training_memory(
     d, layers = config.hidden_size, config.num_hidden_layers
     width, kv_width = config.query_width, config.key_value_width
     parameters = count_parameters(config)
-    tokens = batch_size * context // context_parallel
+    has_front = config.attention in FRONT_TOKENS
+    tokens = batch_size * (context + has_front) // context_parallel
     layer = size * (2 * d + 2 * (width + kv_width) + 4 * config.intermediate_size)
     layer += 4 * (2 * d + config.num_attention_heads + 2)
+    if config.attention == "head-gate":
+        layer += size * (width + config.num_attention_heads)
+    if has_front or config.attention == "key-sink":
+        layer += 4 * config.num_attention_heads + (4 * width if size < 4 else 0)
+    if has_front:
+        layer += size * width
+    elif config.attention == "key-sink" and config.position_encoding == "rope":
+        layer += 4 * width // batch_size
     if gradient_checkpointing:
         activations = tokens * (4 * d * layers + layer)
     else:
@@ -105,7 +126,7 @@ def training_memory(
         "logits": logits,
     }
     if fsdp:
-        layer_weights = 2 * d * (width + kv_width) + 3 * d * config.intermediate_size + 2 * d
+        layer_weights = _layer_matrices(config) + 2 * d
         outside = parameters - layers * layer_weights
         memory["gathered"] = size * (outside + layer_weights)
     elif devices > 1:

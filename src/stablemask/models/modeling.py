@@ -219,7 +219,7 @@ class StableMaskModel(StableMaskPreTrainedModel):
             front: Tensor | None = self.front_token
             if front is None:  # as large as an embedding is at first
                 front = hidden_states.new_full((config.hidden_size,), config.initializer_range)
-            front = front.to(hidden_states.dtype).expand(len(hidden_states), 1, -1)
+            front = front.to(hidden_states.dtype).expand(hidden_states.shape[0], 1, -1)
             hidden_states = torch.cat((front, hidden_states), 1)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
