@@ -51,6 +51,7 @@ def test_a_soak_tells_whether_the_server_lasts(server, monkeypatch):
     told = asyncio.run(soak(*run, clients=8, seconds=3))
     assert sum(told.get(kind, 0) for kind in ("answered", "left", "refused")) > 0
     monkeypatch.setattr(module, "NONSENSE", [{}])  # which is none
+    monkeypatch.setattr(module.random.Random, "choices", lambda *_: ["refused"])
     with pytest.raises(RunError, match="requests failed that should not have"):
         asyncio.run(soak(*run, clients=4, seconds=1))
 

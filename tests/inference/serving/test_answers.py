@@ -1,5 +1,6 @@
 """What the server answers OpenAI's client, against Transformers' own `generate`."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -8,7 +9,7 @@ import torch
 
 from stablemask.inference.generate import CallbackStreamer
 
-from .conftest import CONTEXT, complete, post, say, stream
+from .conftest import CONTEXT, complete, post, say, serving, stream
 
 PROMPTS = ["the quick", "brown fox jumps", " over", "lazy dog\n"]
 
@@ -114,6 +115,15 @@ def test_the_end_token_ends_an_answer(client, llama, monkeypatch):
     for max_tokens in (last + 1, 40):
         assert complete(client, PROMPTS[0], max_tokens=max_tokens)[1] == "stop"
         assert stream(client, PROMPTS[0], max_tokens=max_tokens)[1] == "stop"
+
+
+def test_a_model_without_an_end_token_answers_to_the_length(llama, monkeypatch):
+    model, tokenizer = llama[0], copy.deepcopy(llama[1])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    tokenizer.eos_token = None
+    with serving(model, tokenizer, "llama") as client:
+        answer = (expected(model, tokenizer, PROMPTS[0], 5), "length")
+        assert complete(client, PROMPTS[0], max_tokens=5) == answer
 
 
 def test_stop_texts(client, llama):

@@ -108,10 +108,8 @@ class Answers:
             config.temperature = asked.temperature or config.temperature
             config.top_p = asked.top_p or config.top_p
             config.top_k = config.top_k or 0  # a None would become Transformers' default of 50
-        eos = config.eos_token_id
-        if eos is None:
-            eos = self.tokenizer.eos_token_id
-        config.eos_token_id = eos if isinstance(eos, list) else [eos]
+        if config.eos_token_id is None:
+            config.eos_token_id = self.tokenizer.eos_token_id
         config.pad_token_id = self.tokenizer.pad_token_id
         return config
 
@@ -142,18 +140,20 @@ class _Answer(CallbackStreamer):
         self,
         tokenizer: Any,
         asked: AnyRequest,
-        eos: list[int],
+        eos: int | list[int] | None,
         emit: Callable[[Piece], Any],
         is_left: Callable[[], bool],
     ):
         super().__init__(tokenizer, self._write)
-        self._stops, self._num, self._eos = asked.stop, asked.num_likeliest, eos
+        self._stops, self._num = asked.stop, asked.num_likeliest
+        self._eos = eos if isinstance(eos, list) else [eos]
         self.scores_prompt = asked.echo and self._num is not None
         self._emit, self._is_left = emit, is_left
         self._new: list[int] = []
         self._log_probs: Tensor | None = None  # of the next token, (1, vocabulary)
         self._tokens: list[dict[str, Any]] = []  # not handed on yet
-        self._held = ""  # may be the beginning of a stop text
+        # The end of the text may be the beginning of a stop text.
+        self._held, self._most_held = "", max(map(len, self._stops), default=1) - 1
         self._stopped = False
 
     def is_over(self) -> bool:
@@ -204,14 +204,8 @@ class _Answer(CallbackStreamer):
             return
         text = self._held + text
         found = [text.index(stop) for stop in self._stops if stop in text]
-        begun = [
-            length
-            for stop in self._stops
-            for length in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:length])
-        ]
         self._stopped = bool(found)
-        certain = min(found) if found else len(text) - max(begun, default=0)
+        certain = min(found) if found else max(0, len(text) - self._most_held)
         self._held = "" if found else text[certain:]
         if certain:
             self._emit(Piece(text[:certain], self._tokens))

@@ -241,16 +241,9 @@ class _Log:
         finally:
             if scope["type"] == "http":
                 usage = scope.get("usage", {"prompt_tokens": 0, "completion_tokens": 0})
-                LOGGER.info(
-                    "%s %s %s %s %.2fs prompt=%d answer=%d",
-                    time.strftime("%H:%M:%S"),
-                    scope["method"],
-                    quote(scope["path"]),
-                    status,
-                    time.perf_counter() - begun,
-                    usage["prompt_tokens"],
-                    usage["completion_tokens"],
-                )
+                tokens = "prompt={prompt_tokens} answer={completion_tokens}".format_map(usage)
+                asked = f"{time.strftime('%H:%M:%S')} {scope['method']} {quote(scope['path'])}"
+                LOGGER.info(f"{asked} {status} {time.perf_counter() - begun:.2f}s {tokens}")
 
 
 def _error(status: int, message: str) -> JSONResponse:
