@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -26,11 +27,12 @@ SIZES = {
     "head_dim": 32,
     "max_position_embeddings": CONTEXT,
     "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
+    "eos_token_id": 0,  # that of tokenizers that are trained here
+    "pad_token_id": 0,
     "initializer_range": 0.08,
 }
 RATE = 1 / 64
+CLOSE = 1e-4  # float32 sums in another order, through three layers
 SHIFTS = [[0.1 * head - layer for head in range(HEADS)] for layer in range(LAYERS)]
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -63,7 +65,7 @@ MODELS = {
     "horizon": lambda: others(LlamaConfig, {"gamma": 0.01, "horizon": 150}),
     "floor": with_floor,
     "no mass": lambda: others(LlamaConfig),
-    "Qwen3": lambda: others(Qwen3Config, {"gamma": RATE}),
+    "Qwen3": lambda: others(Qwen3Config, {"gamma": RATE, "shift": SHIFTS}),
     "Mistral": lambda: others(MistralConfig, {"gamma": RATE}, sliding_window=48),
     "Gemma": lambda: others(
         Gemma3TextConfig, {"gamma": RATE}, sliding_window=48, layer_types=WINDOWS
@@ -130,3 +132,9 @@ def answers(model, prompts, new=NEW):
 
 def reference(folder: Path, prompts, new=NEW):
     return answers(load_model(str(folder), dtype=torch.float32), prompts, new)
+
+
+def assert_same(answers, wanted):
+    for prompt, (answer, right) in enumerate(zip(answers, wanted, strict=True)):
+        assert answer.tokens == right.tokens, f"prompt {prompt}"
+        assert answer.logprobs == pytest.approx(right.logprobs, abs=CLOSE), f"prompt {prompt}"
