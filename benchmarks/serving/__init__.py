@@ -36,7 +36,7 @@ class ServingOptions:
     model: str = option(MISSING, "folder of a StableMask model")
     servers: list[str] = option(
         ["Transformers engine", "transformers serve"],
-        "those to compare; also 'vLLM, StableMask' and 'vLLM, softmax'",
+        "those to compare; also 'transformers serve, batched', 'vLLM, StableMask' and 'vLLM, softmax'",
     )
     vllm_python: str = option("python", "the Python that has vLLM and this package")
     clients: list[int] = option([], "so many at once; by default 1 4 16 64, of the soak 200")
