@@ -30,6 +30,7 @@ from .kinds import KINDS, kinds_legend, line_style
 from .language import GRID, PAIR, PLANS, model_name, training_options
 from .language import jobs as language_jobs
 from .models import corpus_of, trained
+from .scaling import log_length_scaling
 from .study import Claim, Job, Record, Section
 from .tables import joined, kinds_table
 
@@ -40,7 +41,10 @@ SAME = 0.01  # nats; as well as another is who does not lose so many, beyond dou
 TEXTS = {"small": 24, "gpu": 64}
 ALL, WINDOW, STREAMING = "all keys", "window", "StreamingLLM"
 FALLING = ", mass falling on"  # past the training length, where `hold` is None
+SCALED = ", log-length"  # the scores times a logarithm of the length, past the training length
 SHOWN = (ALL, ALL + FALLING, WINDOW, WINDOW + FALLING, STREAMING)
+# Who is read with it: the authors' code scales so with RoPE alone.
+SCALED_KINDS = (*PAIR, "stablemask-paper")
 
 
 def jobs(scale: str, seeds: int) -> list[Job]:
@@ -54,6 +58,9 @@ def jobs(scale: str, seeds: int) -> list[Job]:
             name = job.name.removeprefix(f"{GRID}-")
             cost = 30 if STREAMING in caches else 5
             found.append(Job(name, read_past_the_context, arguments, cost))
+            if run["position"] == "rope" and run["label"] in SCALED_KINDS:
+                scaled = {**arguments, "caches": [ALL + SCALED]}
+                found.append(Job(f"{name}-log-length", read_past_the_context, scaled, 5))
     return found
 
 
@@ -75,11 +82,15 @@ def read_past_the_context(
     model = load_model(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
     context = run["context"]
     tokens = _texts(run, texts, FACTOR * context + 1)
+    ways = {
+        FALLING: partial(changed_settings, model.config, hold=None),
+        SCALED: partial(log_length_scaling, model, context),
+    }
     nats = {}
     for name in caches:
-        cache, chunk = _CACHES[name.removesuffix(FALLING)](model, context)
-        falling = name.endswith(FALLING)
-        with changed_settings(model.config, hold=None) if falling else nullcontext():
+        kept, comma, way = name.partition(",")
+        cache, chunk = _CACHES[kept](model, context)
+        with ways[comma + way]() if way else nullcontext():
             losses = streaming_losses(model, tokens, cache, chunk_size=chunk).double().mean(0)
         # The loss at index i is that of the token at position i + 1.
         nats[name] = [
@@ -114,16 +125,20 @@ def section(records: list[Record]) -> Section:
     """A table a cache and size, a figure by position, and who loses less far out."""
     presets = dict.fromkeys(record["preset"] for record in records)
     found = [_Found([r for r in records if r["preset"] == preset]) for preset in presets]
-    gaps = [_gaps(found, *comparison) for _, *comparison, _ in _COMPARISONS]
-    cells = list(dict.fromkeys(cell for gap in gaps for cell in gap))
+    compared = [
+        (statement, gaps, limit)
+        for statement, ours, theirs, limit in _COMPARISONS
+        if (gaps := _gaps(found, ours, theirs))
+    ]
+    cells = list(dict.fromkeys(cell for _, gaps, _ in compared for cell in gaps))
     rows = [
-        [statement, *(gap[cell].text(3) if cell in gap else "" for cell in cells)]
-        for (statement, *_), gap in zip(_COMPARISONS, gaps, strict=True)
+        [statement, *(gaps[cell].text(3) if cell in gaps else "" for cell in cells)]
+        for statement, gaps, _ in compared
     ]
     return Section(
         [
-            Claim(statement, [less.below(limit, SAME) for less in gap.values()])
-            for (statement, *_, limit), gap in zip(_COMPARISONS, gaps, strict=True)
+            Claim(statement, [less.below(limit, SAME) for less in gaps.values()])
+            for statement, gaps, limit in compared
         ],
         {
             "gaps": table([f"nats at {_STEPS}", *cells], rows),
@@ -143,15 +158,25 @@ def section(records: list[Record]) -> Section:
 
 _STEPS = f"{FACTOR // 2}x to {FACTOR}x"
 _HELD, _FALLS = (ALL, "stablemask"), (ALL + FALLING, "stablemask")
-_AS_PUBLISHED, _OURS = "its mass falling on, as published", "its mass held, our default"
+_FALLING, _OURS = "its mass falling on", "its mass held, our default"
 _BETTER = "StableMask extrapolates better than softmax, all keys kept"
+_WINDOWED = "StableMask read from a plain window extrapolates better than softmax read so"
 _AS_WELL = "StableMask with a plain window does as well as softmax with StreamingLLM's first tokens"
 # A statement, whose loss is to be lower than whose (a cache and a kind), and than theirs by how much more.
 _COMPARISONS = (
-    (f"{_BETTER}, {_AS_PUBLISHED}", _FALLS, (ALL, "softmax"), 0.0),
+    (f"{_BETTER}, as published", (ALL, "stablemask-paper"), (ALL, "softmax"), 0.0),
+    (f"{_BETTER}, {_FALLING}", _FALLS, (ALL, "softmax"), 0.0),
     (f"{_BETTER}, {_OURS}", _HELD, (ALL, "softmax"), 0.0),
+    *(
+        (f"{_BETTER}, {words}, log-length scaling given to both", (ALL + SCALED, kind), (ALL + SCALED, "softmax"), 0.0)
+        for kind, words in (("stablemask-paper", "as published"), ("stablemask", _OURS))
+    ),
     ("Holding the mass is better than letting it fall on", _HELD, _FALLS, 0.0),
-    (f"{_AS_WELL}, {_AS_PUBLISHED}", (WINDOW + FALLING, "stablemask"), (STREAMING, "softmax"), SAME),
+    *(
+        (f"{_WINDOWED}, {words}", (WINDOW, kind), (WINDOW, "softmax"), 0.0)
+        for kind, words in (("stablemask-paper", "as published"), ("stablemask", _OURS))
+    ),
+    (f"{_AS_WELL}, {_FALLING}", (WINDOW + FALLING, "stablemask"), (STREAMING, "softmax"), SAME),
     (f"{_AS_WELL}, {_OURS}", (WINDOW, "stablemask"), (STREAMING, "softmax"), SAME),
     (
         "With its mass held StableMask needs no first tokens: they gain it nothing",
@@ -174,16 +199,19 @@ class _Found:
 
     def tables(self) -> list[str]:
         """Perplexities, a table a cache."""
-        places = list(product(self.positions, (False, True)))
+        read = {
+            cache: [p for p in self.positions if any(self.curves(cache, k, p) for k in KINDS)]
+            for cache in (*SHOWN, ALL + SCALED)
+        }
         return [
             kinds_table(
                 f"{self.preset}, {cache}",
-                places,
+                list(product(positions, (False, True))),
                 partial(self.text, cache),
                 lambda place: f"{place[0]}, {_STEPS if place[1] else '1x'}",
             )
-            for cache in SHOWN
-            if any(cache in record["nats"] for record in self.records)
+            for cache, positions in read.items()
+            if positions
         ]
 
     def curves(self, cache: str, kind: str, position: str) -> list[list[float]]:
@@ -228,8 +256,8 @@ def _gaps(
     return {
         f"{of.preset} {position}": of.difference(ours, theirs, position)
         for of in found
-        if of.curves(*theirs, of.positions[0])
         for position in of.positions
+        if of.curves(*ours, position) and of.curves(*theirs, position)
     }
 
 

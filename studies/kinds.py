@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from stablemask.report.drawing import COLORS, MARKERS
 
-# Yin et al.'s training form has a finite horizon; their code draws ALiBi's slopes.
+# Yin et al.'s form, "stablemask-paper", has a finite horizon and ALiBi's slopes; the two between have one of them.
 KINDS = (
     "softmax",
     "stablemask",
@@ -16,6 +16,7 @@ KINDS = (
     "stablemask-slopes",
     "softmax1",
     "learned-sink",
+    "stablemask-paper",
 )
 LABELS = {
     "softmax": "softmax",
@@ -26,10 +27,10 @@ LABELS = {
     "learned-sink": "learned sink",
     "stablemask-paper": "StableMask as published",
 }
-# The variants of StableMask share its colour; lines and markers tell them apart.
+# The variants of StableMask are blue too; lines and markers tell them apart.
 _VARIANTS = {
-    "stablemask-finite": ("#56b4e9", "v", "--"),
-    "stablemask-slopes": ("#003b5c", "P", ":"),
+    "stablemask-finite": ("#8c96c6", "v", "--"),
+    "stablemask-slopes": ("#003b5c", "X", ":"),
 }
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -27,7 +28,7 @@ from stablemask.models import StableMaskConfig, StableMaskForCausalLM
 
 from .kinds import KINDS, config_fields
 from .study import Job, Record
-from .tasks import TASKS, Task
+from .tasks import TASKS, UNASKED, Task
 
 ENCODINGS = ("rope", "alibi", "nope")
 # Absolute positions, under plain softmax: what the others are held against.
@@ -63,6 +64,12 @@ LONGER_TRAININGS: dict[str, dict[str, Any]] = {
     "copy": {**_MIXED, "batch": 4, "grown": 0.6},
     "even": {**TRAININGS["even"], "batch": 4},
 }
+# What Yin et al. ask beside position identification, at the shortest length. In jobs of their own, for a job
+# whose trainings change is done anew.
+PAPERS_TRAININGS: dict[str, dict[str, Any]] = {
+    "marked": {**TRAININGS["even"], "batch": 4},
+    "numbers": _REPEATED,
+}
 # The variants of StableMask are compared in position identification, at the shortest length.
 VARIANTS = ("stablemask-finite", "stablemask-slopes")
 SPREAD_AFTER = ("constant", "random")
@@ -75,34 +82,43 @@ def jobs(scale: str, seeds: int) -> list[Job]:
     designs = [(encoding, "softmax") for encoding in REFERENCES]
     designs += [(encoding, kind) for encoding in ENCODINGS for kind in KINDS]
     return [
-        _job(encoding, kind, length, seed, trainings)
+        _job(group, encoding, kind, length, seed, trainings)
         for seed in range(seeds)
         for length in LENGTHS[scale]
         for encoding, kind in designs
-        if (trainings := _trainings(kind, length, scale))
+        for group, chosen in _groups(kind, length == LENGTHS[scale][0]).items()
+        if (trainings := _at_scale(chosen, scale))
     ]
 
 
-def _trainings(kind: str, length: int, scale: str) -> dict[str, dict[str, Any]]:
-    at_first = length == LENGTHS[scale][0]
-    if kind in VARIANTS:
-        chosen = {task: TRAININGS[task] for task in IDENTIFICATION} if at_first else {}
-    else:
-        chosen = TRAININGS if at_first else LONGER_TRAININGS
+def _groups(kind: str, shortest: bool) -> dict[str, dict[str, dict[str, Any]]]:
+    """Trainings by the beginning of their job's name."""
+    if not shortest:
+        return {"": {} if kind in VARIANTS else LONGER_TRAININGS}
+    of_variants = {task: TRAININGS[task] for task in IDENTIFICATION}
+    return {"": of_variants if kind in VARIANTS else TRAININGS, "paper-": PAPERS_TRAININGS}
+
+
+def _at_scale(trainings: dict[str, dict[str, Any]], scale: str) -> dict[str, dict[str, Any]]:
     return {
         task: {**training, "steps": round(training["steps"] * STEPS_FACTOR[scale])}
-        for task, training in chosen.items()
+        for task, training in trainings.items()
     }
 
 
 def _job(
-    encoding: str, kind: str, length: int, seed: int, trainings: dict[str, dict[str, Any]]
+    group: str,
+    encoding: str,
+    kind: str,
+    length: int,
+    seed: int,
+    trainings: dict[str, dict[str, Any]],
 ) -> Job:
     steps = sum(training["steps"] for training in trainings.values())
     tokens = length * sum(training["steps"] * training["batch"] for training in trainings.values())
     seconds = 5e-3 * steps + 1.2e-5 * tokens
     return Job(
-        f"{encoding}-{kind}-{length}-{seed}",
+        f"{group}{encoding}-{kind}-{length}-{seed}",
         measure,
         {
             "encoding": encoding, "kind": kind, "length": length, "seed": seed,
@@ -135,7 +151,8 @@ def measure(
         task = TASKS[name]
         torch.manual_seed(seed)
         model = build(encoding, kind, length, task.num_classes(2 * length))
-        spread.setdefault("untrained", identical_token_spread(model, length).spread)
+        if name in SPREAD_AFTER:
+            spread.setdefault("untrained", identical_token_spread(model, length).spread)
         steps = train(model, task, length, seed, **training)
         if name in SPREAD_AFTER:
             spread[name] = identical_token_spread(model, length).spread
@@ -187,10 +204,10 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % CHECK_EVERY == 0:
-            right = _right(model, *checked)[task.first_scored :]
-            if right.mean().item() >= LEARNT:
-                return step
+        if step % CHECK_EVERY:
+            continue
+        if _Answers.of(model, *checked).share(task.first_scored) >= LEARNT:
+            return step
     return steps
 
 
@@ -205,23 +222,35 @@ def examine(model: StableMaskForCausalLM, task: Task, length: int, seed: int) ->
     """Accuracies on fresh sequences, of the training length and of twice of it."""
     data = _generator(seed, "test")
     first = task.first_scored
-    right = _right(model, *task.sample(data, TESTED, length))
+    found = _Answers.of(model, *task.sample(data, TESTED, length))
+    ends = [part * length // PARTS for part in range(PARTS + 1)]
     result: Record = {
-        "accuracy": right[first:].mean().item(),
-        "by_position": [round(part.mean().item(), 4) for part in right.chunk(PARTS)],
+        "accuracy": found.share(first),
+        "by_position": [round(found.share(*part), 4) for part in pairwise(ends)],
         "twice": None,
     }
     if model.config.position_encoding != "learned":
-        right = _right(model, *task.sample(data, TESTED, 2 * length))
-        result["twice"] = [right[first:length].mean().item(), right[length:].mean().item()]
+        found = _Answers.of(model, *task.sample(data, TESTED, 2 * length))
+        result["twice"] = [found.share(first, length), found.share(length)]
     return result
 
 
-@torch.no_grad()
-def _right(model: StableMaskForCausalLM, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Share of right answers by position, (length,)."""
-    answers = model(input_ids=inputs).logits.argmax(-1)
-    return (answers == targets).float().mean(0)
+class _Answers(NamedTuple):
+    """How many are right and how many were asked for, by position, (length,) each."""
+
+    right: Tensor
+    asked: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: StableMaskForCausalLM, inputs: Tensor, targets: Tensor) -> _Answers:
+        right = model(input_ids=inputs).logits.argmax(-1) == targets
+        return cls(right.sum(0), (targets != UNASKED).sum(0))
+
+    def share(self, start: int, end: int | None = None) -> float:
+        """Right ones among those from ``start`` to ``end``; 0 where nothing was asked."""
+        asked = self.asked[start:end].sum().item()
+        return self.right[start:end].sum().item() / asked if asked else 0.0
 
 
 def _generator(seed: int, use: str) -> Generator:

@@ -20,6 +20,7 @@ from .tables import joined, kinds_table
 from .tasks import COPIED, LONGEST_RUN, SHORTEST_RUN, SYMBOLS, TASKS
 
 USES = ("even", "parity", "copy")  # tasks that use the position
+PAPERS = ("marked", "numbers")  # those of the paper beside identification
 CONSTANT_MASSES = ("softmax1", "learned-sink")
 SAME = 1e-3  # hidden states, which the last norm brings to about 1, that differ by rounding alone
 
@@ -31,7 +32,7 @@ def section(records: list[Record]) -> Section:
         result["twice"][1]
         for record in records
         for task, result in record["tasks"].items()
-        if TASKS[task].indices and result["twice"]
+        if task in IDENTIFICATION and result["twice"]
     ]
     return Section(
         _claims(records, results),
@@ -78,6 +79,11 @@ def _claims(records: Sequence[Record], results: Results) -> list[Claim]:
             "With StableMask it can, whatever the relative positions.",
             [solved(accuracy) for accuracy in constant["stablemask"].values()],
         ),
+        *(
+            [Claim("With StableMask as published it can.", list(map(solved, published.values())))]
+            if (published := constant["stablemask-paper"])
+            else []
+        ),
         Claim(
             "It takes the decay of the mass: a pseudo mass of constant size does not tell the position.",
             [
@@ -88,7 +94,8 @@ def _claims(records: Sequence[Record], results: Results) -> list[Claim]:
         ),
         *(
             Claim(f"StableMask solves what softmax does not: {TASKS[task].title}.", solves(task))
-            for task in ("random", *USES)
+            for task in ("random", *PAPERS, *USES)
+            if results.lengths(task)
         ),
     ]
 
@@ -109,8 +116,8 @@ def _spreads(records: Sequence[Record], kind: str, column: Column) -> dict[str, 
 def _tables(records: Sequence[Record], results: Results, lengths: Sequence[int]) -> dict[str, str]:
     tasks = [task for task in TASKS if results.lengths(task)]
     identification = [task for task in IDENTIFICATION if task in tasks]
-    uses = [task for task in USES if task in tasks]
-    return {
+    papers, uses = ([task for task in of if task in tasks] for of in (PAPERS, USES))
+    tables = {
         "trainings": _trainings_table(records, lengths[0]),
         "spread": _spread_table(records, [(e, n) for n in lengths for e in ENCODINGS]),
         "identification": joined(_accuracy_table(results, task) for task in identification),
@@ -121,6 +128,9 @@ def _tables(records: Sequence[Record], results: Results, lengths: Sequence[int])
         "halves": _halves_table(results, uses),
         "gaps": _gap_table(results, tasks),
     }
+    if papers:  # of later jobs than the others
+        tables["papers"] = joined(_accuracy_table(results, task) for task in papers)
+    return tables
 
 
 def _percent(share: float | Estimate) -> str:

@@ -1,6 +1,7 @@
 """Runs the jobs of studies in processes of their own, and goes on with what is done already.
 
-OUT/NAME.json              a study: scale, seeds, hardware, versions, command, and a record of each job
+OUT/NAME.json              a study: scale, seeds, hardware, versions, command, and a record of each job; what stands
+                           in it is not done again
 OUT/work/records/NAME/     the record of each job, written when it is done
 OUT/work/models/           what the jobs have trained
 OUT/work/jobs-*.log        what they have printed
@@ -16,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from stablemask.reading import parse_json, read_json
 from .study import Job, Record, Study
 
 KEPT = Path(__file__).parent / "results"
+# Of the versions, those that a record repeats, for a study may be gone on with by others.
+_VERSIONS = ("python", "torch", "transformers")
 
 
 class Stopped(BaseException):
@@ -65,7 +68,11 @@ def run_studies(
         InputError, RunError: a job could not do its work; those done before are stored.
     """
     queue = [(study, job) for study in studies for job in study.jobs(scale, seeds)]
-    done = {id(job): _stored(out, kept, study, job) for study, job in queue}
+    written = {study.name: _written(out, study.name) for study in studies}
+    done = {
+        id(job): _stored(_record_files(out, kept, study, job), written[study.name], job)
+        for study, job in queue
+    }
     todo = [(study, job) for study, job in queue if done[id(job)] is None]
     about = {"scale": scale, "seeds": seeds, "workers": workers}
     here = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -121,7 +128,7 @@ def run_studies(
                     failure, waiting = failure or error, []
                     bar.set_postfix_str(f"{study.name} {job.name} failed")
                     continue
-                record = {"job": job.name, **job.arguments, **result, "hardware": here["hardware"]}
+                record = {"job": job.name, **job.arguments, **result, **_made_with(here)}
                 for path in _record_files(out, kept, study, job):
                     save_json(record, path)
                 done[id(job)] = record
@@ -219,25 +226,49 @@ def _record_files(out: Path, kept: Path, study: Study, job: Job) -> list[Path]:
     return [place / study.name / f"{job.name}.json" for place in places]
 
 
-def _stored(out: Path, kept: Path, study: Study, job: Job) -> Record | None:
+def _written(out: Path, name: str) -> dict[str, Record]:
+    """The records of OUT/NAME.json by job, each with what it was made with."""
+    try:
+        document = load_study(out, name) or {"records": []}
+    except InputError:  # written anew
+        return {}
+    return {record["job"]: _made_with(document) | record for record in document["records"]}
+
+
+def _made_with(about: dict[str, Any]) -> Record:
+    """When, on what and by what: of a study, or of a record in place of its study."""
+    versions = about["versions"]
+    found = {"date": about["date"], "hardware": about["hardware"]}
+    return found | {name: versions[name] for name in _VERSIONS if name in versions}
+
+
+def _stored(paths: list[Path], written: Mapping[str, Record], job: Job) -> Record | None:
     """The record of a job that was done with these arguments."""
     arguments = json.loads(json.dumps(dict(job.arguments)))
-    for path in _record_files(out, kept, study, job):
-        try:
-            record = parse_json(path.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if all(record.get(name) == value for name, value in arguments.items()):
+    for record in (*map(_read, paths), written.get(job.name)):
+        if record and all(record.get(name) == value for name, value in arguments.items()):
             return record
     return None
 
 
+def _read(path: Path) -> Record | None:
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def _document(study: Study, about: dict[str, Any], records: list[Record | None]) -> dict[str, Any]:
     done = [record for record in records if record is not None]
-    # Where a study was gone on with on another machine, both.
-    machines = dict.fromkeys(record.get("hardware", about["hardware"]) for record in done)
+    here = _made_with(about)
+    # Where a study was gone on with later, or on another machine, all of them.
+    made = {
+        name: "; ".join(dict.fromkeys(record.get(name, here[name]) for record in done))
+        for name in here
+    }
+    versions = {name: made.pop(name) for name in _VERSIONS if name in made}
     seconds = sum(record["seconds"] for record in done)
     return {
-        "study": study.name, **about, "hardware": "; ".join(machines),
+        "study": study.name, **about, **made, "versions": about["versions"] | versions,
         "job_seconds": round(seconds, 1), "records": done,
     }  # fmt: skip

@@ -5,6 +5,7 @@ The statements themselves are proved with symbols, in ``tests/studies/test_proof
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ LENGTH = 64
 SAME, DIFFERENT = 1e-12, 1e-6
 
 
-def measure_spread(work: Path, seed: int) -> dict[str, Any]:
+def measure_spread(work: Path, seed: int, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """How far the outputs of identical tokens are apart, in float64, by position encoding and kind."""
     spread: dict[str, dict[str, float]] = {}
-    for encoding, kind in product(ENCODINGS, KINDS):
+    for encoding, kind in product(ENCODINGS, kinds):
         torch.manual_seed(seed)
         config = StableMaskConfig(
             vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -43,7 +44,7 @@ def measure_spread(work: Path, seed: int) -> dict[str, Any]:
     return {"spread": spread}
 
 
-def measure_parameters(work: Path) -> dict[str, Any]:
+def measure_parameters(work: Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """Parameters of every preset, by kind of attention."""
     return {
         "parameters": {
@@ -51,7 +52,7 @@ def measure_parameters(work: Path) -> dict[str, Any]:
                 kind: count_parameters(
                     preset_config(preset, **config_fields(kind, fields["max_position_embeddings"]))
                 )
-                for kind in KINDS
+                for kind in kinds
             }
             for preset, fields in PRESETS.items()
         }
@@ -59,8 +60,11 @@ def measure_parameters(work: Path) -> dict[str, Any]:
 
 
 def jobs(scale: str, seeds: int) -> list[Job]:
-    spreads = [Job(f"spread-{seed}", measure_spread, {"seed": seed}) for seed in range(seeds)]
-    return [*spreads, Job("parameters", measure_parameters, {})]
+    kinds = {"kinds": list(KINDS)}
+    spreads = [
+        Job(f"spread-{seed}", measure_spread, {"seed": seed, **kinds}) for seed in range(seeds)
+    ]
+    return [*spreads, Job("parameters", measure_parameters, kinds)]
 
 
 def section(records: list[Record]) -> Section:

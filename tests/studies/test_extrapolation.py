@@ -30,8 +30,9 @@ def test_each_cache_is_read_to_sixteen_times_the_context(run, tmp_path, monkeypa
     monkeypatch.setattr(
         extrapolation, "training_options", lambda run: training_options(run) | {"vocab_size": 300}
     )
-    caches = [*extrapolation._caches("stablemask", True)]
-    assert set(caches) == set(extrapolation.SHOWN)
+    scaled = extrapolation.ALL + extrapolation.SCALED
+    caches = [*extrapolation._caches("stablemask", True), scaled]
+    assert set(caches) == {*extrapolation.SHOWN, scaled}
     record = extrapolation.read_past_the_context(tmp_path, texts=2, caches=caches, **run)
 
     bins = record["bins"]
@@ -53,6 +54,8 @@ def test_each_cache_is_read_to_sixteen_times_the_context(run, tmp_path, monkeypa
     ).view(2, -1)
     for (start, end), nats in zip(bins, record["nats"]["all keys"], strict=True):
         assert nats == pytest.approx(losses[:, start - 1 : end - 1].mean().item(), abs=2e-4)
+    # At the far end the scores of the last row are twice as large: log 256 to the base 16.
+    assert record["nats"][scaled][-1] != record["nats"]["all keys"][-1]
     inside = [i for i, (_, end) in enumerate(bins) if end <= CONTEXT]
     for cache in caches:  # the same as long as all keys are kept
         for index in inside:
@@ -87,15 +90,20 @@ def test_the_claims_follow_from_the_losses():
         lost = kind == "softmax" and start >= 128 and cache != "StreamingLLM"
         return 3.0 + lost
 
-    assert verdicts(softmax_fails) == ["reproduced"] * 2 + ["not reproduced"] + ["reproduced"] * 3
-    assert verdicts(flat)[:2] == ["not reproduced"] * 2
+    no, yes = "not reproduced", "reproduced"
+    assert verdicts(softmax_fails) == 5 * [yes] + [no] + 5 * [yes]
+    assert verdicts(flat)[:5] == 5 * [no]
+
+    def scaling_helps_softmax(cache, kind, start):
+        return softmax_fails(cache, kind, start) - 2 * (kind == "softmax" and "log" in cache)
+
+    assert verdicts(scaling_helps_softmax)[:5] == 3 * [yes] + 2 * [no]
 
     def falling_mass_fails(cache, kind, start):
         fails = cache.endswith("falling on") and start >= 128
         return 3.0 + fails - 0.1 * (kind == "stablemask")
 
-    no, yes = "not reproduced", "reproduced"
-    assert verdicts(falling_mass_fails) == [no, yes, yes, no, yes, yes]
+    assert verdicts(falling_mass_fails) == [no, no, yes, no, yes, yes, no, yes, no, yes, yes]
 
 
 def test_the_table_holds_perplexities_inside_and_past_the_context():
@@ -107,6 +115,7 @@ def test_the_table_holds_perplexities_inside_and_past_the_context():
             ]
     told = extrapolation.section(records)
     assert "| StableMask | 50.0 | 70.0 | 50.0 | 70.0 | 50.0 | 70.0 |" in told.tables["perplexities"]
-    assert told.tables["gaps"].count("| 0.000 | 0.000 | 0.000 |") == 6
+    assert told.tables["gaps"].count("| 0.000 | 0.000 | 0.000 |") == 9
+    assert "| nano, all keys, log-length | rope, 1x | rope, 8x to 16x |\n" in told.tables["perplexities"]  # fmt: skip
     assert set(told.figures) == {"positions"}
     assert all(claim.verdict == "open" for claim in extrapolation.section(made_up(flat, 1)).claims)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,34 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(tmp_path):
     assert again["hardware"] == f"another; {document['hardware']}"
     logs = "".join(path.read_text() for path in (tmp_path / "work").glob("jobs-*.log"))
     assert "squaring 5" in logs
+
+
+def test_what_stands_in_a_written_study_is_not_done_again(tmp_path):
+    """Where the records of its jobs are gone, as from a folder that was committed."""
+    run(tmp_path, study_of(*squares(1, 2)))
+    path = tmp_path / "squares.json"
+    document = json.loads(path.read_text())
+    for record in document["records"]:  # as they were before they said what had made them
+        for name in ("date", "hardware", "python", "torch", "transformers"):
+            del record[name]
+    earlier = {"date": "2020-01-01", "hardware": "another"}
+    earlier["versions"] = document["versions"] | {"torch": "1.0"}
+    path.write_text(json.dumps(document | earlier))
+    shutil.rmtree(tmp_path / "work")
+
+    run(tmp_path, study_of(*squares(2, 3)))
+    assert squared(tmp_path) == [3]
+    again = json.loads(path.read_text())
+    assert [record["square"] for record in again["records"]] == [4, 9]
+    assert again["date"] == f"2020-01-01; {document['date']}"
+    assert again["hardware"] == f"another; {document['hardware']}"
+    assert again["versions"]["torch"] == f"1.0; {document['versions']['torch']}"
+    assert again["versions"]["python"] == document["versions"]["python"]
+    # A damaged one is written anew.
+    path.write_text("{")
+    run(tmp_path, study_of(*squares(3)))
+    assert squared(tmp_path) == [3]
+    assert [r["square"] for r in json.loads(path.read_text())["records"]] == [9]
 
 
 def test_a_job_is_given_the_records_of_those_it_waits_for(tmp_path):

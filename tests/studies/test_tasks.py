@@ -7,6 +7,7 @@ from studies.tasks import (
     BLANK,
     COPIED,
     LONGEST_RUN,
+    MARK,
     SHORTEST_RUN,
     SYMBOLS,
     TASKS,
@@ -27,6 +28,8 @@ DEFINITIONS = {
     "constant": lambda tokens, i: i,
     "runs": lambda tokens, i: i,
     "random": lambda tokens, i: i,
+    "marked": lambda tokens, i: tokens.index(MARK) if MARK in tokens[: i + 1] else -100,
+    "numbers": lambda tokens, i: list(range(tokens[0] % 2, 2 * LENGTH, 2))[i],
     "even": lambda tokens, i: tokens[i] if i % 2 == 0 else tokens[i - 1],
     "parity": lambda tokens, i: "01".index(bin(i)[-1]),
     "copy": lambda tokens, i: tokens[COPIED] if i >= COPIED else BLANK,
@@ -46,11 +49,18 @@ def test_classes_hold_symbols_and_answers(name):
     assert max(map(max, targets)) < TASKS[name].num_classes(LENGTH)
 
 
-@pytest.mark.parametrize("name", ["constant", "parity"])
+@pytest.mark.parametrize("name", ["constant", "numbers", "parity"])
 def test_constant_sequences_repeat_one_symbol(name):
     inputs, _ = sample(name)
     assert all(len(set(tokens)) == 1 for tokens in inputs)
     assert {tokens[0] for tokens in inputs} == set(range(SYMBOLS))
+
+
+def test_one_token_of_constant_ones_is_marked_anywhere():
+    inputs, _ = sample("marked")
+    assert all(len({*tokens} - {MARK}) == 1 and tokens.count(MARK) == 1 for tokens in inputs)
+    assert {tokens[0] for tokens in inputs} == set(range(SYMBOLS))
+    assert {tokens.index(MARK) for tokens in inputs} > {0, LENGTH - 1}
 
 
 def test_runs_are_long_and_alternate():
@@ -80,7 +90,8 @@ def test_chance_is_the_best_guess_without_positions(name):
     """Of the guesses that see the token and the one before it, or one answer for all positions."""
     task = TASKS[name]
     inputs, targets = (torch.tensor(rows) for rows in sample(name))
-    scored = slice(task.first_scored, None)
+    scored = targets != -100
+    scored[:, : task.first_scored] = False
     guesses = [inputs, inputs.roll(1, 1), *range(SYMBOLS)]
-    best = max((guess == targets)[:, scored].float().mean().item() for guess in guesses)
+    best = max((guess == targets)[scored].float().mean().item() for guess in guesses)
     assert best == pytest.approx(task.chance(LENGTH), abs=0.03)
