@@ -10,6 +10,7 @@ from typing import Any
 from ..bars import progress_bar
 from ..errors import InputError
 from ..reading import parse_json, reading, user_path
+from ..writing import writing
 
 ANSWER = "generated_text"  # as Transformers' text-generation pipeline calls it
 
@@ -99,7 +100,7 @@ def open_answers(path: Path, records: Sequence[Record], *, resume: bool) -> int:
         InputError: it holds something and ``resume`` is not asked for, or something other than the
             answers to the first of ``records``.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             file.seek(0)
@@ -117,8 +118,6 @@ def open_answers(path: Path, records: Sequence[Record], *, resume: bool) -> int:
                         "name another --out, or the prompts it was begun with"
                     )
             file.truncate(whole)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
     return len(lines)
 
 

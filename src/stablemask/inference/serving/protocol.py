@@ -64,7 +64,7 @@ def _as_text(content: Any) -> Any:
 
 
 Prompts = Annotated[list[str | list[int]], Field(max_length=2048), BeforeValidator(_as_prompts)]
-# So long a stop text costs no more than a token does.
+# The text of a stream stays behind by as many characters as the longest of them has.
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Annotated[list[Stop], Field(max_length=16), BeforeValidator(_as_list)]
 

@@ -137,7 +137,7 @@ def build_app(
         exception_handlers={
             InputError: lambda _, error: _error(400, str(error)),
             HTTPException: lambda _, error: _error(error.status_code, error.detail),
-            ClientDisconnect: lambda *_: Response(status_code=499),  # for the log
+            ClientDisconnect: lambda *_: Response(status_code=499),
             Exception: lambda _, error: JSONResponse(failure(error), 500),
         },
         lifespan=api.lifespan,
@@ -229,7 +229,7 @@ class _Log:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun, status = time.perf_counter(), 0
+        begun, status = time.perf_counter(), 499  # as logs call it where nobody waits for an answer
 
         async def watched(message: Message) -> None:
             nonlocal status
