@@ -3,6 +3,7 @@ library leaves to others."""
 
 import math
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stablemask import sink_attention, stable_mask_attention
+from stablemask.backends.stock import kernels
 from tests.marks import native_library
 from tests.oracle import (
     assert_no_further_than_twice,
@@ -149,6 +151,56 @@ def test_a_row_has_gradients(backend, dtype, value_dim, scale, padded):
     ours, dense, exact = results
     term = (grad.double() * exact[0]).abs().sum(-1).max().clamp(min=1)
     assert_no_further_than_twice(ours, dense, exact, 4 * term if dtype == torch.float64 else term)
+
+
+@pytest.mark.parametrize("sink", [0.3, torch.zeros(4, 1)])
+def test_a_step_by_the_stock_kernel_has_three_operations_more(sink):
+    """Each takes as long as a quarter of the kernel behind 512 keys; views are free beside them."""
+    launched = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not function.is_view:
+                launched.append(function.__name__.partition(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    inputs = tensors()
+    with Count():
+        sink_attention(*inputs, sink, backend="flash")
+    assert launched == [
+        "_scaled_dot_product_flash_attention_for_cpu", "sub_", "sigmoid_", "mul_"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [None, "padding", "of each head"])
+@pytest.mark.parametrize("threads", [4, 5])
+def test_heads_that_share_a_key_head_are_its_rows(monkeypatch, dtype, mask, threads):
+    """The keys are read once for all of them, where every thread has a key head."""
+    kernel = torch._scaled_dot_product_flash_attention_for_cpu
+    monkeypatch.setattr(kernels, "_MANY_SCORES", 4 * 19)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    called = Mock(wraps=kernel)
+    monkeypatch.setattr(torch, kernel.__name__, called)
+    query, key, value = tensors(dtype)
+    sink = torch.randn(2, 4, 1)
+    seen = torch.ones(2, 1, 1, 19, dtype=torch.bool)
+    bias = None
+    if mask == "padding":
+        seen[0, ..., :5] = False
+        seen[1] = False
+    if mask == "of each head":
+        bias = torch.randn(2, 4, 1, 19).to(dtype)
+        bias[0, 1] = -torch.inf
+    given = bias if mask == "of each head" else seen if mask else None
+    step = sink_attention(query, key, value, sink, attn_mask=given, backend="flash")
+    assert called.call_args.args[0].shape == ((2, 2, 2, 8) if threads == 4 else (2, 4, 1, 8))
+    dense = sink_attention(query, key, value, sink, attn_mask=given, backend="reference")
+    exact = sink_definition(
+        *doubled((query, key, value)), sink.double(), seen, None if bias is None else bias.double()
+    )
+    term = value.double().abs().max()
+    assert_no_further_than_twice((step,), (dense,), (exact,), term)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

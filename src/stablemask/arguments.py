@@ -93,7 +93,7 @@ def check_stock_options(query: Tensor, key: Tensor, is_causal: bool, enable_gqa:
 
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does for the stock attention: float32 and half inputs take its dtype."""
-    device = query.device.type
+    device = "cpu" if query.is_cpu else query.device.type  # the former is read at once
     if autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (

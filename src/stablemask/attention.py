@@ -18,6 +18,7 @@ from .arguments import (
     check_stock_options,
     check_tensors,
 )
+from .backends.calls import nothing_watches
 from .backends.choice import choose
 from .call import Call
 from .distributed import is_dtensor
@@ -193,5 +194,7 @@ def _attend(
     sink_logits = check_sink(sink_logits, query)
     check_dropout(dropout_p)
     scale = check_scale(scale, query)
-    call = Call(query, key, value, sink_logits, masks, dropout_p, scale)
+    call = Call(
+        query, key, value, sink_logits, masks, dropout_p, scale, watched=not nothing_watches()
+    )
     return choose(call, backend).attend(call)

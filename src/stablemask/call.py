@@ -22,6 +22,8 @@ class Call(NamedTuple):
         masks: everything on top of causality.
         dropout_p: of the attention weights, in [0, 1).
         scale: of the scores.
+        watched: whether autograd, a transform or a compiler may look on. It is asked once, for a question takes
+            as long as an operation.
     """
 
     query: Tensor
@@ -31,6 +33,7 @@ class Call(NamedTuple):
     masks: Masks
     dropout_p: float
     scale: float
+    watched: bool = True
 
     def sinks(self) -> Tensor:
         """``sink_logits`` as a tensor, also where it is a number."""

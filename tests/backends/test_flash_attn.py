@@ -411,7 +411,7 @@ def test_a_version_with_other_signatures_is_refused(monkeypatch):
 def test_says_what_it_cannot_do(changes, reason, monkeypatch):
     def on_cuda(dim=8, dtype=torch.bfloat16):
         return SimpleNamespace(
-            device=torch.device("cuda"), dtype=dtype, shape=torch.Size([1, 2, 4, dim])
+            device=torch.device("cuda"), is_cpu=False, dtype=dtype, shape=torch.Size([1, 2, 4, dim])
         )
 
     monkeypatch.setattr(flash_attn, "_package", lambda *call: ("fa2", None))

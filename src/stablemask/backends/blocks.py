@@ -52,7 +52,7 @@ def _blocks(n: int) -> list[slice]:
 
 
 def _attend_rows(call: Call, rows: slice) -> Tensor:
-    query, key, value, sink_logits, masks, dropout_p, scale = call
+    query, key, value, sink_logits, masks, dropout_p, scale, _ = call
     past = key.shape[2] - query.shape[2]
     keys = slice(masks.first_key(past + rows.start), past + rows.stop)
     mask = masks.attn_mask

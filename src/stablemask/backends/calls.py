@@ -11,28 +11,28 @@ from torch import Tensor
 from ..call import Call
 
 Function = TypeVar("Function", bound=Callable)
+TINY = torch.finfo(torch.float32).tiny
 
 
 def needs_gradient(call: Call) -> bool:
     """Whether autograd will ask for a backward of this call."""
+    if not (call.watched and torch.is_grad_enabled()):
+        return False
     query, key, value, sink_logits, masks, *_ = call
-    mask, slopes = masks.attn_mask, masks.alibi_slopes
-    return torch.is_grad_enabled() and (  # spelled out, for it is asked in every call
+    return (
         query.requires_grad
         or key.requires_grad
         or value.requires_grad
         or (isinstance(sink_logits, Tensor) and sink_logits.requires_grad)
-        or (mask is not None and mask.requires_grad)
-        or (slopes is not None and slopes.requires_grad)
+        or masks.need_gradient
     )
 
 
 def nothing_watches() -> bool:
-    """Whether a kernel may be called as it is: no gradient, transform, autocast or compiler on the CPU."""
+    """Whether a kernel may be called as it is: no gradient, transform or compiler."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -42,7 +42,7 @@ def with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     """The same scores by a scale above 0, for kernels that hide later keys, as -inf, before they scale."""
     if scale < 0:
         query, scale = -query, -scale
-    if scale < torch.finfo(torch.float32).tiny:  # which kernels may take for 0
+    if scale < TINY:  # which kernels may take for 0
         query, scale = query * scale, 1.0
     return query, scale
 

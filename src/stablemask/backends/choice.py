@@ -27,7 +27,7 @@ def choose(call: Call, name: str) -> Backend:
             raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
         return BACKENDS[name]
     # While it is compiled a length may be a symbol, which must not be asked for.
-    one_row = not torch.compiler.is_compiling() and call.query.shape[2] == 1
+    one_row = not (call.watched and torch.compiler.is_compiling()) and call.query.shape[2] == 1
     for candidate in order(hardware.kind_of(call.query), one_row):
         backend = BACKENDS[candidate]
         if backend.unsupported(call) is None:

@@ -65,7 +65,7 @@ def unsupported(call: Call) -> str | None:
 
 def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
-    query, key, value, _, masks, _, scale = call
+    query, key, value, _, masks, _, scale, _ = call
     package, _ = _package_for(call)
     query, scale = with_positive_scale(query, scale)
     value_dim, width = value.shape[-1], _width(call)

@@ -103,7 +103,7 @@ def _look_for_compiler() -> str | None:
 
 def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
-    query, key, value, _, masks, _, scale = call
+    query, key, value, _, masks, _, scale, _ = call
     batch, _, n, head_dim = query.shape
     m, value_dim = value.shape[2:]
     if n == 0 or batch == 0:
@@ -212,7 +212,7 @@ def _flex(
 
 def _structure(call: Call) -> tuple:
     """What a compiled kernel is made for; lengths matter only by what the compiler makes of them."""
-    query, key, value, _, masks, _, scale = call
+    query, key, value, _, masks, _, scale, _ = call
     n, m = query.shape[2], key.shape[2]
     mask = masks.attn_mask
     return (

@@ -17,7 +17,7 @@ from .calls import constant_while_compiling
 
 def kind_of(tensor: Tensor) -> str:
     """``"cpu"``, ``"cuda"``, or another type of device."""
-    return tensor.device.type
+    return "cpu" if tensor.is_cpu else tensor.device.type  # the former is read at once
 
 
 def is_capturing(tensor: Tensor) -> bool:

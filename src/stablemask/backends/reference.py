@@ -27,7 +27,7 @@ def attend(call: Call) -> Tensor:
 
 
 def _attend(call: Call) -> Tensor:
-    query, key, value, _, masks, dropout_p, scale = call
+    query, key, value, _, masks, dropout_p, scale, _ = call
     num_groups = query.shape[1] // key.shape[1]
     dtype = query.dtype
     if dtype != torch.float64:

@@ -17,7 +17,7 @@ from ..stock.operators import lse_dtype
 
 def unsupported(call: Call) -> str | None:
     """Why the compiled library cannot serve this call, or None."""
-    query, key, value, _, masks, dropout_p, _ = call
+    query, key, value, _, masks, dropout_p, _, watched = call
     if native.LIBRARY is None:
         return "its library is not there; `stablemask build` compiles it"
     if hardware.kind_of(query) != "cpu":
@@ -30,13 +30,14 @@ def unsupported(call: Call) -> str | None:
         return "it takes one row, or as many rows as keys"
     if dropout_p > 0:
         return "it has no dropout"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "it has no forward-mode derivative"
-    if torch.compiler.is_compiling():
-        if is_exporting():
-            return "an exported program may run where it is not compiled"
-    elif under_torch_func():
-        return "it has no rules for torch.func"
+    if watched:
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "it has no forward-mode derivative"
+        if torch.compiler.is_compiling():
+            if is_exporting():
+                return "an exported program may run where it is not compiled"
+        elif under_torch_func():
+            return "it has no rules for torch.func"
     if query.numel() == 0 or value.numel() == 0:
         return "there is nothing to compute"
     return None
@@ -54,7 +55,7 @@ def _hides_keys_of_sequences(masks: Masks) -> bool:
 
 def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
-    query, key, value, _, masks, _, scale = call
+    query, key, value, _, masks, _, scale, _ = call
     value_dim = value.shape[3]
     if query.shape[2] > 1 or needs_gradient(call):
         query, key, value, value_dim, scale = fit(query, key, value, scale, "cpu")

@@ -11,9 +11,9 @@ from ...call import Call
 from ...masks import NO_MASKS, Masks
 from .. import hardware
 from ..calls import (
+    TINY,
     is_exporting,
     needs_gradient,
-    nothing_watches,
     only_autograd_watches,
     under_torch_func,
     with_positive_scale,
@@ -24,7 +24,6 @@ from .operators import absorb, eager_forward, flash_forward, scale_rows
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _MAX_CUDA_HEAD_DIM = 256
-_TINY = torch.finfo(torch.float32).tiny
 # Of cuDNN: the first that takes more than 128 columns a head, on Hopper alone.
 _CUDNN_WIDE_HEADS = 91000
 
@@ -37,9 +36,9 @@ def unsupported(call: Call) -> str | None:
         return f"no stock flash kernel for device type {query.device.type!r}"
     if call.dropout_p > 0:
         return "the stock flash kernels are called without dropout"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if call.watched and torch.autograd.forward_ad._current_level >= 0:
         return "the stock flash kernels have no forward-mode derivative"
-    if call.masks.need_gradient:
+    if call.masks is not NO_MASKS and call.masks.need_gradient:
         return "the stock flash kernels give no gradient for attn_mask or alibi_slopes"
     if kind == "cuda":
         if query.dtype == torch.float64:
@@ -111,42 +110,43 @@ def stock_kernel(call: Call) -> str:
 
 
 def _attend(call: Call, kernel: str) -> Tensor:
-    query, key, value, _, masks, _, scale = call
+    query, key, value, _, masks, _, scale, watched = call
     past = key.shape[2] - query.shape[2]
     one_row = query.shape[2] == 1
     one_call = masks is NO_MASKS and (one_row or past == 0)
     # Not in an exported program: what decomposes the kernel there, ONNX's exporter too, gives no true lse.
-    in_sight = torch.compiler.is_compiling() and not is_exporting()
+    in_sight = watched and torch.compiler.is_compiling() and not is_exporting()
     plain = type(query) is type(key) is type(value) is Tensor and query.numel() > 0
-    alone = plain and nothing_watches()
+    alone = plain and not watched
     if one_row and alone and not masks.by_tile and kernel in ("cuda", "efficient"):
         row = _cuda_row(call, kernel)
         if row is not None:
             return row
-    sink_logits = call.sinks()
     if one_call and (alone or (in_sight and not needs_gradient(call))):
         # Without an operator around it, which takes as long to enter as a short kernel.
         query, key, value, value_dim, scale = fit(query, key, value, scale, kernel)
         causal = False if one_row else True  # noqa: SIM211 (a bool, where the length is a symbol)
         out, lse = KERNELS[kernel].forward(query, key, value, None, causal, scale)
-        if alone and absorb(out, lse, sink_logits.to(lse.dtype)) is not None:
-            return out[..., :value_dim]
-        factor = torch.sigmoid(lse - sink_logits)
+        narrow = out if out.shape[3] == value_dim else out[..., :value_dim]
+        if alone and absorb(out, lse, call.sink_logits) is not None:
+            return narrow
         if alone:
-            return scale_rows(out, factor)[..., :value_dim]
+            scale_rows(out, lse.sub_(call.sink_logits).sigmoid_())
+            return narrow
         # In sight of the compiler, which makes the factor part of what comes next.
-        return (out[..., :value_dim].to(lse.dtype) * factor.unsqueeze(-1)).to(query.dtype)
-    return attend_with_lse(query, key, value, sink_logits, masks, past, scale, kernel)[0]
+        factor = torch.sigmoid(lse - call.sink_logits)
+        return (narrow.to(lse.dtype) * factor.unsqueeze(-1)).to(query.dtype)
+    return attend_with_lse(query, key, value, call.sinks(), masks, past, scale, kernel)[0]
 
 
 def _cuda_row(call: Call, kernel: str) -> Tensor | None:
     """A row of decoding on CUDA in one launch more than the kernel's; None where it takes another way."""
-    query, key, value, sink_logits, masks, _, scale = call
+    query, key, value, sink_logits, masks, _, scale, _ = call
     attn_mask = masks.attn_mask
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     kernels = hardware.triton_kernels()
-    if kernels is None or head_dim % 8 or value.shape[3] != head_dim or scale < _TINY:
+    if kernels is None or head_dim % 8 or value.shape[3] != head_dim or scale < TINY:
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
         return None

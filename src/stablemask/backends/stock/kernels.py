@@ -45,6 +45,12 @@ def _with_blind_rows(out, lse, bias, causal):
 
 
 def _cpu_forward(query, key, value, bias, causal, scale):
+    kv_heads = key.shape[1]
+    if query.shape[2] == 1 and kv_heads < query.shape[1] and _reads_keys_once(query, key):
+        rows = as_rows_of_key_heads(query, kv_heads)
+        bias = None if bias is None else as_rows_of_key_heads(bias, kv_heads)
+        out, lse = _cpu_forward(rows, key, value, bias, False, scale)
+        return out.reshape(query.shape), lse.reshape(query.shape[:3])
     # By its name in torch, 2 microseconds faster than by that in torch.ops.
     out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=scale
@@ -52,6 +58,23 @@ def _cpu_forward(query, key, value, bias, causal, scale):
     if bias is not None and (lse == 0).any():  # as it says of a blind row, and of few others
         return _with_blind_rows(out, lse, bias, causal)
     return out, lse
+
+
+# Scores of a row from which on fewer reads are worth the few operations that they take.
+_MANY_SCORES = 1 << 15
+
+
+def _reads_keys_once(query: Tensor, key: Tensor) -> bool:
+    """Whether a row is faster if the heads that share a key head are its rows, in products of matrices.
+
+    By 1.2 to 2 times in float32. In half precision, whose products of a vector have no vectors here, by 2 to 14. Each
+    thread is to have a key head; a compiler is not to ask for lengths.
+    """
+    batch, kv_heads, kv_len, _ = key.shape
+    many = query.dtype.itemsize == 2 or query.shape[1] * kv_len >= _MANY_SCORES
+    return (
+        many and not torch.compiler.is_compiling() and batch * kv_heads >= torch.get_num_threads()
+    )
 
 
 def _cpu_backward(grad, query, key, value, out, lse, bias, causal, scale):
