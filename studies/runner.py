@@ -263,7 +263,7 @@ def _document(study: Study, about: dict[str, Any], records: list[Record | None])
     here = _made_with(about)
     # Where a study was gone on with later, or on another machine, all of them.
     made = {
-        name: "; ".join(dict.fromkeys(record.get(name, here[name]) for record in done))
+        name: "; ".join(dict.fromkeys(record.get(name) or here[name] for record in done))
         for name in here
     }
     versions = {name: made.pop(name) for name in _VERSIONS if name in made}
