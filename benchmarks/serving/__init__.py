@@ -103,7 +103,8 @@ def _compare(
 
 def _row(name: str, clients: int, rounds: list[tuple[list[Told], float]]) -> dict[str, Any]:
     speeds = [sum(told.tokens for told in answers) / seconds for answers, seconds in rounds]
-    all_told = [told for answers, _ in rounds for told in answers if told.tokens > 1]
+    # Tokens may make no text, such as half of a letter, and one piece has nothing between.
+    all_told = [told for answers, _ in rounds for told in answers if len(told.pieces) > 1]
     first = [told.pieces[0] for told in all_told]
     between = [(told.pieces[-1] - told.pieces[0]) / (told.tokens - 1) for told in all_told]
     return {

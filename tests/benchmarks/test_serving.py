@@ -44,6 +44,17 @@ def test_a_load_is_measured(server):
     assert "| ours | 3 |" in _as_table([row], "a CPU")
 
 
+def test_answers_without_text_are_counted_and_not_timed():
+    from benchmarks.serving import _row
+    from benchmarks.serving.clients import Told
+
+    answers = [Told([], 8), Told([0.5], 8), Told([1.0, 3.0], 8)]
+    row = _row("ours", 1, [(answers, 4.0)])
+    assert row["tokens_per_second"] == 24 / 4
+    assert row["first"] == [1.0, 1.0]
+    assert row["between"] == pytest.approx([2 / 7, 2 / 7], abs=1e-4)
+
+
 def test_a_soak_tells_whether_the_server_lasts(server, monkeypatch):
     module = importlib.import_module("benchmarks.serving.soak")
     soak, (url, _, _) = module.soak, server
