@@ -331,7 +331,7 @@ def test_memory_layout_does_not_matter(layout):
 @pytest.mark.parametrize("layout", ["heads first", "tokens first"])
 def test_many_rows_in_half_precision(layout):
     """The factor goes over more rows than its buffer holds, a part of the last buffer among them."""
-    shape = (2, 1100, 4, 8) if layout == "tokens first" else (2, 4, 1100, 8)
+    shape = (2, 300, 4, 8) if layout == "tokens first" else (2, 4, 300, 8)
     tensors = [torch.randn(shape).bfloat16() for _ in range(3)]
     if layout == "tokens first":
         tensors = [tensor.transpose(1, 2) for tensor in tensors]
@@ -342,6 +342,23 @@ def test_many_rows_in_half_precision(layout):
         sink_definition,
         inputs,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_scaled_in_a_buffer(dtype):
+    """A product of two dtypes would make a converted copy of the whole."""
+    mixed = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mul_.Tensor and args[0].dtype != args[1].dtype:
+                mixed.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    tensors = make_inputs(1, 4, 4, 300, 300, 8, dtype)
+    with torch.no_grad(), Products():
+        sink_attention(*tensors, 0.0, backend="flash")
+    assert not mixed
 
 
 def test_same_inputs_same_bits():
