@@ -27,8 +27,7 @@ NOT_OURS, LOST, NOT_RUN = "not ours", "the paper's figure is lost", "not run"
 _WORDS: dict[Verdict, str] = {
     "reproduced": "yes", "partly reproduced": "partly", "not reproduced": "no", "open": "open",
 }  # fmt: skip
-_PILE = "`stablemask pretrain --config configs/pretrain/paper-pile-1.4b.yaml`"
-_TOKENS = "after 5, 10, 15, 20, 25B tokens: "
+_TOKENS = "after 5, 10, 15, 20, 25B tokens, each ± 0.1 to 0.4: "
 # By encoding, of constant tokens, one marked token, odd and even numbers; and our names of these tasks.
 _POSITION = {
     "learned": "96.7, 94.3, 97.6",
@@ -45,13 +44,14 @@ _WITHOUT_NUMBERS = {
     "It costs little in training": "a slight extra cost",
 }
 _BETTER = "extrapolates better than softmax"
+# Softmax, StableMask, and lm-eval's name.
 _DOWNSTREAM = {
-    "LAMBADA": (59.4, 59.6),
-    "PIQA": (67.1, 67.1),
-    "ARC-easy": (51.4, 51.7),
-    "ARC-challenge": (25.6, 25.6),
-    "OpenBookQA": (31.4, 32.6),
-    "WinoGrande": (53.5, 54.1),
+    "LAMBADA": (59.4, 59.6, "lambada_openai"),
+    "PIQA": (67.1, 67.1, "piqa"),
+    "ARC-easy": (51.4, 51.7, "arc_easy"),
+    "ARC-challenge": (25.6, 25.6, "arc_challenge"),
+    "OpenBookQA": (31.4, 32.6, "openbookqa"),
+    "WinoGrande": (53.5, 54.1, "winogrande"),
 }
 
 
@@ -90,6 +90,11 @@ def _claimed(sections: dict[str, Section], study: str, begin: str) -> tuple[str,
     return "", NOT_RUN
 
 
+def _pretrain(name: str, more: str = "") -> str:
+    recipe = f"configs/pretrain/paper-{name}.yaml"
+    return f"`stablemask pretrain --config {recipe} --out runs/paper-{name}{more}`"
+
+
 def _study(name: str) -> str:
     return f"`python -m studies {name}`"
 
@@ -125,18 +130,24 @@ def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) ->
         )  # fmt: skip
     for size in ("wikitext103-71m", "wikitext103-160m", "minipile-160m", "minipile-400m"):
         yield Row(
-            f"{lower}: its own shapes and settings, {size}", LOST, "", size.partition("-")[2], GPU,
-            f"`stablemask pretrain --config configs/pretrain/paper-{size}.yaml`",
+            f"{lower}: its own shapes and settings, {size}, RoPE or ALiBi", LOST, "", size.partition("-")[2],
+            GPU, _pretrain(size, " [--position alibi] [--attention softmax]"),
         )  # fmt: skip
-    for kind, figure in (
-        ("softmax", "15.4, 14.8, 12.4, 11.7, 10.7"),
-        ("StableMask", "15.0, 14.6, 11.9, 11.3, 10.4"),
+    for kind, figure, more in (
+        ("softmax", "15.4, 14.8, 12.4, 11.7, 10.7", " --attention softmax"),
+        ("StableMask", "15.0, 14.6, 11.9, 11.3, 10.4", ""),
     ):
-        yield Row(f"Perplexity on the Pile, {kind}", _TOKENS + figure, "", "1.4b", GPU, _PILE)
-    for task, (softmax, stablemask) in _DOWNSTREAM.items():
+        command = _pretrain("pile-1.4b", more)
+        yield Row(f"Perplexity on the Pile, {kind}", _TOKENS + figure, "", "1.4b", GPU, command)
+    for task, (softmax, stablemask, name) in _DOWNSTREAM.items():
         figure = f"softmax {softmax}, StableMask {stablemask}"
         yield Row(
-            f"{task}, after the Pile", figure, "", "1.4b", GPU, "`stablemask evaluate --tasks`"
+            f"{task}, after the Pile",
+            figure,
+            "",
+            "1.4b",
+            GPU,
+            f"`stablemask evaluate --model runs/paper-pile-1.4b --tasks {name}`",
         )
 
 

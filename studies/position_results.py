@@ -21,15 +21,15 @@ class Results:
     """What came of each task, by encoding, kind and training length, one record a seed."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self._cells: dict[tuple[str, str, str, int], list[Record]] = {}
+        self._cells: dict[tuple[str, str, str, int], dict[int, Record]] = {}
         for record in records:
             for task, result in record["tasks"].items():
                 cell = task, record["encoding"], record["kind"], record["length"]
-                self._cells.setdefault(cell, []).append(result)
+                self._cells.setdefault(cell, {})[record["seed"]] = result
 
     def of(self, task: str, encoding: str, kind: str, length: int) -> list[Record]:
         """Of each seed; empty where there are none."""
-        return self._cells.get((task, encoding, kind, length), [])
+        return list(self._cells.get((task, encoding, kind, length), {}).values())
 
     def lengths(self, task: str) -> list[int]:
         """Training lengths of a task."""
@@ -51,15 +51,15 @@ class Results:
         return {column: accuracy for column, accuracy in found.items() if accuracy is not None}
 
     def differences(self, task: str, kind: str, other: str) -> dict[Column, Estimate]:
-        """Accuracy of a kind less that of another, seed by seed, where there are both."""
+        """Accuracy of a kind less that of another, by the seeds that both have."""
         found = {}
         for encoding, length in self.columns(task):
-            ours, theirs = (self.of(task, encoding, name, length) for name in (kind, other))
-            if ours and theirs:
-                pairs = zip(ours, theirs, strict=True)
-                found[encoding, length] = estimate(
-                    [a["accuracy"] - b["accuracy"] for a, b in pairs]
-                )
+            ours, theirs = (
+                self._cells.get((task, encoding, name, length), {}) for name in (kind, other)
+            )
+            gaps = [ours[s]["accuracy"] - theirs[s]["accuracy"] for s in ours if s in theirs]
+            if gaps:
+                found[encoding, length] = estimate(gaps)
         return found
 
 
