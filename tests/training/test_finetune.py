@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 import stablemask.hf
 from stablemask.cli.parser import parse_options
@@ -318,6 +318,19 @@ def test_the_context_is_the_models_by_default(options, base, tmp_path):
     assert replace(chosen, eval_every=None).resolved().eval_every == 30
     assert chosen.texts == 240 + 16  # half of what is read, and those that are held out
     assert replace(chosen, texts=None, data=None).resolved().texts == 480 + 32
+
+
+def test_where_keys_are_normalised_adapting_is_longer_and_gentler(options, tmp_path):
+    """For biases stand for the prefix's value alone there."""
+    config = Gemma3TextConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    options = replace(options, model=str(tmp_path), adapt=True, steps=None, learning_rate=None)
+    chosen = options.resolved()
+    assert (chosen.steps, chosen.learning_rate) == (300, 2e-5)
+    chosen = replace(options, lora=True).resolved()
+    assert (chosen.steps, chosen.learning_rate) == (400, 2e-4)
 
 
 @pytest.mark.parametrize(

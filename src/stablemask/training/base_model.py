@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..hf.guard import attention_layers
 from ..hf.loading import load_config
 
 
@@ -13,6 +17,15 @@ def context_of(model: str) -> int:
 def can_have_biases(model: str) -> bool:
     """Whether its family has a switch for biases of attention."""
     return isinstance(getattr(_config_of(model), "attention_bias", None), bool)
+
+
+def normalises_keys(model: str) -> bool:
+    """Whether its attention normalises keys, behind any bias of theirs."""
+    config = load_config(model)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    layers = attention_layers(built, config.get_text_config(decoder=True))
+    return any("norm" in name for layer in layers for name, _ in layer.named_children())
 
 
 def _config_of(model: str) -> Any:

@@ -35,6 +35,8 @@ KEPT_ON_RESUME = (
 ADAPTING: dict[str, Any] = {"steps": 120, "context": 256, "batch_size": 4, "beta2": 0.99}
 # Where no biases can stand for the prefix, there is more to learn.
 WITHOUT_BIASES: dict[str, Any] = {"steps": 400, "learning_rate": 2e-4}
+# Where they stand for its value alone, the key is left to learn; at the usual rate training leads away at first.
+BIASES_OF_VALUES: dict[str, Any] = {"steps": 300, "learning_rate": 2e-5}
 
 
 @dataclass(kw_only=True)
@@ -331,7 +333,7 @@ class FinetuneOptions(TrainingOptions):
     start: int = option(0, "first position with a pseudo mass; 1 leaves the first row alone")
 
     def resolved(self) -> Self:
-        from .base_model import can_have_biases, context_of
+        from .base_model import can_have_biases, context_of, normalises_keys
 
         defaults: dict[str, Any] = {
             "batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999, "dtype": default_dtype(large=True),
@@ -340,6 +342,8 @@ class FinetuneOptions(TrainingOptions):
             defaults |= ADAPTING
             if self.lora or not can_have_biases(self.model):
                 defaults |= WITHOUT_BIASES
+            elif normalises_keys(self.model):
+                defaults |= BIASES_OF_VALUES
             # Evaluating often would take as long as the training, which is short.
             quarter = max(1, (self.steps or defaults["steps"]) // 4)
             defaults |= {"eval_every": quarter, "save_every": quarter}
