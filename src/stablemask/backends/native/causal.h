@@ -27,7 +27,7 @@ namespace {
 // Out (B, H, n, D), and lse (B, H, n) with the sink in it; sink is broadcast to that.
 std::tuple<at::Tensor, at::Tensor> attend_causally(const at::Tensor& query, const at::Tensor& key,
                                                    const at::Tensor& value, const at::Tensor& sink, double scale) {
-  if (is_faster(FORWARD_BY_TILES, query, query.size(2)) && tiles::fit(query, key)) {
+  if (is_faster(FORWARD_BY_TILES, query, query.size(2)) && tiles::serve(query.scalar_type(), query.size(3))) {
     return tiles::attend(query, key, value, sink.to(at::kFloat).expand(query.sizes().slice(0, 3)), scale);
   }
   const auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
@@ -44,8 +44,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(
     const at::Tensor& sink, const std::optional<at::Tensor>& mask, const at::Tensor& out, const at::Tensor& lse,
     double scale, bool of_sink) {
   const bool is_row = query.size(2) == 1;
-  const bool by_tiles = !is_row && is_faster(BACKWARD_BY_TILES, query, query.size(2)) && tiles::fit(query, key) &&
-      tiles::has_room(query, key);
+  const bool by_tiles = !is_row && is_faster(BACKWARD_BY_TILES, query, query.size(2)) &&
+      tiles::serve(query.scalar_type(), query.size(3)) && tiles::has_room(query, key);
   const bool in_float32 = is_faster(BACKWARD_IN_FLOAT32, query, key.size(2));
   at::Tensor d_query, d_key, d_value, d_sink;
   if (by_tiles) {

@@ -33,7 +33,7 @@ using at::BFloat16;
 using lanes_t = at::vec::Vectorized<float>;
 
 constexpr int64_t LANES = lanes_t::size();
-constexpr int64_t LONGEST = 1 << 19; // numbers of a key head's queries whose gradients a thread keeps in float32
+constexpr int64_t LONGEST = 1 << 21; // numbers of a key head's queries whose gradients a thread keeps, 8 MiB
 
 // Rows of a tile are made of words of 32 bits: numbers, or pairs of them.
 template <typename scalar_t>
@@ -170,11 +170,6 @@ bool serve(at::ScalarType dtype, int64_t dim) {
     return right;
   }
   return false;
-}
-
-// Whether the output can be computed so, at the speed of shorter ones.
-bool fit(const at::Tensor& query, const at::Tensor& key) {
-  return (query.scalar_type() == at::kBFloat16 || has_room(query, key)) && serve(query.scalar_type(), query.size(3));
 }
 
 // The left side of a product, of numbers that were computed.
