@@ -16,13 +16,13 @@ from stablemask.writing import whole_file
 from .figure import STYLE, Line, Panels, draw
 
 RESULTS = Path(__file__).parent / "results"
-EPYC = "attention-cpu-2026-11-23.json"
+EPYC = "attention-cpu-2026-11-29.json"
 # Each line, and the result file and the row that it is drawn of.
 LINES = {
-    Line("the paper's formula written out, AMD EPYC", "#d55e00", "D", "--"): (EPYC, "definition"),
-    Line("Intel Xeon, AMX: the stock kernel throughout", "#000000", "s", "-"): ("intel-xeon/attention-cpu-2026-11-22.json", "stablemask"),
+    Line("the paper's formula written out, AMD EPYC, Zen 5", "#d55e00", "D", "--"): (EPYC, "definition"),
+    Line("Intel Xeon, AMX: ours, by the stock kernel", "#000000", "s", "-"): ("intel-xeon/attention-cpu-2026-11-22.json", "stablemask"),
     Line("Intel Xeon, AVX-512 alone: ours", "#009e73", "^", "-"): ("intel-xeon-avx512/attention-cpu-2026-11-28.json", "stablemask"),
-    Line("AMD EPYC, AVX-512 with bfloat16: ours", "#0072b2", "o", "-"): (EPYC, "stablemask"),
+    Line("AMD EPYC, Zen 5: ours", "#0072b2", "o", "-"): (EPYC, "stablemask"),
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def running(command: list[str], log: Path, threads: int) -> Iterator[tuple[str, 
                 time.sleep(0.5)
             yield f"{url}/v1", server.pid
         finally:
-            server.send_signal(signal.SIGINT)
+            server.terminate()  # what runs in the background may ignore Ctrl-C
             try:
                 server.wait(60)
             except subprocess.TimeoutExpired:
