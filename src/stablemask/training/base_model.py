@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from ..hf.guard import attention_layers
 from ..hf.loading import load_config
+from .adapting.biases import normalises
 
 
 def context_of(model: str) -> int:
@@ -20,12 +21,12 @@ def can_have_biases(model: str) -> bool:
 
 
 def normalises_keys(model: str) -> bool:
-    """Whether its attention normalises keys, behind any bias of theirs."""
+    """Whether its attention does so; built without weights, for no configuration tells."""
     config = load_config(model)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
     layers = attention_layers(built, config.get_text_config(decoder=True))
-    return any("norm" in name for layer in layers for name, _ in layer.named_children())
+    return any(map(normalises, layers))
 
 
 def _config_of(model: str) -> Any:

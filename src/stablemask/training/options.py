@@ -314,8 +314,8 @@ class FinetuneOptions(TrainingOptions):
     adapt: bool = option(
         False,
         "make a softmax model a StableMask model, and take its attention sink out of it; by default in "
-        "120 steps of 4 blocks of 256 tokens with a beta2 of 0.99, or with --lora in 400 at a peak of "
-        "2e-4, evaluated and saved each quarter",
+        "120 steps of 4 blocks of 256 tokens with a beta2 of 0.99, where keys are normalised in 300 at a peak "
+        "of 2e-5, or with --lora in 400 at 2e-4, evaluated and saved each quarter",
         group="adapting; all but the first go with --adapt",
     )
     texts: int | None = option(

@@ -1,7 +1,7 @@
 // Causal attention of as many rows as keys: PyTorch's kernel, what a sink takes of its output, and the gradients,
 // those of a row behind a cache too.
 //
-// The method, and the derivation of its gradients, is in ../backends/operators.py, which does the same in Python
+// The method, and the derivation of its gradients, is in ../stock/operators.py, which does the same in Python
 // and for every other call. In short sequences that takes longer than the kernel; here it is a few microseconds.
 
 #pragma once
@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(
   if (by_tiles) {
     std::tie(d_query, d_key, d_value) = tiles::differentiate(grad, query, key, value, out, lse, scale);
   } else if (in_float32 && query.numel() > FEW && !is_row) {
-    // By slices, as ../backends/kernels.py takes them.
+    // By slices, as ../stock/kernels.py takes them.
     static const auto by_slices = c10::Dispatcher::singleton().findSchemaOrThrow("stablemask::flash_backward", "");
     const c10::IValue none;
     torch::jit::Stack stack{grad, query, key, value, out, lse, none, none, none, none, int64_t(0), scale, "cpu"};

@@ -1,5 +1,5 @@
 // The operators of the compiled library, one for the forward and one for its gradients, as PyTorch's dispatcher and
-// autograd know them. ../backends/native.py says what calls they serve, and what shapes they return.
+// autograd know them. backend.py says what calls they serve, and what shapes they return.
 //
 //     native_forward(query, key, value, sink_logits, attn_mask, scale) -> out, lse
 //     native_backward(grad, query, key, value, sink_logits, attn_mask, out, lse, scale, of_sink)

@@ -40,7 +40,7 @@ def steady_dimensions(model: PreTrainedModel, context: int) -> Tensor | None:
     head_dim: int = layer.head_dim  # type: ignore[assignment]
     none = torch.zeros(head_dim, dtype=torch.bool, device=model.device)
     rotary = getattr(decoder, "rotary_emb", None)
-    if rotary is None or any("norm" in name for name, _ in layer.named_children()):
+    if rotary is None or normalises(layer):
         return none
     if list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
         return none
@@ -50,6 +50,11 @@ def steady_dimensions(model: PreTrainedModel, context: int) -> Tensor | None:
     kept = ~none  # what is not rotated at all is steady
     kept[: cosines.shape[-1]] = (cosines[0] >= scale * torch.tensor(STEADY).cos()).all(0)
     return kept
+
+
+def normalises(layer: nn.Module) -> bool:
+    """Whether an attention normalises its keys, behind any bias of theirs."""
+    return any("norm" in name for name, _ in layer.named_children())
 
 
 def give_biases(model: PreTrainedModel, calibration: Calibration) -> None:
