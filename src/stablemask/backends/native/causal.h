@@ -45,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiate(
     double scale, bool of_sink) {
   const bool is_row = query.size(2) == 1;
   const bool by_tiles = !is_row && is_faster(BACKWARD_BY_TILES, query, query.size(2)) &&
-      tiles::serve(query.scalar_type(), query.size(3)) && tiles::has_room(query, key);
+      tiles::serve(query.scalar_type(), query.size(3)) && tiles::has_room(query);
   const bool in_float32 = is_faster(BACKWARD_IN_FLOAT32, query, key.size(2));
   at::Tensor d_query, d_key, d_value, d_sink;
   if (by_tiles) {

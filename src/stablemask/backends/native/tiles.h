@@ -33,15 +33,15 @@ using at::BFloat16;
 using lanes_t = at::vec::Vectorized<float>;
 
 constexpr int64_t LANES = lanes_t::size();
-constexpr int64_t LONGEST = 1 << 21; // numbers of a key head's queries whose gradients a thread keeps, 8 MiB
+constexpr int64_t LONGEST = 1 << 21; // numbers of a head's queries whose gradients a thread keeps, 8 MiB
 
 // Rows of a tile are made of words of 32 bits: numbers, or pairs of them.
 template <typename scalar_t>
 constexpr int64_t WORD = sizeof(float) / sizeof(scalar_t);
 
-// Whether there is room for the gradients of a key head's queries.
-bool has_room(const at::Tensor& query, const at::Tensor& key) {
-  return query.numel() / (query.size(0) * key.size(1)) <= LONGEST;
+// Whether there is room for the gradients of a head's queries.
+bool has_room(const at::Tensor& query) {
+  return query.size(2) * query.size(3) <= LONGEST;
 }
 
 // A tile that is a contiguous copy of rows, zeros after them.
@@ -381,20 +381,53 @@ void differentiate_scores(float* scores, float* d_weights, const float* totals, 
   }
 }
 
+// Rows of a head's share in the gradient of keys or values: in its place, or in float32 where heads share the keys.
+template <typename scalar_t>
+void write_part(const float* from, int64_t count, int64_t dim, int64_t b, int64_t h, int64_t first,
+                const at::Tensor& whole, const at::Tensor& parts) {
+  if (parts.is_same(whole)) {
+    write_rows(from, count, dim, mutable_rows_of<scalar_t>(whole, b, h, first), whole.stride(2));
+  } else {
+    write_rows(from, count, dim, mutable_rows_of<float>(parts, b, h, first), parts.stride(2));
+  }
+}
+
+// Whole (B, key heads, n, D) of parts (B, H, n, D), which is contiguous and of float32.
+template <typename scalar_t>
+void sum_parts(const at::Tensor& parts, const at::Tensor& whole) {
+  const int64_t key_heads = whole.size(1), length = whole.size(2), dim = whole.size(3);
+  const int64_t groups = parts.size(1) / key_heads;
+  at::parallel_for(0, whole.size(0) * key_heads * length, at::ceil_div(at::internal::GRAIN_SIZE, groups * dim),
+                   [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / length / key_heads, key_head = i / length % key_heads, row = i % length;
+      float* sum = mutable_rows_of<float>(parts, b, key_head * groups, row);
+      for (int64_t g = 1; g < groups; ++g) {
+        at::vec::map2<float>([](lanes_t x, lanes_t y) { return x + y; }, sum, sum, sum + g * length * dim, dim);
+      }
+      at::vec::convert(sum, mutable_rows_of<scalar_t>(whole, b, key_head, row), dim);
+    }
+  });
+}
+
 // Gradients of query, key and value; lse is contiguous, grad's last axis too.
 template <typename scalar_t, int64_t TILE>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiate_in(const at::Tensor& grad, const at::Tensor& query,
                                                              const at::Tensor& key, const at::Tensor& value,
                                                              const at::Tensor& out, const at::Tensor& lse, double scale) {
   const int64_t heads = query.size(1), length = query.size(2), dim = query.size(3);
-  const int64_t key_heads = key.size(1), groups = heads / key_heads, blocks = at::ceil_div(length, TILE);
+  const int64_t groups = heads / key.size(1), blocks = at::ceil_div(length, TILE);
   at::Tensor d_query = tokens_first(query), d_key = tokens_first(key), d_value = tokens_first(value);
+  // Of each query head, where several share a key head: a thread has a query head, and sums are taken in one order.
+  const at::TensorOptions in_float32 = query.options().dtype(at::kFloat);
+  const at::Tensor key_parts = groups == 1 ? d_key : at::empty({query.size(0), heads, length, dim}, in_float32);
+  const at::Tensor value_parts = groups == 1 ? d_value : at::empty_like(key_parts);
   const float* lses = lse.const_data_ptr<float>();
-  const int64_t all_rows = groups * blocks * TILE; // of a key head
+  const int64_t all_rows = blocks * TILE;
   Buffers buffers(TILE * sizeof(scalar_t) * (5 * dim + TILE + std::max(dim, TILE)) +
                   sizeof(float) * (2 * TILE * (TILE + dim) + all_rows * (dim + 2)));
 
-  at::parallel_for(0, query.size(0) * key_heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, query.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
     auto memory = buffers.cut();
     auto *keys = memory.template take<scalar_t>(TILE * dim), *values = memory.template take<scalar_t>(TILE * dim);
     auto *transposed = memory.template take<scalar_t>(TILE * dim), *rows = memory.template take<scalar_t>(TILE * dim);
@@ -402,60 +435,56 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiate_in(const at::Tensor
     auto* packed = memory.template take<scalar_t>(TILE * std::max(dim, TILE));
     auto *scores = memory.template take<float>(TILE * TILE), *d_weights = memory.template take<float>(TILE * TILE);
     auto *key_sums = memory.template take<float>(TILE * dim), *value_sums = memory.template take<float>(TILE * dim);
-    // By query head and block: a transposed tile of its gradient, and by row lse and rowsum(grad * out).
+    // By block: a transposed tile of the query's gradient, and by row lse and rowsum(grad * out).
     auto* query_sums = memory.template take<float>(all_rows * dim);
     auto *totals = memory.template take<float>(all_rows), *dots = memory.template take<float>(all_rows);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / key_heads, key_head = i % key_heads;
+      const int64_t b = i / heads, h = i % heads, key_head = h / groups;
       for (int64_t row = 0; row < all_rows; ++row) {
-        const int64_t h = key_head * groups + row / (blocks * TILE), place = row % (blocks * TILE);
-        const bool is_row = place < length;
+        const bool is_row = row < length;
         // Past the end every weight is 0.
-        totals[row] = is_row ? lses[(b * heads + h) * length + place] : std::numeric_limits<float>::infinity();
+        totals[row] = is_row ? lses[i * length + row] : std::numeric_limits<float>::infinity();
         dots[row] = !is_row ? 0 : at::vec::map2_reduce_all<scalar_t>(
             [](lanes_t x, lanes_t y) { return x * y; }, [](lanes_t x, lanes_t y) { return x + y; },
-            rows_of<scalar_t>(grad, b, h, place), rows_of<scalar_t>(out, b, h, place), dim);
+            rows_of<scalar_t>(grad, b, h, row), rows_of<scalar_t>(out, b, h, row), dim);
       }
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t start = block * TILE, count = std::min(TILE, length - start);
+      for (int64_t start = 0; start < length; start += TILE) {
+        const int64_t count = std::min(TILE, length - start);
         copy_rows(rows_of<scalar_t>(key, b, key_head, start), key.stride(2), count, TILE, dim, keys);
         copy_rows(rows_of<scalar_t>(value, b, key_head, start), value.stride(2), count, TILE, dim, values);
         transpose(keys, TILE, dim, packed, transposed);
-        bool begun = false;
-        for (int64_t g = 0; g < groups; ++g) {
-          for (int64_t other = block; other < blocks; ++other) {
-            const int64_t h = key_head * groups + g, first = other * TILE, rows_left = std::min(TILE, length - first);
-            const int64_t place = (g * blocks + other) * TILE;
-            copy_rows(rows_of<scalar_t>(query, b, h, first), query.stride(2), rows_left, TILE, dim, rows);
-            copy_rows(rows_of<scalar_t>(grad, b, h, first), grad.stride(2), rows_left, TILE, dim, grads);
-            // Keys by rows, for then what is known of a row is a lane.
-            multiply<scalar_t>(keys, pack_transposed(rows, TILE, dim, packed), scores, TILE, TILE,
-                               dim, false);
-            multiply<scalar_t>(values, pack_transposed(grads, TILE, dim, packed), d_weights, TILE,
-                               TILE, dim, false);
-            differentiate_scores<TILE>(scores, d_weights, totals + place, dots + place,
-                                       static_cast<float>(scale), other == block);
-            multiply<scalar_t>(rounded(scores, TILE * TILE, weights),
-                               pack(grads, TILE, dim, packed), value_sums, TILE, dim, TILE, begun);
-            const scalar_t* d_scores = rounded(d_weights, TILE * TILE, weights);
-            multiply<scalar_t>(d_scores, pack(rows, TILE, dim, packed), key_sums, TILE, dim, TILE, begun);
-            multiply<scalar_t>(transposed, pack(d_scores, TILE, TILE, packed), query_sums + place * dim,
-                               dim, TILE, TILE, block > 0);
-            begun = true;
-          }
+        for (int64_t first = start; first < length; first += TILE) {
+          const int64_t rows_left = std::min(TILE, length - first);
+          const bool on_diagonal = first == start;
+          copy_rows(rows_of<scalar_t>(query, b, h, first), query.stride(2), rows_left, TILE, dim, rows);
+          copy_rows(rows_of<scalar_t>(grad, b, h, first), grad.stride(2), rows_left, TILE, dim, grads);
+          // Keys by rows, for then what is known of a row is a lane.
+          multiply<scalar_t>(keys, pack_transposed(rows, TILE, dim, packed), scores, TILE, TILE, dim, false);
+          multiply<scalar_t>(values, pack_transposed(grads, TILE, dim, packed), d_weights, TILE, TILE, dim, false);
+          differentiate_scores<TILE>(scores, d_weights, totals + first, dots + first, static_cast<float>(scale),
+                                     on_diagonal);
+          multiply<scalar_t>(rounded(scores, TILE * TILE, weights), pack(grads, TILE, dim, packed), value_sums, TILE,
+                             dim, TILE, !on_diagonal);
+          const scalar_t* d_scores = rounded(d_weights, TILE * TILE, weights);
+          multiply<scalar_t>(d_scores, pack(rows, TILE, dim, packed), key_sums, TILE, dim, TILE, !on_diagonal);
+          multiply<scalar_t>(transposed, pack(d_scores, TILE, TILE, packed), query_sums + first * dim, dim, TILE, TILE,
+                             start > 0);
         }
-        write_rows(key_sums, count, dim, mutable_rows_of<scalar_t>(d_key, b, key_head, start), d_key.stride(2));
-        write_rows(value_sums, count, dim, mutable_rows_of<scalar_t>(d_value, b, key_head, start), d_value.stride(2));
+        write_part<scalar_t>(key_sums, count, dim, b, h, start, d_key, key_parts);
+        write_part<scalar_t>(value_sums, count, dim, b, h, start, d_value, value_parts);
       }
-      for (int64_t n = 0; n < groups * blocks; ++n) {
-        const int64_t h = key_head * groups + n / blocks, first = n % blocks * TILE;
-        transpose_words(query_sums + n * TILE * dim, TILE, dim, TILE, key_sums);
+      for (int64_t first = 0; first < length; first += TILE) {
+        transpose_words(query_sums + first * dim, TILE, dim, TILE, key_sums);
         write_rows(key_sums, std::min(TILE, length - first), dim, mutable_rows_of<scalar_t>(d_query, b, h, first),
                    d_query.stride(2));
       }
     }
     at::native::cpublas::brgemm_release();
   });
+  if (groups > 1) {
+    sum_parts<scalar_t>(key_parts, d_key);
+    sum_parts<scalar_t>(value_parts, d_value);
+  }
   return {d_query, d_key, d_value};
 }
 
