@@ -56,7 +56,10 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
         paper=first_table({name: found["records"] for name, found in documents.items()}, sections),
         claims=_claims_table(studies, sections),
         missing=[name for name in studies if name not in documents],
-        sections=[_filled(studies[name], section, figures) for name, section in sections.items()],
+        sections=[
+            _filled(studies[name], section, _left(documents[name]), figures)
+            for name, section in sections.items()
+        ],
         runs=_runs_table(documents),
     )
     write_whole(page, re.sub(r"\n{3,}", "\n\n", filled.strip()) + "\n")
@@ -102,14 +105,20 @@ def _section(study: Study, document: dict[str, Any]) -> Section:
         ) from error
 
 
-def _filled(study: Study, section: Section, figures: Path) -> str:
+def _left(document: dict[str, Any]) -> str:
+    done = len(document["records"])
+    jobs = document.get("jobs", done)
+    return f"*{done} of {jobs} trainings are done. This tells of those.*\n\n" if done < jobs else ""
+
+
+def _filled(study: Study, section: Section, left: str, figures: Path) -> str:
     def figure(name: str, text: str) -> str:
         return f"![{text}]({(figures / f'{study.name}-{name}.png').as_posix()})"
 
     body = _TEMPLATES.from_string(study.text).render(
         tables=section.tables, figure=figure, **section.facts
     )
-    return f"## {study.title}\n\n{body.strip()}"
+    return f"## {study.title}\n\n{left}{body.strip()}"
 
 
 def _claims_table(studies: dict[str, Study], sections: dict[str, Section]) -> str:

@@ -13,7 +13,7 @@ from benchmarks.tables import table
 from stablemask.evaluation.perplexity import perplexity_of
 from stablemask.evaluation.statistics import Estimate, estimate
 
-from .ablation import PAPER
+from . import ablation, long_training
 from .kinds import LABELS
 from .language_section import SAME, by_seed, difference
 from .position import ENCODINGS
@@ -84,7 +84,7 @@ def first_table(records: dict[str, list[Record]], sections: dict[str, Section]) 
 def _claimed(sections: dict[str, Section], study: str, begin: str) -> tuple[str, str]:
     """In how many cases a claim of a study holds, and the verdict in a word."""
     for claim in sections[study].claims if study in sections else ():
-        if claim.statement.startswith(begin):
+        if claim.statement.startswith(begin) and claim.holds:
             cases = f"{sum(map(bool, claim.holds))} of {len(claim.holds)} cases"
             return cases, _WORDS[claim.verdict]
     return "", NOT_RUN
@@ -124,10 +124,8 @@ def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) ->
         ("as published", "StableMask as published lowers"),
     ):
         ours, verdict = _claimed(sections, "long", begin)
-        yield Row(
-            f"{lower}: at the end, {words}", LOST, ours, "nano and micro, 20,000 steps of Python", verdict,
-            _study("long"),
-        )  # fmt: skip
+        size = f"{_trained(records, 'long')} of Python"
+        yield Row(f"{lower}: at the end, {words}", LOST, ours, size, verdict, _study("long"))
     for size in ("wikitext103-71m", "wikitext103-160m", "minipile-160m", "minipile-400m"):
         yield Row(
             f"{lower}: its own shapes and settings, {size}, RoPE or ALiBi", LOST, "", size.partition("-")[2],
@@ -188,9 +186,17 @@ def _ablated(records: dict[str, list[Record]]) -> Iterator[Row]:
                 holds.append(less.below(0, SAME))
         verdict = NOT_RUN if not ours else _word(holds) if holds else "the base"
         yield Row(
-            f"{name} (Table 3)", f"{PAPER[label]}, MiniPile", ", ".join(ours),
-            "nano, 2,000 steps, and micro, 1,000", verdict, _study("ablation"),
+            f"{name} (Table 3)", f"{ablation.PAPER[label]}, MiniPile", ", ".join(ours),
+            _trained(records, "ablation"), verdict, _study("ablation"),
         )  # fmt: skip
+
+
+def _trained(records: dict[str, list[Record]], study: str) -> str:
+    """Sizes and steps of the final trainings, those of the plan where none is recorded."""
+    plans = {"long": long_training.SIZES["small"], "ablation": ablation.SIZES["small"]}
+    steps = {record["preset"]: record["steps"] for record in finals(records.get(study, []))}
+    steps = steps or {size.preset: size.steps for size in plans[study]}
+    return " and ".join(f"{preset}, {count:,} steps" for preset, count in steps.items())
 
 
 def _word(holds: Sequence[bool | None]) -> str:

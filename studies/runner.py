@@ -1,7 +1,7 @@
 """Runs the jobs of studies in processes of their own, and goes on with what is done already.
 
 OUT/NAME.json              a study: scale, seeds, hardware, versions, command, and a record of each job; what stands
-                           in it is not done again
+                           in it is not done again. Of one that stands alone it is written as far as it is done
 OUT/work/records/NAME/     the record of each job, written when it is done
 OUT/work/models/           what the jobs have trained
 OUT/work/jobs-*.log        what they have printed
@@ -57,7 +57,8 @@ def run_studies(
     command: str,
     kept: Path = KEPT,
 ) -> None:
-    """Do all jobs of the studies and write the record of each study as its last job is done.
+    """Do all jobs of the studies and write the record of each study as its last job is done, of one that stands alone
+    after each job that no other waits for.
 
     Args:
         workers: processes at a time; on a CPU each computes on one thread, or on ``OMP_NUM_THREADS``.
@@ -79,9 +80,13 @@ def run_studies(
     here["command"] = command
 
     def finish(study: Study) -> None:
-        records = [done[id(job)] for of, job in queue if of is study]
-        if all(record is not None for record in records):
-            save_json(_document(study, about | here, records), out / f"{study.name}.json")
+        jobs = [job for of, job in queue if of is study]
+        records = [record for job in jobs if (record := done[id(job)]) is not None]
+        waited_for = {name for job in jobs for name in job.after}
+        ends = any(record["job"] not in waited_for for record in records)
+        if len(records) == len(jobs) or (study.alone and ends):
+            document = _document(study, {**about, "jobs": len(jobs)} | here, records)
+            save_json(document, out / f"{study.name}.json")
 
     for study in studies:
         finish(study)
@@ -258,8 +263,7 @@ def _read(path: Path) -> Record | None:
         return None
 
 
-def _document(study: Study, about: dict[str, Any], records: list[Record | None]) -> dict[str, Any]:
-    done = [record for record in records if record is not None]
+def _document(study: Study, about: dict[str, Any], done: list[Record]) -> dict[str, Any]:
     here = _made_with(about)
     # Where a study was gone on with later, or on another machine, all of them.
     made = {

@@ -80,10 +80,10 @@ class Study:
 
     Attributes:
         jobs: from the scale and the number of seeds, in the order they begin.
-        section: from the records of all jobs, in their order.
+        section: from the records of all jobs, in their order; of those that are done, where it stands alone.
         text: what a person has written, a Jinja template that names tables, figures and facts.
-        alone: it takes so long that it is run only where it is named, and the record of each of its jobs is
-            kept for good, beside those that others have made.
+        alone: it takes so long that it is run only where it is named, and told as far as it is done; the
+            record of each of its jobs is kept for good, beside those that others have made.
     """
 
     name: str

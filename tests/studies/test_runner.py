@@ -109,6 +109,25 @@ def test_what_is_kept_for_good_is_not_done_again_elsewhere(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_study_that_stands_alone_is_told_as_far_as_it_is_done(tmp_path):
+    last = Job("sum", made.add, {"number": 100}, after=("square-2",))
+    refused = Job("refuse", made.refuse, {"number": 7})
+    halfway = replace(study_of(*squares(2), refused, last), alone=True)
+    with pytest.raises(InputError, match="7 is not wanted"):
+        run(tmp_path, halfway, kept=tmp_path / "kept")
+    assert not (tmp_path / "squares.json").exists()  # the trial alone says nothing
+
+    halfway = replace(study_of(*squares(2), last, refused), alone=True)
+    with pytest.raises(InputError, match="7 is not wanted"):
+        run(tmp_path, halfway, kept=tmp_path / "kept")
+    page = tmp_path / "page.md"
+    write_page({"squares": halfway}, tmp_path, page)
+    assert (
+        "## All squares\n\n*2 of 3 trainings are done. This tells of those.*\n\nThe sum is 108."
+        in page.read_text()
+    )
+
+
 def test_a_job_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
     def result(*arguments):
         try:

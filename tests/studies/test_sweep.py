@@ -140,6 +140,17 @@ def test_the_share_of_the_zero_row_is_worked_out():
     assert better.verdict == "reproduced"
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_tells_what_is_done_so_far(name):
+    study = STUDIES[name]
+    records = made_up(study, lambda record: 3.0)
+    ends = [n for n, record in enumerate(records) if record["group"] == sweep.FINAL]
+    for done in (ends[0] + 1, ends[1] + 1, ends[4] + 1):
+        section = study.section(records[:done])
+        assert {claim.verdict for claim in section.claims} <= {"open", "not reproduced"}
+        assert "| nano, 2" in first_table({name: records[:done]}, {name: section})
+
+
 def test_every_figure_of_the_papers_stands_in_the_first_table():
     empty = first_table({}, {})
     figures = (
