@@ -67,7 +67,10 @@ class Row(NamedTuple):
 
 
 def first_table(records: dict[str, list[Record]], sections: dict[str, Section]) -> str:
-    """Of what the studies have recorded, by study; a study without records is said to be not run."""
+    """Of what the studies have recorded, by study; a study without records is said to be not run.
+
+    What needs a GPU, or is not ours, stands last.
+    """
     head = [
         "claim of the paper",
         "the paper's figure",
@@ -78,6 +81,7 @@ def first_table(records: dict[str, list[Record]], sections: dict[str, Section]) 
     ]
     rows = [*_proved(sections), *_modelled(records, sections), *_ablated(records)]
     rows += [*_placed(records, sections), *_others(sections)]
+    rows.sort(key=lambda row: row.verdict in (GPU, NOT_OURS))  # what can be had here first
     return table(head, [[*row[:4], f"**{row.verdict}**", row.command] for row in rows])
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.calls import autocast_is_on
+from .backends.hardware import kind_of
 from .masks import NO_MASKS, Masks
 
 # Eight bits are for weights, which have a scale beside them; a kernel would take them for numbers.
@@ -93,7 +94,7 @@ def check_stock_options(query: Tensor, key: Tensor, is_causal: bool, enable_gqa:
 
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What autocast does for the stock attention: float32 and half inputs take its dtype."""
-    device = "cpu" if query.is_cpu else query.device.type  # the former is read at once
+    device = kind_of(query)
     if autocast_is_on(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (
