@@ -54,7 +54,6 @@ def write_page(studies: dict[str, Study], out: Path, page: Path) -> list[str]:
     figures = Path(os.path.relpath(out, page.parent))
     filled = _TEMPLATES.from_string(text_of("page")).render(
         paper=first_table({name: found["records"] for name, found in documents.items()}, sections),
-        claims=_claims_table(studies, sections),
         missing=[name for name in studies if name not in documents],
         sections=[
             _filled(studies[name], section, _left(documents[name]), figures)
@@ -115,29 +114,24 @@ def _filled(study: Study, section: Section, left: str, figures: Path) -> str:
     def figure(name: str, text: str) -> str:
         return f"![{text}]({(figures / f'{study.name}-{name}.png').as_posix()})"
 
+    def verdict(begin: str) -> Verdict:
+        return next(claim.verdict for claim in section.claims if claim.statement.startswith(begin))
+
+    claims = [[claim.statement, _count(claim), f"**{claim.verdict}**"] for claim in section.claims]
     body = _TEMPLATES.from_string(study.text).render(
-        tables=section.tables, figure=figure, **section.facts
+        claims=table(["claim", "holds in", "verdict"], claims),
+        verdict=verdict,
+        figure=figure,
+        tables=section.tables,
+        **section.facts,
     )
     return f"## {study.title}\n\n{left}{body.strip()}"
-
-
-def _claims_table(studies: dict[str, Study], sections: dict[str, Section]) -> str:
-    rows = [
-        [claim.statement, _count(claim), f"**{claim.verdict}**", f"[{name}](#{_anchor(studies[name])})"]
-        for name, section in sections.items()
-        for claim in section.claims
-    ]  # fmt: skip
-    return table(["claim", "holds in", "verdict", "study"], rows)
 
 
 def _count(claim: Claim) -> str:
     unclear = claim.holds.count(None)
     text = f"{sum(map(bool, claim.holds))} of {len(claim.holds)}"
     return f"{text}, {unclear} open" if unclear else text
-
-
-def _anchor(study: Study) -> str:
-    return re.sub(r"[^\w\- ]", "", study.title.lower()).replace(" ", "-")
 
 
 def _runs_table(documents: dict[str, dict[str, Any]]) -> str:

@@ -100,6 +100,7 @@ def test_the_text_of_a_study_names_what_its_section_has(name):
     assert all(section.tables.values())
     text = text_of(name)
     assert all(f"tables.{table}" in text for table in section.tables)
+    assert "{{ claims }}" in text
     assert all(f'figure("{figure}"' in text for figure in section.figures)
 
 
