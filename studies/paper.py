@@ -114,7 +114,7 @@ def _proved(sections: dict[str, Section]) -> Iterator[Row]:
 
 
 def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) -> Iterator[Row]:
-    lower = "It lowers the perplexity (WikiText-103, MiniPile)"
+    lower = "Lower perplexity"
     for words, label in (("ours", "stablemask"), ("as published", "stablemask-paper")):
         leads = _leads(records.get("language", []), label)
         ours = ", ".join(f"{less.text(3)} nats ({preset}, RoPE)" for preset, less in leads.items())
@@ -132,7 +132,7 @@ def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) ->
         yield Row(f"{lower}: at the end, {words}", LOST, ours, size, verdict, _study("long"))
     for size in ("wikitext103-71m", "wikitext103-160m", "minipile-160m", "minipile-400m"):
         yield Row(
-            f"{lower}: its own shapes and settings, {size}, RoPE or ALiBi", LOST, "", size.partition("-")[2],
+            f"{lower}: the paper's own shapes and settings, {size}, RoPE or ALiBi", LOST, "", size.partition("-")[2],
             GPU, _pretrain(size, " [--position alibi] [--attention softmax]"),
         )  # fmt: skip
     for kind, figure, more in (
@@ -225,7 +225,7 @@ def _placed(records: dict[str, list[Record]], sections: dict[str, Section]) -> I
 def _position(
     results: Results, encoding: str, kind: str, words: str, figure: str, solves: bool
 ) -> Row:
-    claim = f"Position tasks under {words}, {encoding}: constant, marked, odd and even"
+    claim = f"Position tasks, {words}, {encoding}"
     if encoding not in (*ABSOLUTE, *ENCODINGS):
         return Row(claim, figure, "", "", NOT_OURS)
     found = {task: results.accuracy(task, encoding, kind, _TOKENS_PLACED) for task in _TASKS}

@@ -49,7 +49,10 @@ def study_of(*jobs: Job, name: str = "squares") -> Study:
         numbers = records_table(records, [("number", "{number}"), ("square", "{square}")])
         return Section(claims, {"numbers": numbers}, facts={"total": total})
 
-    text = "The sum is {{ total }}.\n\n{{ tables.numbers }}"
+    text = (
+        "The sum is {{ total }}.\n\n{{ tables.numbers }}\n\n{{ claims }}\n\n"
+        "As I said: {{ verdict('1 + 4') }}."
+    )
     return Study(name, "All squares", lambda scale, seeds: list(jobs), section, text)
 
 

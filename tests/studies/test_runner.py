@@ -198,7 +198,7 @@ def test_the_page_is_made_of_the_records_alone(tmp_path):
     lines = write_page({"squares": study, "cubes": study_of(name="cubes")}, out, page)
     assert lines == ["reproduced           1 + 4 + 9 = 14"]
     text = page.read_text()
-    assert "| 1 + 4 + 9 = 14 | 2 of 2 | **reproduced** | [squares](#all-squares) |" in text
+    assert "| 1 + 4 + 9 = 14 | 2 of 2 | **reproduced** |\n\nAs I said: reproduced." in text
     assert (
         "\n## All squares\n\nThe sum is 14.\n\n| number | square |\n| --- | --- |\n| 1 | 1 |\n"
         in text
