@@ -296,7 +296,8 @@ infinite horizon and a text padded on the left, and with one gamma, a finite hor
 layer and head. *Refused* means a ValueError with the reason given, when the model is made
 or, for soft-capping, when it is run; nothing else runs in its stead. *From* is the first Transformers of those we support in
 which it works; older ones refuse it. A family that is not named here works if
-its layers call Transformers' attention interface and are told `position_ids`.
+its layers call Transformers' attention interface and are told `position_ids`. Those that choose or compress their keys
+(DeepSeek V3.2 and V4, GLM-5, MiniMax M3) are refused when they are run.
 
 | family | class | StableMask | from | sliding window | notes |
 |---|---|---|---|---|---|

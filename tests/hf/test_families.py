@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 
 from stablemask.hf import apply_stablemask
 from stablemask.hf.attention import stablemask_attention_forward
 from tests import marks
 
-from .families import FAMILIES, OLDEST, PAGE, PSEUDO, outcome, page
+from .families import FAMILIES, OLDEST, PAGE, PSEUDO, SIZES, outcome, page
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -79,6 +80,37 @@ def test_terms_in_the_scores_that_no_kernel_takes_are_refused(term):
     states = torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match=rf"cannot run in LlamaAttention: .* \({term}\)$"):
         stablemask_attention_forward(layer, states, states, states, None, **{term: torch.ones(3)})
+
+
+@marks.transformers_since("5.24")
+@pytest.mark.parametrize(
+    ("name", "layer_type", "part"),
+    [
+        ("DeepseekV32", None, "indexer"),
+        ("MiniMaxM3VL", "minimax_m3_sparse", "indexer"),
+        ("DeepseekV4", "compressed_sparse_attention", "compressor"),
+    ],
+)
+@pytest.mark.parametrize("way", ["name", "settings", "sdpa"])
+def test_attention_to_other_keys_than_the_past_is_refused(name, layer_type, part, way):
+    """By its name alone too: DeepSeek V4 has learned sinks, which need no settings."""
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    sizes = {
+        "num_key_value_heads": 4, "head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "index_topk": 3, "index_head_dim": 16, "index_n_heads": 2,
+    }  # fmt: skip
+    if layer_type is not None:
+        sizes["layer_types"] = [layer_type] * 2
+    model = model_class._from_config(model_class.config_class(**SIZES | sizes)).eval()
+    if way == "name":
+        model.set_attn_implementation("stablemask")
+    else:
+        apply_stablemask(model, gamma=0.1)
+    if way == "sdpa" and name != "DeepseekV4":  # which does not take that
+        model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=rf"cannot run in {name}Attention: .* \({part}\)$"):
+        model(torch.randint(3, 61, (1, 12)))
 
 
 def test_settings_in_the_wrong_configuration_are_refused():

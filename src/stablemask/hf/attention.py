@@ -31,6 +31,11 @@ _UNKNOWN_TERMS = {
     "softcap": "soft-capping of the scores, which no flash kernel gives a logsumexp for",
     "position_bias": "a bias of its own",
 }
+# Modules of an attention whose keys are not its whole past: it tells us which in ways of its own, or not at all.
+_UNKNOWN_PARTS = {
+    "indexer": "keys that it chooses by itself",
+    "compressor": "keys made of several tokens each",
+}
 
 
 def stablemask_attention_forward(
@@ -240,12 +245,13 @@ def _sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
 
 
 def _refuse_unknown_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    for name, meaning in _UNKNOWN_TERMS.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"StableMask cannot run in {type(module).__name__}: its attention has {meaning} "
-                f"({name})"
-            )
+    for known, present in ((_UNKNOWN_TERMS, kwargs), (_UNKNOWN_PARTS, module._modules)):
+        for name, meaning in known.items():
+            if present.get(name) is not None:
+                raise ValueError(
+                    f"StableMask cannot run in {type(module).__name__}: its attention has {meaning} "
+                    f"({name})"
+                )
 
 
 def _rows_of_the_mask(

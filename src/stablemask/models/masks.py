@@ -39,14 +39,14 @@ def attention_mask(
     causal = mask_function is causal_mask_function
     # Chunked attention names a local size too; any other deviation forbids the skip.
     sliding = (
-        allow_is_causal_skip
-        and local_size is not None
+        local_size is not None
         and local_size == getattr(config, "sliding_window", None)
         and getattr(config, "attention_chunk_size", None) is None
     )
     skip = allow_is_causal_skip and q_length == kv_length
     if (
-        (causal or sliding)
+        allow_is_causal_skip  # else the model reads the mask itself
+        and (causal or sliding)
         and isinstance(q_offset, int)  # a tensor with a static cache
         and q_offset + q_length == kv_offset + kv_length
     ):
