@@ -98,6 +98,13 @@ def test_bad_input(model_folder, text_file, capsys, argv, words):
     assert words in error
 
 
+def test_a_part_without_any_text(model_folder, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a")  # all of which is held out
+    data = str(tmp_path / "a.txt")
+    assert main(["evaluate", "--model", model_folder, "--data", data, "--split", "train"]) == 2
+    assert "a.txt has no text in its train part" in capsys.readouterr().err
+
+
 @pytest.fixture
 def own_task(tmp_path):
     """A folder with a task: which word comes next."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stablemask.cli.evaluate import parse_lengths
 from stablemask.errors import InputError
 from stablemask.evaluation import perplexity, perplexity_of, perplexity_text
 
@@ -81,6 +82,25 @@ def test_a_model_of_transformers():
     assert result.nats_per_token == pytest.approx(loss, rel=1e-5)
     with pytest.raises(InputError, match=r"33 tokens needs 33 positions.* has 32"):
         perplexity(model, blocks.flatten(), length=33, progress=False)
+
+
+def test_a_model_of_text_and_pictures():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 2)
+    text = {**sizes, "vocab_size": 61, "head_dim": 16, "num_key_value_heads": 1}
+    text["max_position_embeddings"] = 16
+    pictures = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4)
+    model, blocks = Gemma3ForConditionalGeneration(config).eval(), random_ids(3, 16)
+    with torch.no_grad():
+        losses = [model(input_ids=block[None], labels=block[None]).loss.item() for block in blocks]
+    lengths = parse_lengths(["1x"], model)
+    assert lengths == [16]
+    result = perplexity(model, blocks.flatten(), length=16, stride=16, progress=False)
+    assert result.nats_per_token == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_a_model_that_ignores_logits_to_keep(monkeypatch):

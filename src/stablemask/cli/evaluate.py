@@ -109,6 +109,8 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel, text: Trai
     if options.data is None:
         part = "all" if options.split == "all" else f"the {options.split} part"
         print(f"{part} of {sources}, which {options.model} was trained on")
+    if not documents:
+        raise InputError(f"{sources} has no text in its {options.split} part")
     tokens = tokenize_documents(documents, tokenizer)
     bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
 
@@ -153,7 +155,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def trained_length(model: PreTrainedModel) -> int | None:
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def parse_lengths(texts: list[str], model: PreTrainedModel) -> list[int]:

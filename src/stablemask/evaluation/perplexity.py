@@ -99,8 +99,7 @@ def perplexity(
     new = [end - last for end, last in zip(ends, [0, *ends], strict=False)]
     scored = [min(count, length - 1) for count in new]
     if batch_size is None:
-        fitting = LOGITS_PER_BATCH // (length * model.config.vocab_size)
-        batch_size = min(max(fitting, 1), MAX_WINDOWS_PER_BATCH)
+        batch_size = min(_fitting(model, length), MAX_WINDOWS_PER_BATCH)
 
     total = 0.0
     with (
@@ -151,13 +150,18 @@ def token_losses(model: PreTrainedModel, ids: Tensor, prefix: int | None = None)
     """
     check_sequences(model, ids, prefix)
     length = ids.shape[1]
-    batch_size = max(1, LOGITS_PER_BATCH // (length * len(model.get_input_embeddings().weight)))  # type: ignore[arg-type]
     losses = []
     with evaluating(model):
-        for batch in ids.split(batch_size):
+        for batch in ids.split(_fitting(model, length)):
             read = with_prefix(batch, prefix).to(model.device)
             losses.append(_last_losses(model, read, length - 1).cpu())
     return torch.cat(losses)
+
+
+def _fitting(model: PreTrainedModel, length: int) -> int:
+    """How many sequences of so many tokens a batch may hold for its logits."""
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    return max(1, LOGITS_PER_BATCH // (length * vocabulary))
 
 
 def _last_losses(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
