@@ -42,8 +42,9 @@ def test_tokenizer_is_left_as_it_was(tokenizer):
     tokenizer.backend_tokenizer.no_truncation()
 
 
-def test_large_vocabulary_takes_wider_ids():
-    words = {f"word{number}": number for number in range((1 << 16) + 1)}
+@pytest.mark.parametrize("step", [1, 1 << 16])
+def test_large_vocabulary_takes_wider_ids(step):
+    words = {f"word{number}": number for number in range(0, (1 << 16) + 1, step)}
     large = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0")), eos_token="word0"
     )

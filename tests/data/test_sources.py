@@ -241,6 +241,12 @@ def test_split_of_files_goes_by_relative_name(text_folder):
     assert [text.replace("still ", "") for text in after if text != "one more"] == before
 
 
+def test_names_that_are_no_unicode_are_split_too(text_folder):
+    (text_folder / os.fsdecode(b"caf\xe9.txt")).write_text("a text from an old machine")
+    train, validation = sides_of(str(text_folder), validation_fraction=0.2)
+    assert "a text from an old machine" in train + validation
+
+
 def test_split_of_records_goes_by_content(tmp_path, records):
     twice = write_json_lines(tmp_path / "a.jsonl", records[::-1] + records)
     train, validation = sides_of(str(twice))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stablemask.data.tokenizer import splitter
+from stablemask.data.tokenizer import splitter, vocabulary_size
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -113,7 +113,7 @@ def tokenize_stream(
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
-    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    return np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
 
 
 def progress_bar(total: int | None) -> tqdm[NoReturn]:

@@ -63,7 +63,8 @@ def check_validation_fraction(validation_fraction: float) -> None:
 
 
 def uniform_hash(key: str) -> float:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    # The name of a file may be no Unicode.
+    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

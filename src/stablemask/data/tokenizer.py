@@ -89,6 +89,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids there are up to the highest; some tokenizers number theirs with gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def splitter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Iterator[str]]:
     """A function that cuts a document into pieces whose tokens together are those of the whole.
 

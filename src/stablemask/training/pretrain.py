@@ -9,7 +9,7 @@ from transformers import set_seed
 from ..data import Corpus, prepare_corpus, prepare_mixture
 from ..data.corpus import prepare_stream
 from ..data.mixture import parse_mixture
-from ..data.sources import packages_of
+from ..data.tokenizer import vocabulary_size
 from ..models.modeling import StableMaskForCausalLM
 from .assembly import build_trainer, finish_run, train
 from .card import write_pretrain_card
@@ -42,8 +42,6 @@ def pretrain(options: PretrainOptions) -> RunResult:
         "validation_tokens": corpus.validation.num_tokens,
         "command": command,
     }
-    if packages := packages_of(options.data):
-        record["packages"] = packages
     begin_run(folder, options, corpus.key, record)
     set_seed(options.seed)
     model = StableMaskForCausalLM(_config_for(options, corpus))
@@ -84,7 +82,7 @@ def prepare_data(options: PretrainOptions) -> Corpus:
 
 
 def _config_for(options: PretrainOptions, corpus: Corpus) -> Any:
-    tokens = len(corpus.tokenizer)
+    tokens = vocabulary_size(corpus.tokenizer)
     # A tokenizer that was given may be larger than the preset's vocabulary; 64 suits the hardware.
     vocab_size = given(options.vocab_size)
     if tokens > vocab_size:
