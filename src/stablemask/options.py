@@ -233,9 +233,14 @@ def command_words(options: Any, *, without: Sequence[str] = ()) -> list[str]:
             continue
         if isinstance(value, bool):
             words.append(field.flag if value else field.flag.replace("--", "--no-", 1))
+            continue
+        texts = [str(item) for item in (value if isinstance(value, list) else [value])]
+        if field.positional:
+            words += texts
+        elif any(text.startswith("-") for text in texts):  # which the parser may take for a flag
+            words += [f"{field.flag}={text}" for text in texts]
         else:
-            words += [] if field.positional else [field.flag]
-            words += map(str, value if isinstance(value, list) else [value])
+            words += [field.flag, *texts]
     return words
 
 

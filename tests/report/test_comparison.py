@@ -19,7 +19,9 @@ from stablemask.evaluation import (
 )
 from stablemask.hf.loading import load_model
 from stablemask.inference import generate
+from stablemask.options import load_yaml, save_yaml
 from stablemask.report.comparison import ATTENTION_BLOCKS, compare
+from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
 from tests.test_reading import DEEP
 
@@ -116,6 +118,10 @@ def test_a_length_the_text_does_not_fill_says_why(folders):
     assert "100 tokens, less than a window of 128" in long["note"]
 
 
+def load_options(run):
+    return PretrainOptions(**load_yaml(run / "pretrain.yaml"))
+
+
 def test_runs_that_cannot_be_compared(folders, options, tmp_path):
     softmax = folders["softmax"]
     with pytest.raises(InputError, match="two runs or more, got 1"):
@@ -133,6 +139,11 @@ def test_runs_that_cannot_be_compared(folders, options, tmp_path):
     (unfinished / "run.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="has not finished"):
         compare({"one": softmax, "two": unfinished})
+    (unfinished / "run.json").write_text(json.dumps(finished))
+    save_yaml(replace(load_options(unfinished), steps=12), unfinished / "pretrain.yaml")
+    with pytest.raises(InputError, match="has not finished its 12 steps"):  # it goes on to more
+        compare({"one": softmax, "two": unfinished})
+    save_yaml(load_options(softmax), unfinished / "pretrain.yaml")
     (unfinished / "run.json").write_text(json.dumps({**finished, "corpus": "another"}))
     with pytest.raises(InputError, match="text or tokenizer differs"):
         compare({"one": softmax, "two": unfinished})

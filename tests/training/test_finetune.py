@@ -231,7 +231,10 @@ def test_the_loss_of_conversations_is_the_mean_over_the_assistants_tokens(
 ):
     data = prepare_chat(str(chats), AutoTokenizer.from_pretrained(base), context=64)
     steps = math.ceil(len(data.train) / 4)  # one pass
-    chosen = replace(chat_options, out=str(tmp_path / "run"), steps=steps, log_every=steps)
+    chosen = replace(
+        chat_options, out=str(tmp_path / "run"), steps=steps, log_every=steps,
+        eval_tokens=data.validation.num_tokens,
+    )  # fmt: skip
     result = finetune(replace(chosen, lora=False))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").double()
     nats, tokens = 0.0, 0
@@ -244,6 +247,8 @@ def test_the_loss_of_conversations_is_the_mean_over_the_assistants_tokens(
     assert result.eval_loss == pytest.approx(nats / tokens, abs=1e-5)
     rows = metrics(tmp_path / "run")
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.5
+    # An evaluation on the way took as many tokens as there are, and so all of the conversations.
+    assert rows[-1]["eval_loss"] == pytest.approx(result.eval_loss, abs=1e-6)
     (seen,) = [row["tokens"] for row in rows if "tokens" in row]
     # Padding is not counted; the last batch of the pass has begun another.
     again = 4 * steps - len(data.train)

@@ -9,21 +9,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import stablemask.hf
 from stablemask.errors import InputError, RunError
 from stablemask.options import load_yaml, save_yaml
+from stablemask.reading import read_json
 from stablemask.training import checkpoints
 from stablemask.training.callbacks import SkipBadSteps
 from stablemask.training.dry_run import describe_cost
 from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import pretrain
-from stablemask.training.run import command_line
+from stablemask.training.run import begin_run, command_line
 from stablemask.writing import only_writer
 
-from .conftest import STEPS, metrics
+from .conftest import STEPS, WORDS, metrics
 
 
 def test_a_run_leaves_everything_a_user_needs(uninterrupted, options):
@@ -141,6 +145,10 @@ def test_one_run_at_a_time_in_a_folder(uninterrupted, options, tmp_path):
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"beta2": 1.5}, "beta2"),
+        ({"beta2": 1.0}, "beta2"),
+        ({"seed": 2**32}, "seed"),
+        ({"skip_spikes": math.nan}, "skip_spikes"),
+        ({"skip_spikes": math.inf}, "skip_spikes"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"wandb": True}, "wandb"),
         ({"data": "/no/such/file.txt"}, "no/such/file"),
@@ -195,6 +203,33 @@ def test_the_command_line_gives_the_same_options(options):
     assert parsed == options
     settings = {"gamma": "slopes", "horizon": None, "hold": None}
     assert parsed.resolved().model_config().stablemask == settings
+
+
+def test_a_tokenizer_that_numbers_its_tokens_with_gaps(prose, options, tmp_path):
+    numbers = {word: 9 * number for number, word in enumerate(["<end>", ".", *WORDS])}
+    model = Tokenizer(WordLevel(numbers, unk_token="<end>"))
+    model.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>").save_pretrained(tmp_path)
+    changes = {"vocab_size": 32, "tokenizer": str(tmp_path), "steps": 1, "probe_tokens": 0}
+    result = pretrain(replace(options, out=str(tmp_path / "run"), **changes))
+    weights = load_file(result.folder / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].shape[0] == 128  # the 64th multiple above id 117
+
+
+def test_what_a_run_was_trained_on_and_with(options, tmp_path, monkeypatch):
+    """The record names packages wherever they stand, and its options begin another run as they are."""
+    monkeypatch.setattr("stablemask.training.run.packages_of", lambda source: {source: "1"})
+    mixed = replace(options, out=str(tmp_path), data="builtin", resume=True)
+    mixed = replace(mixed, mixture=["builtin:packages=1", "some.txt=2"]).resolved()
+    begin_run(tmp_path, mixed, "key", {})
+    assert read_json(tmp_path / "run.json")["packages"] == {"builtin:packages": "1"}
+    assert load_yaml(tmp_path / "pretrain.yaml")["resume"] is False
+    with pytest.raises(InputError, match=r"builtin:packages, some\.txt: that is not what .* began"):
+        begin_run(tmp_path, mixed, "another", {})
+    own = FinetuneOptions(model="m", adapt=True, texts=2, steps=1, out=str(tmp_path / "own"))
+    begin_run(tmp_path / "own", own, "key", {})
+    with pytest.raises(InputError, match="the model's own text: that is not what"):
+        begin_run(tmp_path / "own", own, "another", {})
 
 
 KINDS = ["softmax", "softmax1", "learned-sink", "key-sink", "fixed-token", "stablemask-paper"]

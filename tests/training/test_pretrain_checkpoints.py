@@ -164,7 +164,7 @@ def test_a_finished_run_goes_on_to_more_steps(in_shards, options, rates, tmp_pat
     pretrain(options)
     assert rates == pytest.approx([cosine(step, 20) for step in range(20)])
     rates.clear()
-    more = replace(options, steps=30, resume=True)
+    more = replace(options, steps=30, resume=True, save_every=5, eval_every=10)
     assert pretrain(more).step == 30
     assert rates == pytest.approx([cosine(step, 30) for step in range(20, 30)])
 
@@ -175,6 +175,11 @@ def test_a_finished_run_goes_on_to_more_steps(in_shards, options, rates, tmp_pat
     assert (written["steps"], written["warmup"], written["resume"]) == (30, 2, False)
     assert "--steps 30" in json.loads((folder / "run.json").read_text())["command"]
     assert [row["step"] for row in metrics(folder) if "loss" in row] == list(range(5, 31, 5))
+    # Given anew, these count from here on, and for a part that does not give them.
+    assert [row["step"] for row in metrics(folder) if "eval_loss" in row] == [20, 30]
+    assert (written["save_every"], written["eval_every"]) == (5, 10)
+    saved = checkpoints.list_checkpoints(folder / "checkpoints")
+    assert [checkpoints.step_of(one) for one in saved] == [20, 25, 30]
     with pytest.raises(InputError, match="taken 30 steps already, and --steps asks for 29"):
         pretrain(replace(more, steps=29))
     shutil.rmtree(folder / "checkpoints")

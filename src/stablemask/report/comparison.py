@@ -43,10 +43,7 @@ ATTENTION_BLOCKS = 8  # over which attention is averaged
 # A report compares runs of one design, so these options must be the same in all of them.
 SHARED_OPTIONS = ("preset", "context")
 # Options that change nothing in the model that is trained.
-UNIMPORTANT = FREE_ON_RESUME - {"steps"} | {
-    "log_every", "eval_every", "eval_tokens", "probe_tokens", "save_every", "compile",
-    "gradient_checkpointing",
-}  # fmt: skip
+UNIMPORTANT = FREE_ON_RESUME - {"steps"} | {"eval_tokens", "compile", "gradient_checkpointing"}
 # What the files of a run must hold to be compared.
 RECORDED = {
     "corpus": str,
@@ -260,6 +257,10 @@ def _read_run(folder: Path) -> _Run:
     missing = [name for name in RESOLVED if options[name] is None]
     if missing:
         raise InputError(f"{written} is damaged: {', '.join(missing)} must be there")
+    if result.get("step") != options["steps"]:  # it goes on to more
+        raise InputError(
+            f"the run in {folder} has not finished its {options['steps']} steps; go on with it by --resume first"
+        )
     return _Run(folder, options, record)
 
 
@@ -293,7 +294,8 @@ def _corpus(run: _Run) -> Corpus:
     corpus = prepare_data(options)
     if corpus.key != run.record["corpus"]:
         raise InputError(
-            f"{options.data} is not what {run.folder} was trained on: its text has changed"
+            f"{', '.join(options.sources())}: that is not what {run.folder} was trained on, for its text "
+            "has changed"
         )
     return corpus
 

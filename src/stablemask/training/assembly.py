@@ -1,6 +1,5 @@
 """The Trainer of a run: put together from its options, run until its end or a signal, its model saved."""
 
-import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -85,7 +84,7 @@ def build_trainer(
             state=state,
         ),
         collate=collate,
-        eval_dataset=_first_tokens(data.validation, options.eval_tokens, options),
+        eval_dataset=_first_tokens(data.validation, options.eval_tokens),
         processing_class=data.tokenizer,
         keep=options.keep_checkpoints,
         async_save=options.async_save,
@@ -177,11 +176,15 @@ def train(trainer: LanguageModelTrainer, checkpoint: Path | None) -> signal.Sign
     return stop.received if trainer.state.global_step < trainer.args.max_steps else None
 
 
-def _first_tokens(validation: Any, tokens: int | None, options: TrainingOptions) -> Any:
+def _first_tokens(validation: Any, tokens: int | None) -> Any:
+    """The first examples, as many as hold so many tokens."""
     if tokens is None:
         return validation
-    blocks = min(len(validation), math.ceil(tokens / given(options.context)))
-    return Subset(validation, range(blocks))
+    count = taken = 0
+    while taken < tokens and count < len(validation):
+        taken += len(validation[count]["input_ids"])
+        count += 1
+    return Subset(validation, range(count))
 
 
 def finish_run(
@@ -201,7 +204,7 @@ def finish_run(
         more: what else the record is to hold.
     """
     trainer.remove_callback(TensorBoardCallback)  # its writer has closed with the training
-    validation = _first_tokens(data.validation, options.final_eval_tokens, options)
+    validation = _first_tokens(data.validation, options.final_eval_tokens)
     metrics = trainer.evaluate(eval_dataset=validation)
     result = RunResult(folder, trainer.state.global_step, metrics["eval_loss"])
     partial = folder / "checkpoints" / checkpoints.INCOMPLETE

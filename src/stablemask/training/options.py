@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,17 +21,19 @@ if TYPE_CHECKING:
 
 # What takes long to import is imported where it is used: `stablemask pretrain --help` reads this file.
 
-# Options that may differ between the parts of a run: they change nothing that is computed, but for the
-# number of steps, by which a run goes on where it had ended.
+# Options that may differ between the parts of a run: they change no weight, but for the number of steps,
+# by which a run goes on where it had ended.
 FREE_ON_RESUME = {
     "steps", "out", "resume", "dry_run", "tensorboard", "wandb", "keep_checkpoints", "async_save", "workers",
-    "batch_size", "peak_flops", "devices", "final_eval_tokens",
+    "batch_size", "peak_flops", "devices", "final_eval_tokens", "log_every", "eval_every", "save_every",
+    "probe_tokens",
 }  # fmt: skip
 # Options whose defaults follow from others or from the model: left out, they stay what they were in a run
 # that is resumed.
 KEPT_ON_RESUME = (
     "steps", "global_batch_size", "warmup", "eval_every", "save_every", "texts", "dtype",
 )  # fmt: skip
+SEEDS = 1 << 32  # that NumPy takes
 # What the sink is taken out of a model with, where nothing else is given.
 ADAPTING: dict[str, Any] = {"steps": 120, "context": 256, "batch_size": 4, "beta2": 0.99}
 # Where no biases can stand for the prefix, there is more to learn.
@@ -161,20 +164,29 @@ class TrainingOptions:
         """How many there are, and how many share a sequence."""
         return world_size(), 1
 
+    def sources(self) -> list[str]:
+        """What it reads, by name; nothing where the model writes its own text."""
+        return [] if self.data is None else [self.data]
+
     def _check(self) -> None:
         check_least(
             self, steps=1, batch_size=1, log_every=1, eval_every=1, save_every=1, eval_tokens=1,
-            keep_checkpoints=1, context=2, warmup=0, seed=0, global_batch_size=1, workers=0, skip_spikes=0,
+            keep_checkpoints=1, context=2, warmup=0, seed=0, global_batch_size=1, workers=0,
             probe_tokens=0, final_eval_tokens=1,
         )  # fmt: skip
-        for name in ("min_learning_rate", "start_learning_rate", "beta2"):
+        if self.seed >= SEEDS:
+            raise InputError(f"seed must be below {SEEDS:,}, got {self.seed}")
+        for name in ("min_learning_rate", "start_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.beta2 < 1:
+            raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
         for name in ("learning_rate", "clip", "peak_flops"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "skip_spikes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
         if self.wandb and not _installed("wandb"):
             raise InputError("wandb is not installed; pip install wandb, or leave out --wandb")
 
@@ -225,6 +237,11 @@ class PretrainOptions(TrainingOptions):
     def placing(self) -> tuple[int, int]:
         there_are = (self.devices if self.dry_run else None) or world_size()
         return there_are, self.context_parallel
+
+    def sources(self) -> list[str]:
+        from ..data.mixture import parse_mixture
+
+        return list(parse_mixture(self.mixture)) if self.mixture else [self.data]
 
     def _check(self) -> None:
         from ..data.mixture import parse_mixture

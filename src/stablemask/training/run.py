@@ -29,6 +29,7 @@ import transformers
 
 from .. import __version__
 from ..backends import native
+from ..data.sources import PACKAGES, packages_of
 from ..errors import InputError
 from ..evaluation.perplexity import perplexity_of
 from ..options import command_words, load_yaml, option_fields, save_yaml
@@ -185,7 +186,12 @@ def _finished_run(folder: Path, steps: int, checkpoint: Path | None) -> RunResul
 def claim(folder: Path, options: TrainingOptions) -> None:
     """Make the folder that of a run, before what it trains on is ready; ``resume`` then finds it."""
     if not (folder / options_file(options)).exists():
-        save_yaml(dataclasses.replace(options, resume=False), folder / options_file(options))
+        _keep(folder, options)
+
+
+def _keep(folder: Path, options: TrainingOptions) -> None:
+    """Write the options as another run can begin with them."""
+    save_yaml(dataclasses.replace(options, resume=False), folder / options_file(options))
 
 
 def begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[str, Any]) -> None:
@@ -197,24 +203,26 @@ def _begin_run(folder: Path, options: TrainingOptions, key: str, record: dict[st
     if (folder / RUN_FILE).exists():
         before = read_json(folder / RUN_FILE)
         if not isinstance(before, dict) or before.get("corpus") != key:
+            text = ", ".join(options.sources()) or "the model's own text"
             raise InputError(
-                f"{options.data} is not what {folder} was started with: its text or its "
-                "tokenizer has changed; restore it, or name another --out"
+                f"{text}: that is not what {folder} began with, for its text or its tokenizer has "
+                "changed; restore it, or name another --out"
             )
         _tell_other_kernels(before.get("attention_on_cpu"))
         if load_yaml(folder / options_file(options)).get("steps") != options.steps:
-            lasting = dataclasses.replace(options, resume=False)
-            save_yaml(lasting, folder / options_file(options))
             _write_record(folder, before | {"command": record["command"]})
+        _keep(folder, options)
         return
-    save_yaml(options, folder / options_file(options))  # from here on --resume finds the run
+    _keep(folder, options)  # from here on --resume finds the run
     versions = {
         "stablemask": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    more = {"versions": versions, "attention_on_cpu": native.in_use()}
+    more: dict[str, Any] = {"versions": versions, "attention_on_cpu": native.in_use()}
+    if PACKAGES in options.sources():
+        more["packages"] = packages_of(PACKAGES)
     _write_record(folder, {"corpus": key, **record, **more})
 
 

@@ -68,6 +68,8 @@ class Record(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        # A checkpoint brings the steps between logs, evaluations and saves of the part before.
+        state.compute_steps(args, state.max_steps)
         if not state.is_world_process_zero:
             return
         # A run that begins again evaluates step 0 again.
