@@ -55,7 +55,9 @@ def flash_attn_varlen_func(
     starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
     counts = [end - start for start, end in itertools.pairwise(starts)]
     check(max(counts) <= max_seqlen_q and max(lengths) <= max_seqlen_k, "longest rows and keys")
-    windowed = window_size != [-1, -1]
+    if window_size[0] >= max_seqlen_k:
+        window_size = [-1, window_size[1]]
+    windowed = window_size[0] >= 0
     if fa_version == 2 and max_seqlen_q == 1 and alibi_slopes is None:
         causal = False  # one row sees all keys
         if (
@@ -73,7 +75,9 @@ def flash_attn_varlen_func(
         scores = torch.einsum("ihd,jhd->hij", q[start:end].float(), keys) * softmax_scale
         apart = torch.arange(length - n, length)[:, None] - torch.arange(length)
         if alibi_slopes is not None:
-            scores -= alibi_slopes[:, None, None] * apart.abs()
+            # By the key, where it knows that all before a row is seen: of each row as much too much.
+            distance = apart.abs() if windowed or not causal else -torch.arange(length)
+            scores -= alibi_slopes[:, None, None] * distance
         hidden = (apart < 0) & torch.tensor(causal or windowed)
         if windowed:
             hidden = hidden | (apart > window_size[0]) | (apart < -window_size[1])

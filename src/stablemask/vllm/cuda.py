@@ -93,6 +93,10 @@ class StableMaskFlashImpl(AttentionWithMass, stock.FlashAttentionImpl):
             for half in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         )
         splits, version = metadata.max_num_splits, self.vllm_flash_attn_version
+        window = list(self.sliding_window)
+        if self.alibi_slopes is not None and window[0] < 0:
+            # Told of no window it adds slope * key for -slope * distance: the same weights, and another logsumexp.
+            window = [metadata.max_seq_len - 1, 0]
         out = output[:rows]
         _, lse = stock.flash_attn_varlen_func(
             q=query[:rows],
@@ -106,7 +110,7 @@ class StableMaskFlashImpl(AttentionWithMass, stock.FlashAttentionImpl):
             softmax_scale=self.scale,
             causal=True,
             alibi_slopes=self.alibi_slopes,
-            window_size=list(self.sliding_window),
+            window_size=window,
             block_table=metadata.block_table,
             scheduler_metadata=metadata.scheduler_metadata if version == 3 else None,
             num_splits=min(splits, 1) if version == 2 else splits,
