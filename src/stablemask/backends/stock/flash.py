@@ -19,11 +19,16 @@ from ..calls import (
     with_positive_scale,
 )
 from . import functional
-from .kernels import KERNELS, as_rows_of_key_heads, efficient_row, mask_as_bias
+from .kernels import (
+    KERNELS,
+    MAX_FLASH_HEAD_DIM,
+    as_rows_of_key_heads,
+    efficient_row,
+    mask_as_bias,
+)
 from .operators import absorb, eager_forward, flash_forward, scale_rows
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
-_MAX_CUDA_HEAD_DIM = 256
 # Of cuDNN: the first that takes more than 128 columns a head, on Hopper alone.
 _CUDNN_WIDE_HEADS = 91000
 
@@ -46,8 +51,8 @@ def unsupported(call: Call) -> str | None:
         capability = hardware.capability(query.device)
         if query.dtype == torch.bfloat16 and capability < (8, 0):
             return f"bfloat16 needs compute capability 8.0, this device has {capability}"
-        if max(query.shape[-1], value.shape[-1]) > _MAX_CUDA_HEAD_DIM:
-            return f"head_dim is above {_MAX_CUDA_HEAD_DIM}"
+        if max(query.shape[-1], value.shape[-1]) > MAX_FLASH_HEAD_DIM:
+            return f"head_dim is above {MAX_FLASH_HEAD_DIM}"
     return None
 
 
@@ -64,7 +69,7 @@ def unsupported_cudnn(call: Call) -> str | None:
     if capability < (8, 0):
         return f"cuDNN attention needs compute capability 8.0, this device has {capability}"
     wide = capability == (9, 0) and version >= _CUDNN_WIDE_HEADS
-    limit = _MAX_CUDA_HEAD_DIM if wide else 128
+    limit = MAX_FLASH_HEAD_DIM if wide else 128
     if max(query.shape[-1], call.value.shape[-1]) > limit:
         return f"head_dim is above {limit}, of cuDNN {version} on compute capability {capability}"
     if torch.are_deterministic_algorithms_enabled() and needs_gradient(call):

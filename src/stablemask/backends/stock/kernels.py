@@ -26,6 +26,7 @@ from ..native.tuning import is_faster
 from .tiles import Band
 
 aten = torch.ops.aten
+MAX_FLASH_HEAD_DIM = 256  # of FlashAttention on CUDA
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...masks import Masks
 from .. import hardware
 from ..calls import only_autograd_watches, refuse_second_order, sink_gradient
-from .kernels import KERNELS
+from .kernels import KERNELS, MAX_FLASH_HEAD_DIM
 from .tiles import Band, Tile, Tiling
 
 _ROWS_IN_BUFFER = 1024
@@ -262,6 +262,8 @@ def _tiling(
     backward: bool = False,
 ) -> tuple[Tiling, str]:
     """The calls of an attention, and the kernel that takes them."""
+    if kernel == "cuda" and query.shape[3] > MAX_FLASH_HEAD_DIM:  # with the column for lse's gradient
+        kernel = "efficient"
     # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
     dtype = lse_dtype(query) if kernel == "cpu" else query.dtype
     tiling = Tiling(
