@@ -298,6 +298,20 @@ def test_vmap_and_gradients_of_each_example():
         torch.testing.assert_close(ours, expected)
 
 
+def _plain_loss(query, key, value):
+    return sink_attention(query, key, value, 0.5).square().sum()
+
+
+@pytest.mark.parametrize("transform", [grad, lambda loss: vmap(grad(loss))])
+def test_transforms_in_a_compiled_function(transform):
+    """The compiler sees no gradient in them: what it may see into, it would take an lse without one of."""
+    transformed = transform(_plain_loss)
+    shape = (2, 4, 9, 8) if transform is grad else (3, 2, 4, 9, 8)
+    inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), transformed(*inputs))
+
+
 def test_vmap_over_some_arguments_and_masks():
     query = torch.randn(2, 4, 9, 3, 8, dtype=torch.float64)
     key, value = torch.randn(2, 2, 2, 9, 8, dtype=torch.float64)

@@ -409,17 +409,31 @@ def test_a_version_with_other_signatures_is_refused(monkeypatch):
     ],
 )
 def test_says_what_it_cannot_do(changes, reason, monkeypatch):
-    def on_cuda(dim=8, dtype=torch.bfloat16):
-        return SimpleNamespace(
-            device=torch.device("cuda"), is_cpu=False, dtype=dtype, shape=torch.Size([1, 2, 4, dim])
-        )
-
-    monkeypatch.setattr(flash_attn, "_package", lambda *call: ("fa2", None))
-    call = Call(on_cuda(), on_cuda(), on_cuda(), None, Masks(), 0.0, 1.0)
+    call = _on_cuda(monkeypatch)
     assert flash_attn.unsupported(call) is None
     if "query" in changes:
-        changes = {"query": on_cuda(**changes["query"])}
+        changes = {"query": _tensor_on_cuda(**changes["query"])}
     assert reason in flash_attn.unsupported(call._replace(**changes))
+
+
+def test_transforms_are_for_others(monkeypatch):
+    call, reasons = _on_cuda(monkeypatch), []
+    with torch.autograd.forward_ad.dual_level():
+        reasons.append(flash_attn.unsupported(call))
+    torch.func.vmap(lambda x: reasons.append(flash_attn.unsupported(call)) or x)(torch.ones(2))
+    assert [reason is not None and "torch.func" in reason for reason in reasons] == [True, True]
+
+
+def _on_cuda(monkeypatch):
+    monkeypatch.setattr(flash_attn, "_package", lambda *call: ("fa2", None))
+    tensor = _tensor_on_cuda()
+    return Call(tensor, tensor, tensor, None, Masks(), 0.0, 1.0)
+
+
+def _tensor_on_cuda(dim=8, dtype=torch.bfloat16):
+    return SimpleNamespace(
+        device=torch.device("cuda"), is_cpu=False, dtype=dtype, shape=torch.Size([1, 2, 4, dim])
+    )
 
 
 class TestOnCUDA:

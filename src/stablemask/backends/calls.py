@@ -80,11 +80,6 @@ def autocast_is_on(device: str) -> bool:
     return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
 
 
-def under_torch_func() -> bool:
-    """Whether a transform of ``torch.func`` is active in eager mode."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def sink_gradient(sink_logits: Tensor, lse: Tensor, d_total: Tensor) -> Tensor:
     """The gradient of sink logits, summed over what was broadcast.
 
@@ -124,3 +119,9 @@ def constant_while_compiling(function: Function) -> Function:
 def is_exporting() -> bool:
     """Whether ``torch.export`` is tracing."""
     return torch.compiler.is_exporting()
+
+
+@constant_while_compiling  # a compiler is in the transforms of what it traces
+def under_torch_func() -> bool:
+    """Whether a transform of ``torch.func`` is active."""
+    return torch._C._are_functorch_transforms_active()

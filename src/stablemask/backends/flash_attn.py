@@ -28,6 +28,7 @@ from .calls import (
     refuse_second_order,
     say_once,
     sink_gradient,
+    under_torch_func,
     with_positive_scale,
 )
 from .stock.operators import absorb, lse_dtype, row_sums
@@ -60,6 +61,8 @@ def unsupported(call: Call) -> str | None:
         return "flash-attn takes no attn_mask and no documents"
     if masks.need_gradient:
         return "flash-attn gives no gradient for alibi_slopes"
+    if call.watched and (torch.autograd.forward_ad._current_level >= 0 or under_torch_func()):
+        return "flash-attn has no forward-mode derivative, and no rules for torch.func"
     return _package_for(call)[1]
 
 

@@ -33,10 +33,9 @@ def unsupported(call: Call) -> str | None:
     if watched:
         if torch.autograd.forward_ad._current_level >= 0:
             return "it has no forward-mode derivative"
-        if torch.compiler.is_compiling():
-            if is_exporting():
-                return "an exported program may run where it is not compiled"
-        elif under_torch_func():
+        if torch.compiler.is_compiling() and is_exporting():
+            return "an exported program may run where it is not compiled"
+        if under_torch_func():
             return "it has no rules for torch.func"
     if query.numel() == 0 or value.numel() == 0:
         return "there is nothing to compute"

@@ -41,8 +41,11 @@ def unsupported(call: Call) -> str | None:
         return f"no stock flash kernel for device type {query.device.type!r}"
     if call.dropout_p > 0:
         return "the stock flash kernels are called without dropout"
-    if call.watched and torch.autograd.forward_ad._current_level >= 0:
-        return "the stock flash kernels have no forward-mode derivative"
+    if call.watched:
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "the stock flash kernels have no forward-mode derivative"
+        if torch.compiler.is_compiling() and under_torch_func():
+            return "compiled, the stock flash kernels have no rules for torch.func"
     if call.masks is not NO_MASKS and call.masks.need_gradient:
         return "the stock flash kernels give no gradient for attn_mask or alibi_slopes"
     if kind == "cuda":

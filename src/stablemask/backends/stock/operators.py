@@ -262,7 +262,8 @@ def _tiling(
     backward: bool = False,
 ) -> tuple[Tiling, str]:
     """The calls of an attention, and the kernel that takes them."""
-    if kernel == "cuda" and query.shape[3] > MAX_FLASH_HEAD_DIM:  # with the column for lse's gradient
+    # The widest heads have one column more with lse's gradient.
+    if kernel == "cuda" and query.shape[3] > MAX_FLASH_HEAD_DIM:
         kernel = "efficient"
     # The CPU kernel adds a bias in its own precision, and reads any other as garbage.
     dtype = lse_dtype(query) if kernel == "cpu" else query.dtype
