@@ -298,6 +298,24 @@ def test_vmap_and_gradients_of_each_example():
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("learned", ["attn_mask", "alibi_slopes", "sink_logits"])
+def test_what_is_learned_has_its_gradient_where_vmap_maps_it(learned):
+    query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+    shape = {"attn_mask": (4, 9, 9), "alibi_slopes": (4,), "sink_logits": (4, 1)}[learned]
+    leaf = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+
+    def loss(each, backend):
+        keywords = {"sink_logits": 0.3, learned: each, "backend": backend}
+        return sink_attention(query, key, value, **keywords).square().sum()
+
+    def total(leaf):
+        return vmap(functools.partial(loss, backend="auto"))(leaf).sum()
+
+    (expected,) = torch.autograd.grad(sum(loss(each, "reference") for each in leaf), leaf)
+    torch.testing.assert_close(torch.autograd.grad(total(leaf), leaf), (expected,))
+    torch.testing.assert_close(grad(total)(leaf.detach()), expected)
+
+
 def _plain_loss(query, key, value):
     return sink_attention(query, key, value, 0.5).square().sum()
 

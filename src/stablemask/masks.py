@@ -33,7 +33,7 @@ class Masks:
     @property
     def need_gradient(self) -> bool:
         tensors = (self.attn_mask, self.alibi_slopes)
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        return any(tensor is not None and requires_grad(tensor) for tensor in tensors)
 
     def first_key(self, row: int) -> int:
         """The first key that a row at key ``row``, or any after it, can see."""
@@ -90,6 +90,17 @@ class Masks:
         if bias is None:
             bias = torch.zeros((), dtype=dtype, device=device)
         return bias if hide is None else bias.masked_fill(hide, -torch.inf)
+
+
+def requires_grad(tensor: Tensor) -> bool:
+    """Whether a tensor has a gradient; of what ``torch.func.vmap`` maps, that of what is inside."""
+    while not (
+        tensor.requires_grad
+        or torch.compiler.is_compiling()
+        or not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    ):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def alibi_bias(distance: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:

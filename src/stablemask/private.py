@@ -18,6 +18,8 @@ from typing import Any
 PRIVATE: dict[str, str | None] = {
     # What watches a call in eager mode, asked for in each.
     "torch._C._are_functorch_transforms_active": None,
+    "torch._C._functorch.get_unwrapped": None,
+    "torch._C._functorch.is_functorch_wrapped_tensor": None,
     "torch._C._functorch.is_legacy_batchedtensor": None,
     "torch._C._get_tracing_state": None,
     "torch._C._len_torch_dispatch_stack": None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
+from ..masks import requires_grad
 
 Function = TypeVar("Function", bound=Callable)
 TINY = torch.finfo(torch.float32).tiny
@@ -20,10 +21,10 @@ def needs_gradient(call: Call) -> bool:
         return False
     query, key, value, sink_logits, masks, *_ = call
     return (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (isinstance(sink_logits, Tensor) and sink_logits.requires_grad)
+        requires_grad(query)
+        or requires_grad(key)
+        or requires_grad(value)
+        or (isinstance(sink_logits, Tensor) and requires_grad(sink_logits))
         or masks.need_gradient
     )
 
