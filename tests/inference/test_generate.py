@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from stablemask.data import train_tokenizer
 from stablemask.errors import InputError
@@ -90,6 +94,32 @@ def test_the_end_token_ends_a_text_and_is_not_shown(tokenizer):
     text = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=9)[0]
     assert text.startswith(expected[0])
     assert len(tokenizer(text)["input_ids"]) < 9
+
+
+def test_what_fills_up_a_batch_behind_an_end_is_not_shown():
+    """Nor where a tokenizer has no padding token, and a word as its first."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(61)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2")
+    model, prompts = model_for(tokenizer), ["w5 w6", "w7 w8 w9"]
+    ids = torch.tensor([tokenizer(prompts[0])["input_ids"]])
+    third = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=2)[0, -1].item()
+    model.generation_config.eos_token_id = third
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=9)[0] for prompt in prompts]
+    assert len(alone[0].split()) <= 3 < len(alone[1].split())
+    assert generate(model, tokenizer, prompts, max_new_tokens=9) == alone
+
+
+@pytest.mark.parametrize("way", [{}, {"stream": lambda piece: None}, {"window": 40}])
+def test_a_checkpoint_that_asks_for_beams_or_texts_to_stop_at(tokenizer, way):
+    model = model_for(tokenizer)
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
+    model.generation_config.update(num_beams=3, num_return_sequences=2)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, **way) == expected
+    model.generation_config.stop_strings = [expected[0][1:3]]
+    text = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=12, **way)[0]
+    assert expected[0].startswith(text)
+    assert len(text) < len(expected[0])
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "top_p": 0.9, "seed": 3}])

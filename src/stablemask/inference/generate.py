@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
@@ -85,11 +85,19 @@ def generate(
     settings: dict[str, Any] = {
         "max_new_tokens": sys.maxsize if max_new_tokens is None else max_new_tokens,
         "do_sample": temperature > 0,
-        # Any id will do where the attention mask is 0.
-        "pad_token_id": tokenizer.pad_token_id or 0,
+        # Any id will do where the attention mask is 0; behind an end, one that is not shown.
+        "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        # A checkpoint may ask for beams, which are none of our arguments.
+        "num_beams": 1,
+        "num_return_sequences": 1,
     }
     if model.generation_config.eos_token_id is None and tokenizer.eos_token_id is not None:
         settings["eos_token_id"] = tokenizer.eos_token_id
+    # In place of a name, for `custom_generate` is not given the tokenizer that makes one of it.
+    if stops := model.generation_config.stop_strings:
+        settings |= {
+            "stop_strings": None, "stopping_criteria": [StopStringCriteria(tokenizer, stops)],
+        }  # fmt: skip
     if prefill_chunk_size is not None:
         settings["prefill_chunk_size"] = prefill_chunk_size
     if temperature > 0:

@@ -1,13 +1,17 @@
 """What the server answers OpenAI's client, against Transformers' own `generate`."""
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from stablemask.inference.generate import CallbackStreamer
+from stablemask.inference.serving.answers import _Answer
+from stablemask.inference.serving.protocol import CompletionRequest
 
 from .conftest import CONTEXT, complete, post, say, serving, stream
 
@@ -126,6 +130,20 @@ def test_a_model_without_an_end_token_answers_to_the_length(llama, monkeypatch):
         assert complete(client, PROMPTS[0], max_tokens=5) == answer
 
 
+def test_a_checkpoint_that_asks_for_beams_or_texts_to_stop_at(client, llama, monkeypatch):
+    text = complete(client, PROMPTS[0], max_tokens=40)[0]
+    asked = llama[0].generation_config
+    monkeypatch.setattr(asked, "num_beams", 3)
+    monkeypatch.setattr(asked, "num_return_sequences", 2)
+    assert complete(client, PROMPTS[0], max_tokens=40) == (text, "length")
+    stop = re.search(r"[!-~]", text[1:])[0]
+    monkeypatch.setattr(asked, "stop_strings", [stop])
+    shorter, reason = complete(client, PROMPTS[0], max_tokens=40)
+    assert reason == "stop"
+    assert text.startswith(shorter)
+    assert stop in shorter
+
+
 def test_stop_texts(client, llama):
     whole = expected(*llama, PROMPTS[0], 40)
     for start, end in [(0, 1), (3, 4), (5, 9), (11, 19), (len(whole) - 2, len(whole))]:
@@ -238,6 +256,7 @@ def test_logprobs_are_those_of_the_model_before_temperature(client, llama):
         assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-5)
         assert top[token] == logprob
     chunks = list(client.completions.create(**asked, prompt=ids, logprobs=3, stream=True))
+    assert [o for c in chunks for o in c.choices[0].logprobs.text_offset] == told.text_offset
     assert [t for c in chunks for t in c.choices[0].logprobs.tokens] == told.tokens
     assert [t for c in chunks for t in c.choices[0].logprobs.token_logprobs] == told.token_logprobs
 
@@ -245,6 +264,11 @@ def test_logprobs_are_those_of_the_model_before_temperature(client, llama):
     chat = client.chat.completions.create(**asked, top_logprobs=2).choices[0].logprobs.content
     assert [len(token.top_logprobs) for token in chat] == [2] * 9
     assert [token.top_logprobs[0].token for token in chat] == [token.token for token in chat]
+    said = client.chat.completions.create(**asked | {"temperature": 1.5}).choices[0]
+    spelled = b"".join(bytes(token.bytes) for token in said.logprobs.content)
+    told = spelled.decode(errors="replace").removesuffix(tokenizer.eos_token)
+    assert told == said.message.content
+    assert not spelled.isascii()
     ids = tokenizer("<user>the\n<assistant>").input_ids
     assert chat[0].logprob == pytest.approx(log_probs(model, [*ids, 0])[-1].max().item(), abs=1e-5)
     assert client.chat.completions.create(**asked).choices[0].logprobs.content[0].top_logprobs == []
@@ -290,11 +314,37 @@ def test_lm_eval_scores_through_the_server(client, llama):
         assert greedy == (rows.argmax(-1).tolist() == end)
 
 
-def test_some_tokenizers_drop_a_leading_space():
+def spaced_tokenizer(*more):
     from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({"▁the": 0, "▁dog": 1}, unk_token="▁the"))
-    tokenizer.decoder = decoders.Metaspace()
+    words = {word: number for number, word in enumerate(("▁the", "▁dog", *more))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="▁the"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_token_is_told_with_its_space_and_bytes():
+    """As Llama's tokenizer has them, whose `decode` drops a space at the beginning of a text."""
+    request = CompletionRequest(prompt="", logprobs=2)
+    pieces = []
+    answer = _Answer(
+        spaced_tokenizer("the", "<0xE2>", "\ufffd"),
+        request,
+        GenerationConfig(),
+        pieces.append,
+        bool,
+    )
+    answer.tell_prompt([0, 2, 3, 4], torch.tensor([2.0, 0, 3, 1, 1]).expand(3, 5))
+    answer.finish()
+    tokens = pieces[0].tokens
+    assert [token["token"] for token in tokens] == [" the", "the", "<0xE2>", "\ufffd"]
+    assert [token["bytes"] for token in tokens[:3]] == [[*b" the"], [*b"the"], [0xE2]]
+    assert {token["token"] for token in tokens[1]["top_logprobs"]} == {" the", "the"}
+
+
+def test_some_tokenizers_drop_a_leading_space():
+    tokenizer = spaced_tokenizer()
     pieces = []
     streamer = CallbackStreamer(tokenizer, pieces.append)
     for tokens in ([0], [1], [0]):

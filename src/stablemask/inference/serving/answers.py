@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,12 @@ from .protocol import AnyRequest, ChatRequest, Choices, Piece
 
 # Below it, logits would overflow and the likeliest token is certain anyway.
 MIN_TEMPERATURE = 1e-5
+# How a byte-level vocabulary spells bytes: those that print by themselves, the others by characters from 256 on.
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_UNPRINTED = (byte for byte in range(256) if byte not in _PRINTED)
+BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + number): byte for number, byte in enumerate(_UNPRINTED)
+}
 
 
 class Answers:
@@ -91,7 +98,7 @@ class Answers:
 
         config = self._config(asked, len(ids))
         seed = None if asked.seed is None else (asked.seed + number) % (1 << 63)
-        answer = _Answer(self.tokenizer, asked, config.eos_token_id, emit, task.done)
+        answer = _Answer(self.tokenizer, asked, config, emit, task.done)
         run = loop.run_in_executor(self._thread, self._run, answer, ids, config, seed)
         run.add_done_callback(lambda _: queue.put_nowait(None))
         while (piece := await queue.get()) is not None:
@@ -100,6 +107,7 @@ class Answers:
 
     def _config(self, asked: AnyRequest, prompt_len: int) -> Any:
         config: Any = copy.deepcopy(self.model.generation_config)
+        config.num_beams = config.num_return_sequences = 1  # beams cannot be told as they go
         left = self.max_model_len - prompt_len
         config.max_new_tokens = left if asked.max_tokens is None else asked.max_tokens
         if asked.temperature is not None or asked.top_p is not None:
@@ -129,6 +137,7 @@ class Answers:
                     streamer=answer,
                     logits_processor=[answer.watch],
                     stopping_criteria=[answer.criterion],
+                    tokenizer=self.tokenizer,  # for `stop_strings` of the model's own
                 )
         answer.finish()
 
@@ -140,13 +149,14 @@ class _Answer(CallbackStreamer):
         self,
         tokenizer: Any,
         asked: AnyRequest,
-        eos: int | list[int] | None,
+        config: Any,
         emit: Callable[[Piece], Any],
         is_left: Callable[[], bool],
     ):
         super().__init__(tokenizer, self._write)
         self._stops, self._num = asked.stop, asked.num_likeliest
-        self._eos = eos if isinstance(eos, list) else [eos]
+        eos = config.eos_token_id
+        self._eos, self._most = eos if isinstance(eos, list) else [eos], config.max_new_tokens
         self.scores_prompt = asked.echo and self._num is not None
         self._emit, self._is_left = emit, is_left
         self._new: list[int] = []
@@ -176,7 +186,8 @@ class _Answer(CallbackStreamer):
         super().put(value)
 
     def finish(self) -> None:
-        ended = self._stopped or (self._new and self._new[-1] in self._eos)
+        full = len(self._new) == self._most
+        ended = self._stopped or not full or (self._new and self._new[-1] in self._eos)
         reason = "stop" if ended else "length"
         self._emit(Piece(self._held, self._tokens, reason, len(self._new)))
 
@@ -193,11 +204,15 @@ class _Answer(CallbackStreamer):
             self._tokens.append(entry | {"top_logprobs": list(map(self._entry, *top))})
 
     def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        text = str(self.tokenizer.decode([token_id]))
+        # Behind another token, for some tokenizers drop a space at the beginning of a text.
+        before, text = (str(self.tokenizer.decode([token_id] * count)) for count in (1, 2))
+        text = text[len(before) :]
+        spelled: list[int] | None = list(text.encode())
         # A part of a character is told as the vocabulary has it, so that no two look alike.
-        if "\ufffd" in text:
+        if "\ufffd" in before:
             text = str(self.tokenizer.convert_ids_to_tokens(token_id))
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            spelled = _spelled(text)
+        return {"token": text, "logprob": logprob, "bytes": spelled}
 
     def _write(self, text: str) -> None:
         if self._stopped:
@@ -210,6 +225,13 @@ class _Answer(CallbackStreamer):
         if certain:
             self._emit(Piece(text[:certain], self._tokens))
             self._tokens = []
+
+
+def _spelled(token: str) -> list[int] | None:
+    """The bytes of a token that a vocabulary spells, as ``<0xE2>`` or by characters for bytes; None of another."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return [int(token[3:5], 16)]
+    return [BYTES[character] for character in token] if BYTES.keys() >= set(token) else None
 
 
 def _log_probs(logits: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class CompletionRequest(Request):
     def added(self, text: str, first: bool) -> dict[str, Any]:
         return {"text": text}
 
-    def told(self, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    def told(self, tokens: list[dict[str, Any]], offset: int) -> dict[str, Any]:
         texts = [token["token"] for token in tokens]
         # The token itself is among the likeliest, as clients look for it there.
         tops = [
@@ -137,7 +137,7 @@ class CompletionRequest(Request):
             "tokens": texts,
             "token_logprobs": [token["logprob"] for token in tokens],
             "top_logprobs": [top if None not in top.values() else None for top in tops],
-            "text_offset": [0, *accumulate(map(len, texts))][:-1],
+            "text_offset": [*accumulate(map(len, texts), initial=offset)][:-1],
         }
 
 
@@ -184,7 +184,7 @@ class ChatRequest(Request):
     def added(self, text: str, first: bool) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
 
-    def told(self, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    def told(self, tokens: list[dict[str, Any]], offset: int) -> dict[str, Any]:
         return {"content": tokens}
 
 
@@ -249,11 +249,13 @@ async def events(
         chunk = {**head, "object": asked.chunk_kind, "choices": choices, **more}
         return f"data: {json.dumps(chunk)}\n\n"
 
-    begun = -1
+    begun, offset = -1, 0
     try:
         async for index, piece in choices:
-            yield event(_choice(asked, index, asked.added(piece.text, index != begun), piece))
-            begun = index
+            offset = offset if index == begun else 0
+            said = asked.added(piece.text, index != begun)
+            yield event(_choice(asked, index, said, piece, offset))
+            begun, offset = index, offset + sum(len(token["token"]) for token in piece.tokens)
         if asked.stream_options.include_usage:
             yield event(usage=usage)
     except Exception as error:
@@ -261,8 +263,10 @@ async def events(
     yield "data: [DONE]\n\n"
 
 
-def _choice(asked: AnyRequest, index: int, said: dict[str, Any], piece: Piece) -> dict[str, Any]:
-    logprobs = None if asked.num_likeliest is None else asked.told(piece.tokens)
+def _choice(
+    asked: AnyRequest, index: int, said: dict[str, Any], piece: Piece, offset: int = 0
+) -> dict[str, Any]:
+    logprobs = None if asked.num_likeliest is None else asked.told(piece.tokens, offset)
     return {"index": index, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
