@@ -113,6 +113,13 @@ def test_mask_ratio_is_the_share_of_the_sink():
         ((torch.arange(3), -1.0), ValueError, "gamma"),
         ((torch.arange(3), -1.0, 8), ValueError, "gamma"),
         ((torch.arange(3), float("nan")), ValueError, "gamma"),
+        ((torch.arange(3), float("inf")), ValueError, "gamma must be a finite number, got inf"),
+        ((torch.arange(3), float("inf"), 8), ValueError, "gamma must be a finite number, got inf"),
+        (
+            (torch.arange(3), torch.tensor([0.1, float("inf")])),
+            ValueError,
+            "gamma must be a finite",
+        ),
         ((torch.arange(3), torch.tensor([0.1, float("nan")])), ValueError, "gamma"),
         ((torch.arange(3), torch.tensor([0.1, -0.1])), ValueError, "gamma"),
         ((torch.arange(3), torch.ones(2, 2)), ValueError, "gamma"),

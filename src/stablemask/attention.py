@@ -100,7 +100,8 @@ def _sink_logits(
         traced = torch.compiler.is_compiling() or type(first) is not int
         # In float64 log M is the float32 that `pseudo_logsumexp` gives, in one row as in many.
         one_row = q_len == 1 and query.dtype != torch.float64
-        if type(gamma) is float and gamma > 0 and one_row and horizon is None and not traced:
+        one_row = one_row and horizon is None and not traced
+        if one_row and type(gamma) is float and 0 < gamma < torch.inf:
             return log_pseudo_mass(first, gamma)  # a number, which launches nothing
         positions = torch.arange(first, first + q_len, device=query.device)
     elif (

@@ -147,13 +147,15 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
         # Reading values would wait for the device, or break a graph or a transform.
         if hardware.kind_of(gamma) != "cpu" or not only_autograd_watches(gamma):
             return
-        lowest = float(gamma.detach().amin()) if gamma.numel() else 0.0
-        if gamma.isnan().any():
-            lowest = float("nan")
+        rates = gamma.detach().reshape(-1)
+        wrong = rates[~rates.isfinite()]
+        lowest = float((wrong if len(wrong) else rates).amin()) if len(rates) else 0.0
     elif is_number(gamma):
         lowest = gamma
     else:
         raise TypeError(f"gamma must be a number or a tensor (heads,), got {type(gamma).__name__}")
+    if lowest == math.inf:  # of which 0 times is no number
+        raise ValueError("gamma must be a finite number, got inf")
     if not (lowest > 0 or (lowest == 0 and horizon is not None)):
         allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
         raise ValueError(f"gamma must be {allowed}, got {shown(lowest)}")
