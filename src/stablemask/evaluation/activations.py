@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..inference.model import decoder_layers, evaluating
+from ..models.presets import FRONT_TOKENS
 from .perplexity import check_sequences
 
 
@@ -22,7 +23,7 @@ class HiddenStateOutliers(NamedTuple):
 
     Attributes:
         largest: largest magnitude, (L,).
-        largest_later: the same without the first token of each sequence, (L,).
+        largest_later: the same without the first token of each sequence, nor one in front of it, (L,).
         kurtosis: fourth central moment over the squared variance of all entries, (L,); 3 for a
             normal distribution.
     """
@@ -61,7 +62,8 @@ def capture_outliers(model: PreTrainedModel) -> Iterator[Callable[[], HiddenStat
         InputError: the model's layers are not found.
     """
     layers = decoder_layers(model)
-    statistics = [_Statistics() for _ in layers]
+    first = 1 + (getattr(model.config, "attention", None) in FRONT_TOKENS)
+    statistics = [_Statistics(first) for _ in layers]
     hooks = [
         layer.register_forward_hook(
             lambda module, args, output, add=statistic.add: add(
@@ -84,17 +86,18 @@ def capture_outliers(model: PreTrainedModel) -> Iterator[Callable[[], HiddenStat
 class _Statistics:
     """Extremes and power sums of what one layer puts out, over sequences."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        self.first = first  # rows that are not later ones
         self.largest = torch.zeros((), dtype=torch.float64)
         self.largest_later = torch.zeros((), dtype=torch.float64)
         self.count = 0
         self.sums = torch.zeros(4, dtype=torch.float64)
 
     def add(self, hidden_states: Tensor) -> None:
-        """``hidden_states``: (1, n, hidden)."""
+        """``hidden_states``: (1, n, hidden), the token in front among them where there is one."""
         values = hidden_states[0].double().cpu()
         self.largest = torch.maximum(self.largest, values.abs().max())
-        self.largest_later = torch.maximum(self.largest_later, values[1:].abs().max())
+        self.largest_later = torch.maximum(self.largest_later, values[self.first :].abs().max())
         self.count += values.numel()
         squares = values * values
         powers = (values, squares, squares * values, squares * squares)
