@@ -39,13 +39,13 @@ def test_the_best_checkpoint_stays_beside_the_last(options, tmp_path, monkeypatc
 
     evaluate = LanguageModelTrainer.evaluation_loop
 
-    def worse_from_step_8_on(self, *args, **kwargs):
+    def best_at_step_10(self, *args, **kwargs):  # of which there is no checkpoint
         output = evaluate(self, *args, **kwargs)
-        output.metrics["eval_loss"] += abs(self.state.global_step - 8)
+        output.metrics["eval_loss"] = abs(self.state.global_step - 9.5)
         return output
 
-    monkeypatch.setattr(LanguageModelTrainer, "evaluation_loop", worse_from_step_8_on)
-    pretrain(replace(options, out=str(tmp_path), steps=16, eval_every=4, keep_checkpoints=1))
+    monkeypatch.setattr(LanguageModelTrainer, "evaluation_loop", best_at_step_10)
+    pretrain(replace(options, out=str(tmp_path), steps=16, eval_every=2, keep_checkpoints=1))
     kept = [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")]
     assert kept == ["checkpoint-8", "checkpoint-16"]
 

@@ -146,8 +146,6 @@ def _arguments(options: TrainingOptions, folder: Path) -> dict[str, Any]:
         "torch_compile": options.compile,
         "logging_steps": options.log_every,
         "logging_nan_inf_filter": False,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
         "ignore_data_skip": True,  # our batches begin where they should
         "dataloader_num_workers": options.workers or 0,
         "ddp_find_unused_parameters": False,

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -189,13 +190,16 @@ class LanguageModelTrainer(Trainer):
             data_state = merge_states(gather(self._batches.state_dict()))  # all have written now
             if is_main():
                 (partial / name / DATA_FILE).write_text(json.dumps(data_state))
-        rest = name, self.state.best_global_step, self._written
+        rows = [
+            row for row in self.state.log_history if math.isfinite(row.get("eval_loss", math.nan))
+        ]
+        rest = name, {row["step"]: row["eval_loss"] for row in rows}, self._written
         if self._written is None:
             self._commit(*rest)
         else:
             self._writing = self._writer.submit(self._commit, *rest)
 
-    def _commit(self, name: str, best_step: int | None, written: Future | None) -> None:
+    def _commit(self, name: str, losses: dict[int, float], written: Future | None) -> None:
         with self._whole_or_absent(name):
             if written is not None:
                 written.result()
@@ -204,8 +208,13 @@ class LanguageModelTrainer(Trainer):
             partial = self._folder / checkpoints.INCOMPLETE
             checkpoints.commit(partial / name, self._folder / name)
             shutil.rmtree(partial, ignore_errors=True)
-            for old in checkpoints.list_checkpoints(self._folder)[: -self.keep]:
-                if checkpoints.step_of(old) != best_step:
+            steps = {
+                one: checkpoints.step_of(one) for one in checkpoints.list_checkpoints(self._folder)
+            }
+            evaluated = [one for one in steps if steps[one] in losses]
+            best = min(evaluated, key=lambda one: losses[steps[one]], default=None)
+            for old in list(steps)[: -self.keep]:
+                if old != best:
                     checkpoints.remove(old)
 
     @contextmanager
