@@ -98,6 +98,20 @@ def test_bad_input(model_folder, text_file, capsys, argv, words):
     assert words in error
 
 
+def test_bits_are_those_of_the_bytes_that_are_read(model_folder, tmp_path, capsys):
+    first = "the lazy dog jumps over the quick brown fox. " * 40
+    texts = {"a": first, "b": "d o g " * 400}
+    for name in texts:
+        (tmp_path / f"{name}.txt").write_text(texts[name])
+    tokens = len(tokenize_documents([first], load_tokenizer(model_folder)))
+    bits = {}
+    for data in ("a.txt", ""):
+        argv = ["--data", str(tmp_path / data), "--split", "all", "--max-tokens", str(tokens)]
+        _, found = evaluated(model_folder, capsys, *argv)
+        (bits[data],) = [row["bits_per_byte"] for row in found["results"]]
+    assert bits[""] == pytest.approx(bits["a.txt"])
+
+
 def test_a_part_without_any_text(model_folder, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")  # all of which is held out
     data = str(tmp_path / "a.txt")

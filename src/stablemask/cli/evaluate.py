@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from stablemask import __version__, strict_json
@@ -112,7 +113,9 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel, text: Trai
     if not documents:
         raise InputError(f"{sources} has no text in its {options.split} part")
     tokens = tokenize_documents(documents, tokenizer)
-    bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
+    bytes_per_token = _bytes_per_token(
+        documents, tokens, tokenizer.eos_token_id, options.max_tokens or len(tokens)
+    )
 
     results: list[dict[str, Any]] = []
     refused: list[InputError] = []
@@ -148,6 +151,16 @@ def _run_perplexity(options: EvaluateOptions, model: PreTrainedModel, text: Trai
         "versions": _versions("torch"),
     }
     print(strict_json.dumps(summary))
+
+
+def _bytes_per_token(documents: list[str], tokens: np.ndarray, end: int, most: int) -> float:
+    """Mean UTF-8 bytes of the first ``most`` tokens; of a document that is read in part, of all of it."""
+    sizes = [len(document.encode()) for document in documents]
+    ends = np.flatnonzero(tokens == end) + 1
+    if len(ends) != len(sizes):  # a vocabulary whose end token is a word as well
+        return sum(sizes) / len(tokens)
+    read = min(most, len(tokens))
+    return float(np.interp(read, [0, *ends], np.cumsum([0, *sizes]))) / read
 
 
 def _versions(*packages: str) -> dict[str, str]:
