@@ -118,6 +118,13 @@ def test_waiting_for_data_takes_time_and_evaluating_and_saving_do_not(tmp_path, 
     assert training[0]["seconds_left"] == (2 * 4 + 1000) / 2 * 6
 
 
+def test_what_a_crash_left_of_a_line_is_dropped(tmp_path):
+    record = Record(tmp_path / "metrics.jsonl")
+    record.path.write_bytes(b'{"step": 1}\n\xff\x00\n')
+    make_loop(tiny_model(), tmp_path / "c", record, steps=2).train()
+    assert [row["step"] for row in rows_of(record.path)] == [2]
+
+
 def test_a_number_that_json_does_not_know_is_left_out(tmp_path):
     record = Record(tmp_path / "metrics.jsonl")
     loop = make_loop(tiny_model(), tmp_path / "c", record, steps=2)

@@ -296,6 +296,10 @@ def test_a_run_that_makes_the_model_worse_says_so_and_keeps_it(options, base, tm
     assert [row["step"] for row in metrics(out) if "eval_loss" in row] == [0, 2, 3]
     with pytest.raises(RunError, match=f"was {before:.4f} and is {after:.4f}"):
         finetune(replace(harmed, resume=True))
+    with (out / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged"):
+        finetune(replace(harmed, resume=True))
 
 
 def test_the_command_line_gives_the_same_options(chat_options):

@@ -31,8 +31,9 @@ from ..hf.loading import load_model
 from ..inference import generate
 from ..inference.model import choose_device
 from ..options import load_yaml, options_from_values
-from ..reading import first_line, parse_json, read_json, reading
+from ..reading import read_json
 from ..training.assembly import METRICS_FILE
+from ..training.callbacks.progress import read_rows
 from ..training.options import FREE_ON_RESUME, PretrainOptions
 from ..training.pretrain import OPTIONS_FILE, prepare_data
 from ..training.run import RUN_FILE
@@ -301,13 +302,7 @@ def _corpus(run: _Run) -> Corpus:
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    path = folder / METRICS_FILE
-    with reading(path):
-        lines = path.read_bytes().splitlines()
-    try:
-        rows = [row for row in map(parse_json, lines) if isinstance(row, dict)]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {first_line(error)}") from error
+    rows = read_rows(folder / METRICS_FILE)
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
 
     def curve(name: str) -> list[dict[str, float]]:

@@ -28,7 +28,6 @@ from ..evaluation.perplexity import perplexity_of, perplexity_text
 from ..hf import load_model
 from ..hf.loading import is_adapter
 from ..inference.model import check_length, check_token_ids, choose_device, decoder_layers
-from ..reading import parse_json, reading
 from .adapting.adapt import (
     adapting_data,
     calibrated,
@@ -42,6 +41,7 @@ from .adapting.reading import front_tokens
 from .adapting.table import measure, table
 from .adapting.trainer import DistillingTrainer, frozen_copy
 from .assembly import METRICS_FILE, build_trainer, finish_run, train
+from .callbacks.progress import read_rows
 from .card import write_finetune_card
 from .options import FinetuneOptions
 from .processes import is_main, main_first, on_main
@@ -268,17 +268,11 @@ class _EvaluateAtTheEnd(TrainerCallback):
 
 def _check_held_out(folder: Path) -> None:
     """Raise RunError where a finished run has made its model worse than it was."""
-    losses: dict[int, float] = {}
-    file = folder / METRICS_FILE
-    with reading(file):
-        lines = file.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise InputError(f"{file} is damaged: {line[:60]!r} is not JSON") from error
-        if any(name.startswith("eval_") for name in row):  # a loss that is not finite is left out
-            losses[row["step"]] = row.get("eval_loss", math.nan)
+    losses: dict[int, float] = {
+        row["step"]: row.get("eval_loss", math.nan)  # one that is not finite is left out
+        for row in read_rows(folder / METRICS_FILE)
+        if any(name.startswith("eval_") for name in row)
+    }
     if 0 not in losses:
         return
     before, after = losses[0], losses[max(losses)]

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ...bars import progress_bar
+from ...errors import InputError
 from ...evaluation.perplexity import perplexity_of, perplexity_text
 from ...models.configuration import StableMaskConfig
 from ...models.cost import flops_per_token
-from ...reading import parse_json
+from ...reading import first_line, parse_json, reading
 from ...writing import write_whole
 
 _LOSS = ("loss", "grad_norm", "learning_rate")
@@ -243,14 +244,35 @@ def _is_json(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What a :class:`Record` of a finished run has written.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    with reading(path):
+        lines = path.read_bytes().splitlines()
+    try:
+        return [_row(line) for line in lines]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    row = parse_json(line)
+    if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+        raise ValueError(f"{row!r} is of no step")
+    return row
+
+
 def _keep_lines_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            if parse_json(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, LookupError):
+            if _row(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except ValueError:
             continue  # a line that a kill cut short
-    write_whole(path, "".join(kept))
+    write_whole(path, b"".join(kept))
