@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stablemask.errors import InputError
-from stablemask.reading import reading
+from stablemask.reading import reading, user_path
 from stablemask.writing import write_whole
 
 
@@ -164,7 +164,7 @@ def _convert(value: Any, kind: Any, is_flag: bool) -> Any:
         if isinstance(value, str if is_flag else numbers.Integral):  # NumPy's too
             return int(value)
     elif isinstance(value, str | int | Path):
-        return kind(value)
+        return user_path(value) if kind is Path else str(value)
     raise ValueError
 
 

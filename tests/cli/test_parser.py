@@ -81,6 +81,7 @@ def test_defaults_are_those_of_the_dataclass_and_not_shared():
         (["--gamma", "slopes"], "gamma", "slopes"),
         (["--position", "alibi"], "position", "alibi"),
         (["--out", "a/b"], "out", Path("a/b")),
+        (["--out=~/a"], "out", Path.home() / "a"),
         (["--prompt", "a b", "c", "--prompt", "d"], "prompt", ["a b", "c", "d"]),
         (["--prompt=- a", "--prompt=-b", "--prompt", "c"], "prompt", ["- a", "-b", "c"]),
         (["--lengths", "4", "8"], "lengths", [4, 8]),

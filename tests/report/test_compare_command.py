@@ -87,6 +87,7 @@ def without(field):
         (edited("pretrain.yaml", lambda text: "preset: tiny"), "steps, context, vocab_size"),
         (edited("pretrain.yaml", lambda text: text.replace("context: 32", "context: 64")), "is 32 and 64"),
         (edited("metrics.jsonl", lambda text: text + '{"step"'), "metrics.jsonl is damaged"),
+        (edited("metrics.jsonl", lambda text: text + '{"loss": 3.0}'), "metrics.jsonl is damaged"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "cannot read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors weights"),
     ],
@@ -108,6 +109,7 @@ def test_a_folder_that_is_no_sound_run(folders, tmp_path, capsys, spoil, words):
     ("argv", "words"),
     [
         ([], "two runs or more, got 0"),
+        (["~nobody-here/a", "b"], "~nobody-here"),
         (["{run}"], "two runs or more, got 1"),
         (["{run}", "{run}/."], "a run is given twice"),
         (["{run}", "no/such/folder"], "no/such/folder holds no run"),

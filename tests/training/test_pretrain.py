@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +152,8 @@ def test_one_run_at_a_time_in_a_folder(uninterrupted, options, tmp_path):
         ({"skip_spikes": math.inf}, "skip_spikes"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"wandb": True}, "wandb"),
+        ({"shuffle_buffer": 50}, "shuffle_buffer goes with --streaming"),
+        ({"devices": 2}, "devices goes with --dry-run"),
         ({"data": "/no/such/file.txt"}, "no/such/file"),
         ({"context": 100_000}, "block"),
         ({"tokenizer": "/no/such/tokenizer"}, "tokenizer"),
@@ -187,6 +190,7 @@ def test_values_that_mean_the_same_are_taken(tmp_path):
     read = load_yaml(tmp_path / "pretrain.yaml")
     names = ("steps", "out", "learning_rate", "layers", "gamma")
     assert [read[n] for n in names] == [5, str(tmp_path), 0.5, [0, 1], 1.0]
+    assert PretrainOptions(out="~/run").out == str(Path.home() / "run")
 
 
 def test_the_command_line_gives_the_same_options(options):

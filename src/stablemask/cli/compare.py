@@ -2,12 +2,12 @@
 
 import shlex
 from contextlib import nullcontext
-from pathlib import Path
 
 from stablemask.cli.options import CompareOptions
 from stablemask.cli.page import labels, where_it_is
 from stablemask.errors import InputError
 from stablemask.options import command_words
+from stablemask.reading import user_path
 from stablemask.report.comparison import compare
 from stablemask.report.comparison_page import render_comparison
 from stablemask.report.summary import caveat, takeaway, text_table, what_differs
@@ -15,7 +15,7 @@ from stablemask.writing import whole_file
 
 
 def run(options: CompareOptions) -> None:
-    folders = [Path(run).expanduser() for run in options.runs]
+    folders = [user_path(run) for run in options.runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("a run is given twice; name runs that differ")
     with whole_file(options.out) if options.out else nullcontext() as partial:

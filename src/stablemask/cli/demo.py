@@ -26,7 +26,7 @@ RESULTS, REPORT = "results.json", "report.html"
 
 
 def run(options: DemoOptions) -> int:
-    out = Path(options.out)
+    out = options.out
     trainings = {kind: _training(options, kind) for kind in KINDS}
     _check_out(out, options.resume)
     transformers_logging.disable_progress_bar()  # ours say more
@@ -58,7 +58,7 @@ def run(options: DemoOptions) -> int:
 
 def _training(options: DemoOptions, kind: str) -> PretrainOptions:
     """The run of one attention kind, its options checked."""
-    folder = Path(options.out) / kind
+    folder = options.out / kind
     training = PretrainOptions(
         steps=options.steps,
         out=str(folder),
@@ -91,7 +91,7 @@ def _advice_when_interrupted(options: DemoOptions) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        begun = any((Path(options.out) / kind / OPTIONS_FILE).exists() for kind in KINDS)
+        begun = any((options.out / kind / OPTIONS_FILE).exists() for kind in KINDS)
         print(f"\nstopped; go on with: {runnable(_command(options, resume=begun))}", flush=True)
         raise
 
@@ -102,7 +102,7 @@ def _command(options: DemoOptions, *, resume: bool = False) -> str:
 
 
 def _what_next(options: DemoOptions) -> str:
-    out = Path(options.out)
+    out = options.out
     model = shlex.quote(str(out / "stablemask"))
     command = runnable("stablemask")
     return f"""{where_it_is(out / REPORT)}

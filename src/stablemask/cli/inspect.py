@@ -1,7 +1,6 @@
 """Where a model's attention goes on a text, as one HTML page: sinks, mask ratio, attention maps."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +18,7 @@ def run(options: InspectOptions) -> None:
     names = [options.model] if options.against is None else [options.model, options.against]
     if len(set(names)) < len(names):
         raise InputError(f"--against must be another model, got {options.against} twice")
-    with whole_file(Path(options.out)) as partial:
+    with whole_file(options.out) as partial:
         inspections: list[Inspection] = []
         for name, label in zip(names, labels(names), strict=True):
             tokenizer = load_tokenizer(name)
@@ -39,7 +38,7 @@ def run(options: InspectOptions) -> None:
             )
         partial.write_text(render_inspection(inspections), encoding="utf-8")
     print(f"{_table(inspections)}\n\n{takeaway(inspections)}")
-    print(f"\n{where_it_is(Path(options.out))}")
+    print(f"\n{where_it_is(options.out)}")
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:

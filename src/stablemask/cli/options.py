@@ -50,7 +50,7 @@ class BuildOptions:
 class DemoOptions:
     """Train softmax and StableMask side by side, and report."""
 
-    out: str = option("runs/demo", "folder for both runs, the results and the report")
+    out: Path = option(Path("runs/demo"), "folder for both runs, the results and the report")
     steps: int = option(300, "optimizer steps of each training")
     data: str = option("builtin", SOURCE)
     resume: bool = option(False, "go on with the demo in --out; what is finished is used again")
@@ -180,7 +180,7 @@ class InspectOptions(ModelOptions):
     """
 
     text: str = option(MISSING, "what it reads", group="page")
-    out: str = option(MISSING, "the HTML file to write")
+    out: Path = option(MISSING, "the HTML file to write")
     against: str | None = option(None, "folder or hub name of a second model, shown side by side")
     prefix: str | None = option(
         None, "a token, or its id, that --model reads in front of the text: where it has its sink"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ..errors import InputError
 from ..models.presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
 from ..options import changed, check_least, check_values, option
+from ..reading import user_path
 from ..shell import pip_install
 from .machine import default_dtype, world_size
 
@@ -105,6 +106,8 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.out is not None:
+            self.out = str(user_path(self.out))
 
     def resolved(self) -> Self:
         """A copy in which every default that depends on another option is filled in, checked.
@@ -254,6 +257,9 @@ class PretrainOptions(TrainingOptions):
             parse_mixture(self.mixture)
         if self.streaming and self.tokenizer is None:
             raise InputError("streaming needs a tokenizer, for it trains none: --tokenizer")
+        for switch, name in (("streaming", "shuffle_buffer"), ("dry_run", "devices")):
+            if not getattr(self, switch) and changed(self, [name]):
+                raise InputError(f"{name} goes with --{switch.replace('_', '-')}")
         check_least(self, shuffle_buffer=1, context_parallel=1, devices=1)
         assert self.context is not None
         if self.context_parallel > 1 and self.context % (2 * self.context_parallel):
