@@ -55,6 +55,10 @@ cpp_compiler = pytest.mark.skipif(
 )
 
 compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+avx512 = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+    reason="needs a processor with AVX-512, which is taken for one without",
+)
 native_library = pytest.mark.skipif(
     native.load() is None, reason="needs the library that `stablemask build` compiles"
 )

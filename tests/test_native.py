@@ -4,6 +4,7 @@ cannot be compiled."""
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -177,3 +178,17 @@ def test_another_source_pytorch_or_processor_is_another_library(sources, monkeyp
         after = native.library_path()
         assert after != before
         before = after
+
+
+@marks.nightly
+@marks.avx512
+@marks.compiler
+def test_on_a_processor_without_avx512(tmp_path):
+    """PyTorch is told that this is one: vectors are half as long."""
+    narrow = {"ATEN_CPU_CAPABILITY": "avx2", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    for command in (
+        ["-c", "from stablemask.backends import native; native.build()"],
+        ["-m", "pytest", "-q", "tests/vllm/test_paged.py", "tests/test_causal.py"],
+    ):
+        environment = {**os.environ, **narrow, "HYPOTHESIS_PROFILE": "test"}
+        subprocess.run([sys.executable, *command], env=environment, check=True)

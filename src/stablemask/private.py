@@ -76,6 +76,7 @@ PRIVATE: dict[str, str | None] = {
     "torch.distributed.checkpoint.DefaultLoadPlanner.load_bytes": "read_item, value",
     "torch.serialization._get_layout": None,
     # Models.
+    "torch.nn.Module._modules": None,
     "torch.nn.Module._parameters": None,
     "transformers.PreTrainedModel._can_compile_fullgraph": None,
     "transformers.PreTrainedModel._can_record_outputs": None,

@@ -190,7 +190,7 @@ const float* values_of(const float* from, int64_t&, int64_t, int64_t, float*) {
 template <typename scalar_t>
 void attend_tiles(const Batch<scalar_t>& batch, const std::vector<int64_t>& requests) {
   using namespace tiles;
-  constexpr int64_t TILE = 64, STEP = LANES * WORD<scalar_t>; // of the columns that are computed
+  constexpr int64_t TILE = 64, STEP = SQUARE * WORD<scalar_t>; // of the columns that are computed
   constexpr float NONE = -std::numeric_limits<float>::infinity();
   const int64_t dim = batch.dim, groups = batch.groups, key_heads = batch.key_heads;
   const int64_t count = requests.size();

@@ -33,6 +33,8 @@ using at::BFloat16;
 using lanes_t = at::vec::Vectorized<float>;
 
 constexpr int64_t LANES = lanes_t::size();
+constexpr int64_t SQUARE = 16; // rows and columns that are transposed at once
+static_assert(SQUARE % LANES == 0);
 constexpr int64_t LONGEST = 1 << 21; // numbers of a head's queries whose gradients a thread keeps, 8 MiB
 
 // Rows of a tile are made of words of 32 bits: numbers, or pairs of them.
@@ -74,11 +76,11 @@ const float* pack(const float* from, int64_t, int64_t, float*) {
   return from;
 }
 
-// (rows, columns), multiples of 16, to (columns, rows); rows are `stride` apart.
+// (rows, columns), multiples of SQUARE, to (columns, rows); rows are `stride` apart.
 void transpose_words(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
-  for (int64_t row = 0; row < rows; row += 16) {
-    for (int64_t column = 0; column < columns; column += 16) {
-      at::vec::transpose_mxn<float, 16, 16>(from + row * stride + column, stride, to + column * rows + row, rows);
+  for (int64_t row = 0; row < rows; row += SQUARE) {
+    for (int64_t column = 0; column < columns; column += SQUARE) {
+      at::vec::transpose_mxn<float, SQUARE, SQUARE>(from + row * stride + column, stride, to + column * rows + row, rows);
     }
   }
 }
@@ -161,11 +163,11 @@ bool serve(at::ScalarType dtype, int64_t dim) {
   if (!at::globalContext().userEnabledMkldnn()) {
     return false;
   }
-  if (dtype == at::kFloat && dim % 16 == 0) {
+  if (dtype == at::kFloat && dim % SQUARE == 0) {
     static const bool right = is_right<float>();
     return right;
   }
-  if (dtype == at::kBFloat16 && dim % 32 == 0) {
+  if (dtype == at::kBFloat16 && dim % (SQUARE * WORD<BFloat16>) == 0) {
     static const bool right = is_right<BFloat16>();
     return right;
   }
