@@ -128,14 +128,16 @@ def test_a_softmax_adapter_is_left_alone(base, tmp_path):
     assert getattr(loaded.config, "stablemask", None) is None
 
 
-def test_shifts_trained_beside_an_adapter_are_loaded_with_it(adapted, tmp_path):
+@pytest.mark.parametrize("keep", [True, False])
+def test_shifts_trained_beside_an_adapter_are_loaded_with_it(keep, adapted, tmp_path):
     ids = random_ids(2, 9)
     before = adapted(ids).logits
     for shift in train_shifts(adapted):
         shift.data += 0.3
     expected = adapted(ids).logits
     assert (expected - before).abs().max() > 1e-2
-    keep_shifts(adapted)
+    if keep:
+        keep_shifts(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     for load in (onto_the_base, LOADERS["load_model"]):
         assert torch.equal(load(tmp_path / "adapter").eval()(ids).logits, expected)

@@ -81,6 +81,10 @@ def test_a_trained_shift_has_the_gradient_of_the_definition_and_is_kept_to_the_b
 
     kept = read_shifts(model)
     assert model.config.stablemask["shift"] == 0.25
+    model.save_pretrained(tmp_path / "meanwhile")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "meanwhile").double()
+    assert (saved(ids).logits - logits).abs().max() < 64 * EPS * logits.abs().max()
+    assert list(named) == [n for n, _ in model.named_parameters() if SHIFT_PARAMETER in n]
     keep_shifts(model)
     assert model.config.stablemask == MASS | {"shift": kept}
     assert torch.equal(model(ids, use_cache=False).logits, logits)

@@ -19,11 +19,12 @@ from transformers.utils import find_adapter_config_file
 
 from ..models.configuration import StableMaskConfig
 from ..models.modeling import ATTN_IMPLEMENTATION
-from ..models.settings import in_short
+from ..models.settings import SHIFT_PARAMETER, in_short
 from ..reading import parse_json
 from ..writing import write_whole
 from .guard import wrap_method
 from .settings import model_settings
+from .shift import note_shifts
 
 ADAPTER_CONFIG = "adapter_config.json"
 KEY = "stablemask"
@@ -72,8 +73,13 @@ def _guard(peft: Any) -> None:
 
 def _saving(save: Any) -> Any:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = save(self, save_directory, *args, **kwargs)
         model = _model_of(self)
+        call = inspect.signature(save).bind(self, save_directory, *args, **kwargs)
+        if model is not None and note_shifts(model) and self is model:
+            whole = call.arguments.get("state_dict") or self.state_dict()
+            weights = {k: v for k, v in whole.items() if not k.endswith(SHIFT_PARAMETER)}
+            call.arguments["state_dict"] = weights
+        result = save(*call.args, **call.kwargs)
         settings = None if model is None else running_settings(model.config)
         if settings is not None and kwargs.get("is_main_process", True):
             for name in getattr(self, "peft_config", ()):

@@ -1,6 +1,7 @@
 """A shift of log M that is trained: one number per layer and query head, beside the weights.
 
-While a model has them, the parameters stand in place of the ``shift`` of its settings.
+While a model has them, the parameters stand in place of the ``shift`` of its settings. A model that is saved
+meanwhile has them in its settings.
 """
 
 from typing import Any
@@ -71,10 +72,26 @@ def keep_shifts(model: nn.Module) -> None:
     Raises:
         ValueError: as :func:`train_shifts`, or a shift is not finite; the model is then as it was.
     """
+    _note(model)
+    for layer in numbered_layers(model, _config(model)).values():
+        layer.register_parameter(SHIFT_PARAMETER, None)
+
+
+def note_shifts(model: nn.Module) -> bool:
+    """Write shifts that are in training into ``config.stablemask``, for saving; whether there are any.
+
+    Sharded ones are left to the trainer, for all processes gather them together.
+    """
+    found = (layer._parameters.get(SHIFT_PARAMETER) for layer in model.modules())
+    trained = [shift for shift in found if shift is not None]
+    if trained and not any(isinstance(shift, DTensor) for shift in trained):
+        _note(model)
+    return bool(trained)
+
+
+def _note(model: nn.Module) -> None:
     config = _config(model)
     config.stablemask = model_settings(config, {**config.stablemask, "shift": read_shifts(model)})
-    for layer in numbered_layers(model, config).values():
-        layer.register_parameter(SHIFT_PARAMETER, None)
 
 
 def _config(model: nn.Module) -> Any:
