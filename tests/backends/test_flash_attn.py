@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stablemask import head_decay_rates, sink_attention
-from stablemask.backends import flash_attn, hardware
+from stablemask.backends import flash_attn, hardware, reference
 from stablemask.call import Call
 from stablemask.masks import Masks
 from tests import marks
@@ -36,8 +36,16 @@ def _scores(q, k, softmax_scale, causal, window_size_left, window_size_right, al
     return scores.masked_fill(hidden, -torch.inf * softmax_scale)
 
 
+def _check_aligned(*tensors):
+    """Read 16 bytes at a time, and by descriptors that ask for no less."""
+    for tensor in tensors:
+        places = [tensor.storage_offset(), *tensor.stride()[:-1]]
+        assert not any(place * tensor.itemsize % 16 for place in places)
+
+
 def _forward(q, k, v, *mask):
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    _check_aligned(q, k, v)
     assert q.shape[-1] % 8 == 0
     scores = _scores(q, k, *mask)
     lse = scores.logsumexp(-1)
@@ -54,6 +62,7 @@ def _backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, *mask)
     assert softmax_lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert softmax_lse.dtype == _lse_dtype(q)
     assert softmax_lse.is_contiguous()
+    _check_aligned(dout, q, k, v, out)
     groups = q.shape[2] // k.shape[2]
     wide_k, wide_v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
     p = (_scores(q, k, softmax_scale, *mask) - softmax_lse.unsqueeze(-1)).exp()
@@ -195,8 +204,6 @@ def _results(attend, call):
 @pytest.mark.parametrize("mask", ["none", "window", "wide window", "alibi", "alibi and window"])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(19, 19), (7, 40), (1, 9), (1, 1)])
 def test_outputs_and_every_gradient_equal_the_reference(package, mask, q_len, kv_len):
-    from stablemask.backends import reference
-
     masks = {"window": 5} if mask.endswith("window") else {}
     masks |= {"window": 100} if mask.startswith("wide") else {}
     if (
@@ -213,13 +220,28 @@ def test_outputs_and_every_gradient_equal_the_reference(package, mask, q_len, kv
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_every_scale_is_the_definitions(package, scale):
-    from stablemask.backends import reference
-
     call = _call(7, 40, scale=scale, window=5)
     for ours, expected in zip(
         _results(flash_attn.attend, call), _results(reference.attend, call), strict=True
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tensors_that_begin_anywhere(package):
+    """Of a wider projection, and beside something of an odd width in what follows."""
+    made = torch.randn(2, 9, 2, 3 * 17, requires_grad=True, dtype=torch.float64)
+    inputs = [part[..., 1:].transpose(1, 2) for part in made.split(17, dim=-1)]
+    beside = torch.randn(2, 2, 9, 3, dtype=torch.float64)
+    weights = torch.randn(2, 2, 9, 19, dtype=torch.float64)
+
+    def differentiated(attend):
+        out = attend(Call(*inputs, 0.3, Masks(), 0.0, 0.25))
+        return out, *gradients(torch.cat([beside, out], -1), (made,), weights)
+
+    for ours, exact in zip(
+        differentiated(flash_attn.attend), differentiated(reference.attend), strict=True
+    ):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
 
 
 def test_infinite_sinks(package):
@@ -237,8 +259,6 @@ def test_infinite_sinks(package):
 
 @pytest.mark.parametrize("per_head", [True, False])
 def test_a_sink_for_each_head_is_one_of_fa4s_own(monkeypatch, per_head):
-    from stablemask.backends import reference
-
     given = []
 
     def forward(*tensors, learnable_sink=None, **keywords):

@@ -31,6 +31,7 @@ from .calls import (
     under_torch_func,
     with_positive_scale,
 )
+from .stock.kernels import aligned
 from .stock.operators import absorb, lse_dtype, row_sums
 
 MODULES = {
@@ -210,6 +211,7 @@ def flash_attn_forward(
     """
     if query.numel() == 0:
         return _compact(query), _empty_lse(query)
+    query, key, value = aligned(query, key, value)
     if package == "fa4":
         return _fa4_forward(query, key, value, sink_logits, window, scale)
     out, lse, *_ = _load(package)._flash_attn_forward(
@@ -280,6 +282,7 @@ def flash_attn_backward(
     d_query, d_key, d_value = (_compact(tensor) for tensor in (query, key, value))
     if query.numel() == 0:
         return d_query, d_key.zero_(), d_value.zero_()
+    grad, query, key, value = aligned(grad, query, key, value)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if package == "fa4":
         # Given an lse with the sink in it, as it keeps it itself. Not its gradient of the sink, which is

@@ -123,7 +123,7 @@ def _faster_in_float32(query: Tensor, key: Tensor) -> bool:
     return is_faster(native.RULES, "backward_in_float32", query.dtype, key.shape[2])
 
 
-def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors that CUDA's kernels may read 16 bytes at a time; a slice that begins between is copied."""
     return tuple(
         tensor if _is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
@@ -145,7 +145,7 @@ def _no_random_state(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cuda_forward(query, key, value, bias, causal, scale, band=None):
-    query, key, value = _aligned(query, key, value)
+    query, key, value = aligned(query, key, value)
     if band is not None:
         return _banded_forward(query, key, value, scale, band)
     out, lse, *_ = aten._scaled_dot_product_flash_attention(
@@ -155,7 +155,7 @@ def _cuda_forward(query, key, value, bias, causal, scale, band=None):
 
 
 def _cuda_backward(grad, query, key, value, out, lse, bias, causal, scale, band=None):
-    query, key, value = _aligned(query, key, value)
+    query, key, value = aligned(query, key, value)
     if band is not None:
         return _banded_backward(grad, query, key, value, out, lse, scale, band)
     # Dense batches have no cumulative lengths, and the kernel reads its rng state as one tensor.
@@ -217,7 +217,7 @@ def _window(band: Band) -> dict[str, int]:
 
 
 def _cudnn_forward(query, key, value, bias, causal, scale):
-    query, key, value = _aligned(query, key, value)
+    query, key, value = aligned(query, key, value)
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
         query, key, value, bias, True, 0.0, causal, False, scale=scale
     )
@@ -227,7 +227,7 @@ def _cudnn_forward(query, key, value, bias, causal, scale):
 
 
 def _cudnn_backward(grad, query, key, value, out, lse, bias, causal, scale):
-    query, key, value = _aligned(query, key, value)
+    query, key, value = aligned(query, key, value)
     seed, offset = _no_random_state(query)
     # Up to PyTorch 2.13 a graph is found again whatever the strides of these two, and reads them by those of
     # the first call. So they lie as the query does in every call of ours; and the dropout, which is compared
@@ -295,7 +295,7 @@ def efficient_row(query, key, value, bias, scale):
     Returns ``out`` (B, K, G, D) and ``lse`` (B, K, G), G query heads to each of K key heads; of a row whose
     every bias is -inf they say this and that.
     """
-    query, key, value = _aligned(query, key, value)
+    query, key, value = aligned(query, key, value)
     rows = as_rows_of_key_heads(query, key.shape[1])
     bias = None if bias is None else as_rows_of_key_heads(bias, key.shape[1])
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
@@ -309,7 +309,7 @@ def _efficient_forward(query, key, value, bias, causal, scale):
         out, lse = efficient_row(query, key, value, bias, scale)
         out, lse = out.reshape(query.shape), lse.reshape(query.shape[:3])
         return (out, lse) if bias is None else _with_blind_rows(out, lse, bias, causal)
-    query, key, value = _aligned(query, key, value)
+    query, key, value = aligned(query, key, value)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         query, _repeat_groups(query, key), _repeat_groups(query, value),
         _aligned_bias(query, key, bias), True, 0.0, causal, scale=scale,
@@ -319,7 +319,7 @@ def _efficient_forward(query, key, value, bias, causal, scale):
 
 
 def _efficient_backward(grad, query, key, value, out, lse, bias, causal, scale):
-    query, key, value = _aligned(query, key, value)
+    query, key, value = aligned(query, key, value)
     seed, offset = _no_random_state(query)
     padding = -query.shape[2] % _LSE_ROWS
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
