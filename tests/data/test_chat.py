@@ -200,14 +200,18 @@ PARTS = [{"type": "text", "text": "Count:\n"}, {"type": "text", "text": "to two.
             {
                 "conversations": [
                     {"from": "system", "value": "Be brief."},
-                    {"from": "human", "value": "Count:\nto two."},
-                    {"from": "gpt", "value": "One, two.", "weight": None},
+                    {"from": "human", "value": "Count:\nto two.", "weight": 0},
+                    {"from": "gpt", "value": "One, two.", "weight": 1.0},
                 ]
             },
             WITH_SYSTEM,
         ),
         ({"conversations": messages(QUESTION)}, QUESTION),
         ({"messages": messages(QUESTION), "instruction": "x", "output": "y"}, QUESTION),
+        ({"messages": messages(QUESTION), "system": "Be brief.", "tools": []}, WITH_SYSTEM),
+        ({"messages": messages(WITH_SYSTEM), "system": "Be long."}, WITH_SYSTEM),
+        ({"conversations": messages(WITH_SYSTEM), "system": "Be long."}, WITH_SYSTEM),
+        ({"messages": [messages(QUESTION)[0], messages(QUESTION)[1] | {"weight": 1}]}, QUESTION),
         (
             {"messages": [{"role": "user", "content": PARTS}, messages(QUESTION)[1]]},
             QUESTION,
@@ -314,6 +318,12 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"other": 1}, "a conversation is wanted: 'messages', or 'prompt'.*; it has other$"),
         ({"instruction": "a", "output": ""}, "a conversation is wanted"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not read"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "'tools' is not read"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "'weight' must be 1, got 0"),
+        (
+            {"conversations": [USER, {"from": "gpt", "value": "b", "weight": 0}]},
+            "'weight' must be 1, got 0",
+        ),
         ({"conversations": "hello"}, "line 2: conversations must be a list"),
         ({"conversations": []}, "line 2: messages must be a list of at least one"),
         (

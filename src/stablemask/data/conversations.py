@@ -7,7 +7,8 @@
 ``instruction``, ``output`` of Alpaca: the same, with ``input`` on the line after the instruction
 ==========================  =================================================================
 
-Of several, the first of these counts. All but the first may have a ``system`` text beside them.
+Of several, the first of these counts. A ``system`` text beside them comes first, unless they begin with one.
+What would change what is learned and is not read is refused.
 """
 
 from __future__ import annotations
@@ -61,14 +62,17 @@ def messages_of(fields: dict[str, Any], where: str) -> list[dict[str, Any]]:
 def _messages(fields: dict[str, Any], where: str) -> Any:
     there = {name: value for name, value in fields.items() if value is not None}
     form = next((form for form in _FORMS if form <= there.keys()), None)
+    for name in ("tools", "functions"):
+        if there.get(name, []) not in ([], "", "[]"):
+            raise InputError(f"{where}: {name!r} is not read; leave out what calls them")
     if form == {"messages"}:
-        return there["messages"]
-    system = [{"role": "system", "content": there["system"]}] if there.get("system") else []
+        return _after_system(there.get("system"), there["messages"])
     if form == {"conversations"}:
         turns = there["conversations"]
         if not isinstance(turns, list):
             raise InputError(f"{where}: conversations must be a list of at least one")
-        return system + [_from_sharegpt(turn, where) for turn in turns]
+        turns = [_from_sharegpt(turn, where) for turn in turns]
+        return _after_system(there.get("system"), turns)
     is_alpaca = form == {"instruction", "output"}
     question, answer = ("instruction", "output") if is_alpaca else ("prompt", "completion")
     user, assistant = there.get(question), there.get(answer)
@@ -82,7 +86,18 @@ def _messages(fields: dict[str, Any], where: str) -> Any:
     if is_alpaca and there.get("input"):
         user = f"{user}\n{there['input']}"
     texts = {"user": user, "assistant": assistant}
-    return system + [{"role": role, "content": text} for role, text in texts.items()]
+    turns = [{"role": role, "content": text} for role, text in texts.items()]
+    return _after_system(there.get("system"), turns)
+
+
+def _after_system(text: Any, messages: Any) -> Any:
+    """Messages with a system text that stands beside them in front, unless they begin with one."""
+    if not text or not isinstance(messages, list):
+        return messages
+    first = messages[0] if messages else None
+    if isinstance(first, dict) and first.get("role") in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _from_sharegpt(turn: Any, where: str) -> Any:
@@ -94,7 +109,7 @@ def _from_sharegpt(turn: Any, where: str) -> Any:
             f"{where}: a turn's 'from' must be one of {', '.join(_SHAREGPT)}, got {turn['from']!r}; "
             f"give others as {WANTED}"
         )
-    return {"role": role, "content": turn.get("value")}
+    return {"role": role, "content": turn.get("value"), "weight": turn.get("weight")}
 
 
 def _checked(message: Any, where: str) -> dict[str, Any]:
@@ -110,8 +125,12 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
         )
     if not isinstance(content, str) and not message.get("tool_calls"):
         raise InputError(f"{where}: the content of the {role}'s message must be text")
+    message = {**message, "content": content}
+    weight = message.pop("weight", None)
+    if role == "assistant" and weight not in (None, 1):  # 0 says that it is not to be learned
+        raise InputError(f"{where}: the assistant's 'weight' must be 1, got {weight!r}")
     # Parquet fills what a message lacks with nulls, which templates do not expect.
-    return {k: v for k, v in {**message, "content": content}.items() if v is not None}
+    return {k: v for k, v in message.items() if v is not None}
 
 
 def _text_of(part: Any, what: str) -> str:
