@@ -123,6 +123,15 @@ def test_labels_may_come_shifted_without_the_chunks():
     assert model(ids).logits.shape == (2, 9, VOCABULARY)  # no labels, no change
 
 
+@pytest.mark.parametrize("change", [{"logits_to_keep": 3}, {"shift_labels": random_ids(2, 8)}])
+def test_labels_that_do_not_fit_the_rows_are_refused(change):
+    """As without the chunks, where Transformers says so."""
+    model, ids = tiny_model(), random_ids(2, 9)
+    for model.chunked_loss in (True, False):
+        with pytest.raises(ValueError, match=r"labels do not fit|to match target batch_size"):
+            model(ids, labels=ids, **change)
+
+
 def test_rows_without_a_label_count_for_nothing():
     hidden_states = torch.randn(2, 8, 32, requires_grad=True)
     weight = torch.randn(VOCABULARY, 32, requires_grad=True)

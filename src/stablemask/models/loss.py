@@ -48,6 +48,9 @@ def chunked_causal_lm_loss(
         shift_labels: the same, shifted already, in place of ``labels``.
         num_items_in_batch: the loss is the sum over this; by default over the labels counted.
         kwargs: ignored, as there.
+
+    Raises:
+        ValueError: there are more or fewer labels than hidden states, as with ``logits_to_keep``.
     """
     if shift_labels is None:
         assert labels is not None
@@ -60,6 +63,8 @@ def chunked_causal_lm_loss(
     if torch.is_autocast_enabled(device_type):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
     hidden_states = hidden_states.flatten(0, -2)
+    if len(hidden_states) != len(targets):
+        raise ValueError(f"{len(targets)} labels do not fit {len(hidden_states)} hidden states")
     counted = (targets != IGNORED)[:, None]
     targets = targets.clamp(min=0)[:, None]
     return chunked_loss(hidden_states, weight, targets, counted * scale, _fused(weight))
