@@ -113,6 +113,20 @@ def test_an_adapter_that_transformers_saves_keeps_them_too(base, tmp_path, monke
     assert torch.equal(onto_the_base(tmp_path / "adapter")(ids).logits, model(ids).logits)
 
 
+def test_the_settings_are_given_to_a_model_within_peft_too(base, tmp_path):
+    model = randomise(
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**LORA))
+    )
+    assert apply_stablemask(model, gamma=0.05, shift=SHIFT, start=1) is model
+    assert model.config.stablemask == SETTINGS
+    model.save_pretrained(tmp_path / "adapter")
+    ids = random_ids(2, 9)
+    again = load_model(tmp_path / "adapter")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="must be a Transformers model, got Linear"):
+        apply_stablemask(torch.nn.Linear(2, 2))
+
+
 def test_one_of_several_adapters_has_a_folder_of_its_own(adapted, tmp_path):
     adapted.add_adapter("other", peft.LoraConfig(**LORA))
     adapted.save_pretrained(tmp_path / "both")

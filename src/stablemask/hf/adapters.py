@@ -73,7 +73,7 @@ def _guard(peft: Any) -> None:
 
 def _saving(save: Any) -> Any:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        model = _model_of(self)
+        model = model_of(self)
         call = inspect.signature(save).bind(self, save_directory, *args, **kwargs)
         if model is not None and note_shifts(model) and self is model:
             whole = call.arguments.get("state_dict") or self.state_dict()
@@ -94,7 +94,7 @@ def _loading(load: Any) -> Any:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(load).bind(self, *args, **kwargs).arguments
         where = call.get("model_id", call.get("peft_model_id"))
-        model = _model_of(self)
+        model = model_of(self)
         if where is not None and model is not None:
             download = {**(call.get("adapter_kwargs") or {}), **call.get("kwargs", {})}
             settings = adapter_settings(str(where), **download)
@@ -186,11 +186,12 @@ def running_settings(config: PreTrainedConfig) -> dict[str, Any] | None:
     return getattr(text, "stablemask", None)
 
 
-def _model_of(holder: Any) -> PreTrainedModel | None:
+def model_of(holder: Any) -> PreTrainedModel | None:
     """The Transformers model that holds adapters: the one itself, or that within PEFT's."""
     if not isinstance(holder, PreTrainedModel):
         get = getattr(holder, "get_base_model", None)
-        holder = get() if get is not None else holder.base_model.model
+        inner = getattr(getattr(holder, "base_model", None), "model", None)
+        holder = get() if get is not None else inner
     return holder if isinstance(holder, PreTrainedModel) else None
 
 

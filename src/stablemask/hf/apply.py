@@ -2,14 +2,15 @@
 
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
 from ..models.settings import given_settings, named_mass
+from .adapters import model_of
 from .guard import check_family, check_layers
 from .settings import context_of, model_settings
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply_stablemask(
@@ -28,7 +29,8 @@ def apply_stablemask(
     saved with it, and read at every forward pass.
 
     Args:
-        model: any Transformers decoder whose layers call the attention interface, or ours.
+        model: any Transformers decoder whose layers call the attention interface, or ours; one of PEFT's
+            around it too.
         kind: ``stablemask``, or the name of settings that those below replace one by one:
             ``stablemask-paper`` is the published form (head slopes, and ``horizon`` the model's context),
             ``stablemask-zero`` has pseudo scores of zero within it.
@@ -42,19 +44,22 @@ def apply_stablemask(
         ValueError: a setting is out of its range, or the family cannot run StableMask. The model is
             then as it was.
     """
-    config: Any = model.config.get_text_config(decoder=True)
-    check_family(type(model))
+    decoder = model_of(model)
+    if decoder is None:
+        raise ValueError(f"model must be a Transformers model, got {type(model).__name__}")
+    config: Any = decoder.config.get_text_config(decoder=True)
+    check_family(type(decoder))
     given = given_settings(gamma=gamma, horizon=horizon, start=start, shift=shift, hold=hold)
     if kind != "stablemask":
         given = named_mass(kind, context_of(config)) | given
-    check_layers(model, config, given)
+    check_layers(decoder, config, given)
     settings = model_settings(config, given)
-    if isinstance(model, StableMaskPreTrainedModel):
+    if isinstance(decoder, StableMaskPreTrainedModel):
         if config.attention == "learned-sink":
             raise ValueError(
                 "a model with learned sinks takes no pseudo mass beside them; retrain it instead"
             )
         config.attention = "stablemask"
     config.stablemask = settings
-    model.set_attn_implementation(ATTN_IMPLEMENTATION)
+    decoder.set_attn_implementation(ATTN_IMPLEMENTATION)
     return model
