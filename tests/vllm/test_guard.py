@@ -1,5 +1,6 @@
 """What is refused before a model is loaded, each in one line, by configurations that stand in for vLLM's."""
 
+import sys
 from types import SimpleNamespace as Namespace
 
 import pytest
@@ -71,6 +72,23 @@ def test_a_kind_of_ours_that_the_plugin_does_not_compute_is_refused_by_name(kind
         guard.check(config)
     config.model_config.hf_text_config = StableMaskConfig(attention="stablemask-paper")
     guard.check(config)
+
+
+@pytest.mark.parametrize("attention", ["softmax1", "learned-sink", "softmax", "stablemask"])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_constant_sink_under_alibi_is_for_cpus(attention, on_cpu, monkeypatch):
+    """vLLM's kernels for GPUs take a prompt's distances from its first row, which a sink does not bear."""
+    platforms = Namespace(current_platform=Namespace(is_cpu=lambda: on_cpu))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    config = vllm_config(model(None))
+    config.model_config.hf_text_config = StableMaskConfig(
+        attention=attention, position_encoding="alibi"
+    )
+    if on_cpu or attention in ("softmax", "stablemask"):
+        guard.check(config)
+    else:
+        with pytest.raises(ValueError, match=f"attention='{attention}' and ALiBi"):
+            guard.check(config)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,6 +16,7 @@ from ..versions import release
 TESTED = ("0.32", "0.33")
 WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")  # ways of speculation
 SERVED = ("stablemask", "softmax", "softmax1", "learned-sink")  # attention of our decoder
+CONSTANT_SINKS = ("softmax1", "learned-sink")  # of it, what vLLM's own kernels compute
 
 
 def install() -> None:
@@ -95,13 +96,26 @@ def check(vllm_config: Any) -> None:
     model = vllm_config.model_config
     reason = _draft_reason(model, vllm_config.speculative_config)
     config = text_config(model)
-    if isinstance(config, StableMaskConfig) and config.attention not in SERVED:
-        reason = f"attention={config.attention!r}, which our decoder runs under Transformers alone"
+    if isinstance(config, StableMaskConfig):
+        reason = _decoder_reason(config) or reason
     if asks(model):
         model_settings(text_config(model))
         reason = reason or next((why for found, why in _refused(vllm_config) if found), None)
     if reason is not None:
         raise ValueError(f"StableMask does not run under vLLM with {reason}")
+
+
+def _decoder_reason(config: Any) -> str | None:
+    """Why our own decoder is refused."""
+    if config.attention not in SERVED:
+        return f"attention={config.attention!r}, which our decoder runs under Transformers alone"
+    if config.attention in CONSTANT_SINKS and config.position_encoding == "alibi":
+        from vllm.platforms import current_platform
+
+        # By a key's place in them, the scores of a prompt's rows are all too high, and the sink is not.
+        if not current_platform.is_cpu():
+            return f"attention={config.attention!r} and ALiBi, which its kernels for GPUs do not add up right"
+    return None
 
 
 def _refused(vllm_config: Any) -> list[tuple[bool, str]]:
