@@ -76,7 +76,8 @@ def _saving(save: Any) -> Any:
         model = model_of(self)
         call = inspect.signature(save).bind(self, save_directory, *args, **kwargs)
         if model is not None and note_shifts(model) and self is model:
-            whole = call.arguments.get("state_dict") or self.state_dict()
+            given = call.arguments.get("state_dict")
+            whole = self.state_dict() if given is None else given
             weights = {k: v for k, v in whole.items() if not k.endswith(SHIFT_PARAMETER)}
             call.arguments["state_dict"] = weights
         result = save(*call.args, **call.kwargs)
