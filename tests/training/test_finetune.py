@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 import stablemask.hf
 from stablemask.cli.parser import parse_options
@@ -264,6 +270,32 @@ def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_p
     model = stablemask.hf.load_model(str(finetune(further).folder))
     assert model.config.stablemask.items() >= MASS.items()
     assert model.config._attn_implementation == "stablemask"
+
+
+def test_a_model_of_text_and_pictures_is_adapted(options, base, tmp_path):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 2)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 300}
+    text = {**sizes, **tokens, "head_dim": 16, "num_key_value_heads": 1}
+    pictures = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    chosen = replace(options, model=str(tmp_path / "base"), out=str(tmp_path / "run"), steps=2)
+    finetune(replace(chosen, adapt=True, texts=0))
+    before, after = (
+        json.loads((tmp_path / p / "config.json").read_text()) for p in ("base", "run")
+    )
+    assert len(after["text_config"]["stablemask"]["shift"]) == 2
+    added = {"stablemask", "attention_bias", "dtype"}
+    for ours, theirs in ((after, before), (after["text_config"], before["text_config"])):
+        assert ours.keys() - theirs.keys() <= added | {"attn_implementation"}
+    vision = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / p).model.vision_tower
+        for p in ("base", "run")
+    ]
+    for ours, theirs in zip(*(tower.state_dict().values() for tower in vision), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_dry_run_writes_nothing(options, chat_options, tmp_path, capsys):

@@ -75,7 +75,8 @@ class LanguageModelTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._rate = rate
-        self._use_cache = model.config.use_cache  # which a Trainer turns off, and would save so
+        # Which a Trainer turns off, and would save so; of a model of several parts each has its own.
+        self._use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, **kwargs)
         self.keep = keep
         self.data_seconds = 0.0
@@ -297,10 +298,13 @@ class LanguageModelTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model: Any = self.model
-        model.config.use_cache = self._use_cache
+        config: Any = self.model.config  # type: ignore[union-attr]
+        if self._use_cache is None:
+            del config.use_cache
+        else:
+            config.use_cache = self._use_cache
         super()._save(output_dir, state_dict)
-        model.config.use_cache = self.args.use_cache
+        config.use_cache = self.args.use_cache
 
     # Evaluation
 
