@@ -163,8 +163,11 @@ def _convert(value: Any, kind: Any, is_flag: bool) -> Any:
     elif kind is int:
         if isinstance(value, str if is_flag else numbers.Integral):  # NumPy's too
             return int(value)
+    elif kind is Path:
+        if isinstance(value, str | Path):
+            return user_path(value)
     elif isinstance(value, str | int | Path):
-        return user_path(value) if kind is Path else str(value)
+        return str(value)
     raise ValueError
 
 

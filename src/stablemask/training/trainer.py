@@ -200,7 +200,7 @@ class LanguageModelTrainer(Trainer):
         else:
             self._writing = self._writer.submit(self._commit, *rest)
 
-    def _commit(self, name: str, losses: dict[int, float], written: Future | None) -> None:
+    def _commit(self, name: str, losses: dict[float, float], written: Future | None) -> None:
         with self._whole_or_absent(name):
             if written is not None:
                 written.result()
@@ -298,7 +298,7 @@ class LanguageModelTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        config: Any = self.model.config  # type: ignore[union-attr]
+        config: Any = self.model.config
         if self._use_cache is None:
             del config.use_cache
         else:
