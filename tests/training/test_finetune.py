@@ -279,9 +279,13 @@ def test_a_model_of_text_and_pictures_is_adapted(options, base, tmp_path):
     text = {**sizes, **tokens, "head_dim": 16, "num_key_value_heads": 1}
     pictures = {**sizes, "image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4)
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
     chosen = replace(options, model=str(tmp_path / "base"), out=str(tmp_path / "run"), steps=2)
+    text_alone = sum(p.numel() for n, p in model.named_parameters() if "language_model" in n)
+    told = describe_finetuning(replace(chosen, dry_run=True))
+    assert f"{model.num_parameters():,} parameters, {text_alone:,} of them trained" in told
     finetune(replace(chosen, adapt=True, texts=0))
     before, after = (
         json.loads((tmp_path / p / "config.json").read_text()) for p in ("base", "run")

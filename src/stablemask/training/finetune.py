@@ -212,6 +212,7 @@ def _load_model(options: FinetuneOptions, record: dict[str, Any]) -> PreTrainedM
         model.to(choose_device(None))  # type: ignore[arg-type]
     check_token_ids(model, record.pop("highest_token", 0))
     check_length(model, given(options.context) + options.adapt, "the context")
+    _freeze_other_parts(model)
     _freeze_below(model, options.first_layer)
     return model
 
@@ -283,6 +284,16 @@ def _check_held_out(folder: Path) -> None:
             f"{perplexity_text(perplexity_of(after))}). The model is written; try a lower "
             "--learning-rate, or where a sink is taken out more --steps"
         )
+
+
+def _freeze_other_parts(model: PreTrainedModel) -> None:
+    """Those that no text reaches, such as a vision tower; DDP would wait for their gradients."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return
+    of_text: Any = (model.get_decoder(), model.get_output_embeddings())
+    reached = {id(parameter) for module in of_text for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in reached)
 
 
 def _freeze_below(model: PreTrainedModel, first_layer: int) -> None:
