@@ -116,6 +116,7 @@ def test_a_folder_that_is_no_sound_run(folders, tmp_path, capsys, spoil, words):
         (["{run}", "{run}/model.safetensors"], "holds no run"),
         (["{run}", "{other}", "--max-tokens", "1"], "max_tokens must be at least 2, got 1"),
         (["{run}", "{other}", "--out", "."], "cannot write .: it is a folder"),
+        (["{run}", "{other}", "--prompt", "a"], "--prompt goes with --out"),
     ],
 )
 def test_bad_input(folders, capsys, argv, words):

@@ -18,6 +18,8 @@ def run(options: CompareOptions) -> None:
     folders = [user_path(run) for run in options.runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("a run is given twice; name runs that differ")
+    if options.prompt is not None and options.out is None:
+        raise InputError("--prompt goes with --out, whose page has the samples")
     with whole_file(options.out) if options.out else nullcontext() as partial:
         comparison = compare(
             dict(zip(labels(options.runs), folders, strict=True)),
