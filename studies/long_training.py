@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.tables import table
 from stablemask.data.sources import PACKAGES
@@ -14,7 +15,7 @@ from stablemask.report.drawing import GRAY
 
 from .kinds import LABELS, kinds_legend, line_style
 from .language_section import SAME, difference
-from .scaling import FACTOR, PLAIN, SCALED
+from .scaling import FACTOR, PLAIN, SCALED, WINDOWED
 from .study import Claim, Job, Record, Section
 from .sweep import FINAL_TOKENS, Size, finals, labels_of, losses_cells, rates_table, sizes_of
 from .sweep import jobs as sweep_jobs
@@ -28,7 +29,11 @@ SIZES = {
     # In pieces: `timeout 350 python -m studies long --scale gpu --workers 1 --resume`.
     "gpu": (Size("paper-71m", 1000, 1000, (6e-4,), 32768, 120),),
 }
-WAYS = {PLAIN: "scores as trained", SCALED: "log-length scaling given to both"}
+WAYS = {
+    PLAIN: "all keys kept",
+    SCALED: "all keys kept, log-length scaling given to both",
+    WINDOWED: "from a window",
+}
 SHOWN = 5  # steps of the table over training, evenly spread
 
 
@@ -141,7 +146,7 @@ def _far(ends: Sequence[Record], preset: str, kind: str, way: str, part: int) ->
     return {
         record["seed"]: record["far"][way][part]
         for record in ends
-        if (record["preset"], record["label"]) == (preset, kind) and record["far"]
+        if (record["preset"], record["label"]) == (preset, kind) and way in record["far"]
     }
 
 
@@ -154,16 +159,19 @@ def _far_table(ends: Sequence[Record], sizes: Sequence[str]) -> str:
     rows = [
         [
             f"{preset}, {LABELS[kind]}",
-            *(estimate([*of.values()]).text(3) for of in (within, plain, scaled)),
+            *(
+                estimate([*found.values()]).text(3) if found else ""
+                for way, part in ((PLAIN, 0), (PLAIN, 1), (SCALED, 1), (WINDOWED, 1))
+                for found in [_far(ends, preset, kind, way, part)]
+            ),
         ]
         for preset in sizes
         for kind in labels_of(ends)
-        if (within := _far(ends, preset, kind, PLAIN, 0))
-        and (plain := _far(ends, preset, kind, PLAIN, 1))
-        and (scaled := _far(ends, preset, kind, SCALED, 1))
     ]
     far = f"{FACTOR // 2}x to {FACTOR}x"
-    return table(["nats per token", "1x", far, f"{far}, log-length"], rows)
+    return table(
+        ["nats per token", "1x", f"{far}, all keys", f"{far}, log-length", f"{far}, a window"], rows
+    )
 
 
 def _lead_figure(ends: Sequence[Record], sizes: Sequence[str]) -> Figure:
@@ -210,6 +218,8 @@ def _layers_figure(ends: Sequence[Record], sizes: Sequence[str]) -> Figure:
                 axes.axhline(1, color=GRAY, lw=1, ls=":")
             axes.set_title(preset)
             axes.set_xlabel("layer")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_ylim(bottom=0)
         row[0].set_ylabel(label)
     kinds_legend(figure, handles)
     return figure

@@ -1,5 +1,5 @@
-"""Past the training length with and without a log-length scaling of the scores, which the authors' code gives to
-StableMask alone: a comparison gives it to all or to none.
+"""Past the training length with all keys, with and without a log-length scaling of the scores, which the authors' code
+gives to StableMask alone, so that a comparison gives it to all or to none; and from a window of the latest keys.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from stablemask.evaluation.streaming import streaming_losses
+from stablemask.inference.streaming import window_cache
 from stablemask.models.layers import StableMaskAttention
 
-PLAIN, SCALED = "as trained", "log-length"
+PLAIN, SCALED, WINDOWED = "as trained", "log-length", "window"
 FACTOR = 16  # times the training length
 TEXTS = 24
 
@@ -25,7 +26,7 @@ TEXTS = 24
 def losses_past_the_context(
     model: PreTrainedModel, tokens: Any, context: int
 ) -> dict[str, list[float]]:
-    """Nats within the training length, and from half of the length read on, plain and scaled.
+    """Nats within the training length, and from half of the length read on, in each way.
 
     Args:
         tokens: of validation, of which texts are taken evenly.
@@ -37,9 +38,10 @@ def losses_past_the_context(
     pieces = [tokens[i * step : i * step + length].astype("int64") for i in range(TEXTS)]
     texts = torch.stack([torch.from_numpy(piece) for piece in pieces])
     found = {}
-    for name, way in ((PLAIN, nullcontext()), (SCALED, log_length_scaling(model, context))):
-        with way:
-            cache = DynamicCache(config=model.config)
+    for name in (PLAIN, SCALED, WINDOWED):
+        with log_length_scaling(model, context) if name == SCALED else nullcontext():
+            windowed = name == WINDOWED
+            cache = window_cache(model, context) if windowed else DynamicCache(config=model.config)
             losses = streaming_losses(model, texts, cache, chunk_size=context, progress=False)
         by_position = losses.double().mean(0)
         parts = by_position[: context - 1], by_position[FACTOR // 2 * context :]
