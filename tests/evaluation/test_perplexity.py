@@ -165,8 +165,10 @@ def test_bad_arguments(settings, words):
 
 
 def test_bad_inputs():
-    with pytest.raises(InputError, match="token id 61 is outside the model's vocabulary of 61"):
-        perplexity(tiny_model(), torch.full((40,), 61), length=16, progress=False)
+    for wrong in (61, -1):
+        words = f"token id {wrong} is outside the model's vocabulary of 61"
+        with pytest.raises(InputError, match=words):
+            perplexity(tiny_model(), torch.full((40,), wrong), length=16, progress=False)
     with pytest.raises(InputError, match=r"\(2, 20\)"):
         perplexity(tiny_model(), random_ids(2, 20), length=16, progress=False)
     learned = tiny_model(position_encoding="learned")

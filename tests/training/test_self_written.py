@@ -217,7 +217,7 @@ def test_without_a_template_there_are_no_chats(model, tokenizer, tmp_path, capsy
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"temperature": 0.0}, "temperature must be a positive number, got 0"),
-        ({"prefix": -1}, "prefix must be a token id, got -1"),
+        ({"prefix": -1}, "token id -1 is outside"),
         ({"prefix": 10_000}, "token id 10000 is outside"),
         ({"kinds": {"poems": 1}}, "kinds must be of prose, code, chats, got poems"),
         ({"kinds": {"prose": 0}}, "one above 0"),

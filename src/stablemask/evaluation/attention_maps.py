@@ -141,7 +141,7 @@ def last_hidden_state(model: PreTrainedModel, ids: Tensor) -> Tensor:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"a language model is needed, got {type(model).__name__}")
     check_length(model, len(ids), f"a sequence of {len(ids)} tokens")
-    check_token_ids(model, int(ids.max()))
+    check_token_ids(model, ids)
     decoder: Any = model.base_model
     with evaluating(model):
         return decoder(input_ids=ids[None].to(model.device), use_cache=False).last_hidden_state[0]

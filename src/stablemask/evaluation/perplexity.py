@@ -92,7 +92,7 @@ def perplexity(
             f"the text has {len(ids)} tokens, less than a window of {length}; "
             "give more text or a shorter length"
         )
-    check_token_ids(model, int(ids.max()))
+    check_token_ids(model, ids)
 
     starts = [*range(0, len(ids) - length, stride), len(ids) - length]
     ends = [start + length for start in starts]
@@ -184,11 +184,9 @@ def check_sequences(model: PreTrainedModel, ids: Tensor, prefix: int | None = No
     """Raise InputError for ids that are not (batch, n), n of at least 2, or do not fit the model."""
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise InputError(f"ids must be (batch, n) with n of at least 2, got {tuple(ids.shape)}")
-    if prefix is not None and prefix < 0:
-        raise InputError(f"the prefix must be a token id, got {prefix}")
     length = ids.shape[1] + (prefix is not None)
     check_length(model, length, f"a sequence of {length} tokens")
-    check_token_ids(model, max(int(ids.max()), prefix or 0))
+    check_token_ids(model, with_prefix(ids, prefix))
 
 
 def _as_ids(tokens: Sequence[int] | np.ndarray | Tensor, max_tokens: int | None) -> Tensor:

@@ -78,7 +78,7 @@ def _largest_inputs(
     if calibration.dim() != 2 or calibration.numel() == 0:
         raise InputError(f"calibration must be ids (batch, n), got {tuple(calibration.shape)}")
     check_length(model, calibration.shape[1], f"a sequence of {calibration.shape[1]} tokens")
-    check_token_ids(model, int(calibration.max()))
+    check_token_ids(model, calibration)
     largest: dict[nn.Module, Tensor] = {
         linear: torch.zeros((), device=linear.weight.device) for linear in linears
     }

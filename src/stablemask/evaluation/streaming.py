@@ -45,7 +45,7 @@ def streaming_losses(
     """
     length = tokens.shape[1]
     tokens = with_prefix(tokens, prefix)
-    check_token_ids(model, int(tokens.max()))
+    check_token_ids(model, tokens)
     losses = []
     with (
         evaluating(model),

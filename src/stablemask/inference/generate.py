@@ -162,7 +162,7 @@ def encode_prompt(
         if tokenizer.eos_token_id is None:
             raise InputError("an empty prompt needs a tokenizer with an end token; give some text")
         ids = [tokenizer.eos_token_id]
-    check_token_ids(model, max(ids))
+    check_token_ids(model, ids)
     # The last new token is not read again, so it takes no position.
     new = sys.maxsize if max_new_tokens is None else max_new_tokens
     many = "endless" if max_new_tokens is None else max_new_tokens

@@ -2,11 +2,11 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import InputError
@@ -41,7 +41,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def position_table_length(model: PreTrainedModel) -> int | None:
     """The longest sequence a learned position table allows, None for a model without one."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
     if context is None:
         return None
     tokens = model.get_input_embeddings()
@@ -61,12 +62,13 @@ def check_length(model: PreTrainedModel, length: int, what: str) -> None:
         )
 
 
-def check_token_ids(model: PreTrainedModel, highest: int) -> None:
-    """Raise InputError where a token id lies outside the model's vocabulary."""
+def check_token_ids(model: PreTrainedModel, ids: Tensor | Sequence[int]) -> None:
+    """Raise InputError where one of these token ids lies outside the model's vocabulary."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    if highest >= rows:
+    lowest, highest = (int(end) for end in torch.as_tensor(ids).aminmax())
+    if lowest < 0 or highest >= rows:
         raise InputError(
-            f"token id {highest} is outside the model's vocabulary of {rows}; "
+            f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of {rows}; "
             "use the tokenizer the model was trained with"
         )
 

@@ -210,7 +210,7 @@ def _load_model(options: FinetuneOptions, record: dict[str, Any]) -> PreTrainedM
     model = load_model(options.model, dtype=dtype)
     if options.adapt:  # much is asked of it before the Trainer would move it
         model.to(choose_device(None))  # type: ignore[arg-type]
-    check_token_ids(model, record.pop("highest_token", 0))
+    check_token_ids(model, [record.pop("highest_token", 0)])
     check_length(model, given(options.context) + options.adapt, "the context")
     _freeze_other_parts(model)
     _freeze_below(model, options.first_layer)

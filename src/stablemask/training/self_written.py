@@ -155,9 +155,7 @@ def _check(model: PreTrainedModel, prefix: int | None, temperature: float, **cou
     if not 0 < temperature < math.inf:
         raise InputError(f"temperature must be a positive number, got {temperature}")
     if prefix is not None:
-        if prefix < 0:
-            raise InputError(f"the prefix must be a token id, got {prefix}")
-        check_token_ids(model, prefix)
+        check_token_ids(model, [prefix])
     length = counts["length"]
     check_length(model, length + (prefix is not None), f"a text of {length} tokens")
 

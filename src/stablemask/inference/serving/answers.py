@@ -57,7 +57,7 @@ class Answers:
     def _encode(self, asked: AnyRequest, prompt: Any) -> list[int]:
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             ids = prompt
-            check_token_ids(self.model, max(ids))
+            check_token_ids(self.model, ids)
         else:
             chat = isinstance(asked, ChatRequest)
             ids = encode_prompt(self.model, self.tokenizer, prompt, max_new_tokens=1, chat=chat)
