@@ -13,7 +13,7 @@ from benchmarks.tables import table
 from stablemask.evaluation.perplexity import perplexity_of
 from stablemask.evaluation.statistics import Estimate, estimate
 
-from . import ablation, long_training
+from . import ablation, language, long_training
 from .kinds import LABELS
 from .language_section import SAME, by_seed, difference
 from .position import ENCODINGS
@@ -79,7 +79,7 @@ def first_table(records: dict[str, list[Record]], sections: dict[str, Section]) 
         "verdict",
         "command",
     ]
-    rows = [*_proved(sections), *_modelled(records, sections), *_ablated(records)]
+    rows = [*_proved(sections), *_modelled(records), *_ablated(records)]
     rows += [*_placed(records, sections), *_others(sections)]
     rows.sort(key=lambda row: row.verdict in (GPU, NOT_OURS))  # what can be had here first
     return table(head, [[*row[:4], f"**{row.verdict}**", row.command] for row in rows])
@@ -113,23 +113,21 @@ def _proved(sections: dict[str, Section]) -> Iterator[Row]:
         yield Row(claim, "a theorem" if "no parameter" not in claim else "0", ours, "any", verdict, _study("theory"))  # fmt: skip
 
 
-def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) -> Iterator[Row]:
+def _modelled(records: dict[str, list[Record]]) -> Iterator[Row]:
     lower = "Lower perplexity"
-    for words, label in (("ours", "stablemask"), ("as published", "stablemask-paper")):
-        leads = _leads(records.get("language", []), label)
-        ours = ", ".join(f"{less.text(3)} nats ({preset}, RoPE)" for preset, less in leads.items())
-        verdict = _word([less.below(0, SAME) for less in leads.values()]) if leads else NOT_RUN
-        yield Row(
-            f"{lower}: at the beginning, {words}", LOST, ours, "nano and micro, 360 steps of Python", verdict,
-            _study("language"),
-        )  # fmt: skip
-    for words, begin in (
-        ("ours", "StableMask lowers"),
-        ("as published", "StableMask as published lowers"),
+    kinds = {"ours": "stablemask", "as published": "stablemask-paper"}
+    grid = [record for record in records.get("language", []) if record["group"] == language.GRID]
+    for study, when, size, found in (
+        ("language", "beginning", "nano and micro, 360 steps", grid),
+        ("long", "end", _trained(records, "long"), finals(records.get("long", []))),
     ):
-        ours, verdict = _claimed(sections, "long", begin)
-        size = f"{_trained(records, 'long')} of Python"
-        yield Row(f"{lower}: at the end, {words}", LOST, ours, size, verdict, _study("long"))
+        for words, label in kinds.items():
+            leads = _leads(found, label)
+            ours = ", ".join(f"{less.text(3)} nats ({preset})" for preset, less in leads.items())
+            verdict = _word([less.below(0, SAME) for less in leads.values()]) if leads else NOT_RUN
+            yield Row(
+                f"{lower}: at the {when}, {words}", LOST, ours, f"{size} of Python, RoPE", verdict, _study(study)
+            )  # fmt: skip
     for size in ("wikitext103-71m", "wikitext103-160m", "minipile-160m", "minipile-400m"):
         yield Row(
             f"{lower}: the paper's own shapes and settings, {size}, RoPE or ALiBi", LOST, "", size.partition("-")[2],
@@ -153,9 +151,9 @@ def _modelled(records: dict[str, list[Record]], sections: dict[str, Section]) ->
         )
 
 
-def _leads(grid: Sequence[Record], label: str) -> dict[str, Estimate]:
+def _leads(records: Sequence[Record], label: str) -> dict[str, Estimate]:
     """Nats less softmax's with RoPE, by size."""
-    rope = [r for r in grid if (r["group"], r["position"]) == ("grid", "rope")]
+    rope = [record for record in records if record["position"] == "rope"]
     found = {}
     for preset in sizes_of(rope):
         of_size = [record for record in rope if record["preset"] == preset]
