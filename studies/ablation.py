@@ -106,7 +106,7 @@ def _claim(statement: str, records: list[Record], ours: str, theirs: str) -> Cla
 
 
 def _share_of_zero(records: list[Record], preset: str) -> float | None:
-    """How much of the gain of decaying scores zero ones have, in mean losses; None without a gain."""
+    """How much of the gain of decaying scores zero ones have, in mean losses; None without a gain that counts."""
     of_size = [record for record in finals(records) if record["preset"] == preset]
     losses = [
         list(by_seed(of_size, label=label).values())
@@ -115,7 +115,7 @@ def _share_of_zero(records: list[Record], preset: str) -> float | None:
     if not all(losses):
         return None
     plain, zero, decaying = (sum(values) / len(values) for values in losses)
-    return _share(plain, zero, decaying) if plain > decaying else None
+    return _share(plain, zero, decaying) if plain - decaying > SAME else None
 
 
 def _share(plain: float, zero: float, decaying: float) -> float:
