@@ -263,12 +263,6 @@ class DistillingTrainer(LanguageModelTrainer):
         config.stablemask = {**config.stablemask, "shift": read_shifts(self._bare)}
         super().save_model(output_dir, _internal_call)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._bare is self.model:  # else PEFT saves its adapter alone
-            whole = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {k: v for k, v in whole.items() if not k.endswith(SHIFT_PARAMETER)}
-        super()._save(output_dir, state_dict)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # The weights of a checkpoint are those of a model that trains no shifts.
         keep_shifts(self._bare)
