@@ -110,6 +110,42 @@ def test_our_own_decoder_keeps_what_it_alone_can_have(tmp_path):
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
+OTHERS = ("learned-sink", "key-sink", "learned-token", "fixed-token", "head-gate")
+
+
+@pytest.mark.parametrize(
+    ("built", "given", "match"),
+    [
+        *(({"attention": kind}, {}, f"attention must be {kind} in a model") for kind in OTHERS),
+        ({}, {"gamma": "learned"}, r"must not be 'learned', .* built without decay rates"),
+        ({"attention": "softmax"}, {"gamma": "learned"}, r"must not be 'learned'"),
+        ({"stablemask": {"gamma": "learned"}}, {"gamma": 0.2}, r"must be 'learned', .* with decay"),
+    ],
+)
+def test_our_own_decoder_refuses_what_it_has_not_the_parameters_for(built, given, match):
+    model, ids = tiny_model(**built), torch.randint(1, 61, (1, 9))
+    before, logits = model.config.to_dict(), model(ids).logits
+    with pytest.raises(ValueError, match=match):
+        apply_stablemask(model, **given)
+    assert model.config.to_dict() == before
+    assert torch.equal(model(ids).logits, logits)
+    # Written past it, it does not run.
+    if model.config.attention != "stablemask":
+        model.config.attention = "stablemask"
+    if given:
+        model.config.stablemask = given
+    with pytest.raises(ValueError, match=match):
+        model(ids)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "softmax1"])
+def test_our_own_decoder_changes_to_what_differs_in_the_sink_logits_alone(kind):
+    model, ids = tiny_model(attention=kind), torch.randint(1, 61, (1, 9))
+    fresh = tiny_model(stablemask={"gamma": 0.2})
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(apply_stablemask(model, gamma=0.2)(ids).logits, fresh(ids).logits)
+
+
 @pytest.mark.parametrize("name", ["eager", "flash_attention_2", "flex_attention"])
 def test_another_attention_is_refused(name, tmp_path):
     model = llama({"gamma": 0.1})

@@ -128,3 +128,6 @@ def test_what_cannot_have_a_shift_of_each_layer_is_left_as_it_was():
         keep_shifts(model)
     assert model.config.stablemask == MASS
     assert model.model.layers[1].self_attn.stablemask_shift is not None
+    with pytest.raises(ValueError, match=r"in training: call keep_shifts\(model\) first"):
+        apply_stablemask(model, shift=-3.0)
+    assert model.config.stablemask == MASS

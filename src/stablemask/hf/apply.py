@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..models.modeling import ATTN_IMPLEMENTATION, StableMaskPreTrainedModel
-from ..models.settings import given_settings, named_mass
+from ..models.settings import SHIFT_PARAMETER, given_settings, named_mass
 from .adapters import model_of
 from .guard import check_family, check_layers
 from .settings import context_of, model_settings
@@ -41,8 +41,9 @@ def apply_stablemask(
         ``model``.
 
     Raises:
-        ValueError: a setting is out of its range, or the family cannot run StableMask. The model is
-            then as it was.
+        ValueError: a setting is out of its range, the family cannot run StableMask, our decoder was built
+            for another attention with parameters of its own, or shifts are in training. The model is then
+            as it was.
     """
     decoder = model_of(model)
     if decoder is None:
@@ -54,11 +55,10 @@ def apply_stablemask(
         given = named_mass(kind, context_of(config)) | given
     check_layers(decoder, config, given)
     settings = model_settings(config, given)
+    if any(layer._parameters.get(SHIFT_PARAMETER) is not None for layer in decoder.modules()):
+        raise ValueError("shifts of the model are in training: call keep_shifts(model) first")
     if isinstance(decoder, StableMaskPreTrainedModel):
-        if config.attention == "learned-sink":
-            raise ValueError(
-                "a model with learned sinks takes no pseudo mass beside them; retrain it instead"
-            )
+        decoder.base_model.check_parts("stablemask", settings)
         config.attention = "stablemask"
     config.stablemask = settings
     decoder.set_attn_implementation(ATTN_IMPLEMENTATION)

@@ -36,7 +36,7 @@ from .positions import (
     rotary_angles,
     sinusoidal_encoding,
 )
-from .presets import FRONT_TOKENS
+from .presets import FRONT_TOKENS, SINK_LOGITS_ALONE
 from .settings import LEARNED
 
 ATTN_IMPLEMENTATION = "stablemask"
@@ -118,7 +118,24 @@ class StableMaskModel(StableMaskPreTrainedModel):
         else:
             self.register_parameter("front_token", None)
         self.gradient_checkpointing = False
+        self._built_for = config.attention
         self.post_init()
+
+    def check_parts(self, attention: str, stablemask: dict[str, Any] | None) -> None:
+        """Raise ValueError unless the model has the parameters that these settings read, and no others."""
+        built_for = self._built_for
+        allowed = SINK_LOGITS_ALONE if built_for in SINK_LOGITS_ALONE else (built_for,)
+        if attention not in allowed:
+            raise ValueError(
+                f"attention must be {' or '.join(allowed)} in a model that was built for {built_for}, got "
+                f"{attention!r}: another kind has other parameters"
+            )
+        learned = (stablemask or {}).get("gamma") == LEARNED
+        if learned != (self.log_gamma is not None):
+            raise ValueError(
+                f"stablemask['gamma'] must {'not ' * learned}be {LEARNED!r}, for the model was built "
+                f"{'without' if learned else 'with'} decay rates that are trained"
+            )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -162,6 +179,7 @@ class StableMaskModel(StableMaskPreTrainedModel):
         _refuse_unknown(kwargs, position_ids)
         cache = one_cache(cache, past_key_values)
         config = self.config
+        self.check_parts(config.attention, config.stablemask)
         given: Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         past_length = 0 if cache is None else cache.get_seq_length()
         positions = self._positions(position_ids, attention_mask, past_length, given)

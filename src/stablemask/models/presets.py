@@ -8,6 +8,8 @@ NAMED_MASSES: dict[str, dict[str, Any]] = {
     "stablemask-paper": {"gamma": "slopes", "suffix": True},
     "stablemask-zero": {"gamma": 0.0},
 }
+# Kinds that differ in nothing but the sink logits: a model that is built can change from one to another.
+SINK_LOGITS_ALONE = ("stablemask", "softmax", "softmax1")
 # With a token of no text in front of every sequence.
 FRONT_TOKENS = ("learned-token", "fixed-token")
 ATTENTION_KINDS = (
