@@ -184,6 +184,16 @@ def test_onnx_runtime_decodes_as_generate(tmp_path):
     assert torch.equal(ids, expected)
 
 
+def test_a_graph_that_gives_nan_in_any_output_is_not_the_model():
+    model = tiny_model(num_hidden_layers=1)
+
+    def graph(*inputs):
+        *right, last = export._Decoder(model)(*inputs)
+        return *right, last * torch.nan
+
+    assert np.isnan(export.largest_difference(model, graph, cache=True))
+
+
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="only be fixed without a cache"):
         export_program(tiny_model(), cache=True, shape=(1, 4))

@@ -12,6 +12,7 @@ from stablemask.inference.export import (
     largest_difference,
     load_onnx,
 )
+from stablemask.writing import whole_file
 
 
 def run(options: ExportOptions) -> None:
@@ -24,20 +25,25 @@ def run(options: ExportOptions) -> None:
         raise InputError(f"--out: no folder at {str(out.parent)!r}")
     model = load_model(options.model, dtype=options.dtype)
 
-    if out.suffix == ".onnx":
-        export_onnx(model, out, cache=options.cache, shape=shape)
-        graph = load_onnx(out)
-    else:
-        export_pt2(model, out, cache=options.cache, shape=shape)
-        graph = torch.export.load(out).module()
-    difference = largest_difference(model, graph, cache=options.cache, shape=shape)
-    if not difference <= torch.finfo(model.dtype).eps ** 0.5:
-        raise RunError(f"{out} is not the model: its outputs differ by a share of {difference:.1e}")
+    # What stands at --out gives way to a file that has been checked.
+    with whole_file(out) as partial:
+        if out.suffix == ".onnx":
+            export_onnx(model, partial, cache=options.cache, shape=shape)
+            graph = load_onnx(partial)
+        else:
+            export_pt2(model, partial, cache=options.cache, shape=shape)
+            graph = torch.export.load(partial).module()
+        difference = largest_difference(model, graph, cache=options.cache, shape=shape)
+        if not difference <= torch.finfo(model.dtype).eps ** 0.5:
+            raise RunError(
+                f"{out} is not the model: its outputs differ by a share of {difference:.1e}"
+            )
+        written = sorted(partial.parent.iterdir())
+        files = {str(out.with_name(file.name)): file.stat().st_size for file in written}
     print(f"{out}: outputs within {difference:.1e} of the model's, as a share of the largest")
-    files = [file for file in (out, out.with_name(f"{out.name}.data")) if file.exists()]
     summary = {
         "model": options.model,
-        "files": {str(file): file.stat().st_size for file in files},
+        "files": files,
         "cache": options.cache,
         "shape": shape,
         "dtype": options.dtype,

@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..models.cache import CACHE
 from ..shell import pip_install
 from ..writing import whole_file
-from .model import errors_only, evaluating
+from .model import check_length, errors_only, evaluating
 
 Graph = Callable[..., tuple[Tensor, ...]]
 
@@ -49,13 +49,15 @@ def export_program(
         shape: ``(batch, length)`` to fix, without a cache; default: any.
 
     Raises:
-        InputError: the model takes no positions or has another kind of cache, or a shape is to be fixed
-            with a cache.
+        InputError: the model takes no positions, too few of them, or has another kind of cache, or a
+            shape is to be fixed with a cache.
     """
     if cache and shape is not None:
         raise InputError("a shape can only be fixed without a cache, which grows")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{type(model).__name__} takes no position_ids, so it cannot be exported")
+    if shape is not None:
+        check_length(model, shape[1], f"a length of {shape[1]}")
     with evaluating(model):
         inputs = _sample_inputs(model, cache, shape or (2, 4), past=3)
         axes = None if shape else _axes(inputs, lambda name: Dim.DYNAMIC)
@@ -161,10 +163,11 @@ def largest_difference(
         inputs[1][0, 0] = 0
         expected = _Decoder(model)(*inputs)
         outputs = graph(*inputs)
-    return max(
-        ((output - truth).abs().max() / truth.abs().max()).item()
+    shares = [
+        (output - truth).abs().max() / truth.abs().max()
         for output, truth in zip(outputs, expected, strict=True)
-    )
+    ]
+    return torch.stack(shares).max().item()  # Python's `max` would pass over a NaN
 
 
 def _missing() -> str:
