@@ -6,7 +6,10 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import stablemask.hf.attention
 from stablemask.data import train_tokenizer
@@ -199,6 +202,29 @@ def test_a_window_as_long_as_the_text_changes_nothing(model, tokenizer, settings
     assert generate(
         model, tokenizer, prompts, max_new_tokens=30, window=100, **settings
     ) == generate(model, tokenizer, prompts, max_new_tokens=30, **settings)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"min_new_tokens": 5}, "w1 w1 w1 w1 w1 w0"),
+        ({"min_length": 8}, "w1 w1 w1 w1 w0"),
+        ({"begin_suppress_tokens": [0]}, "w1 w0"),
+        ({"forced_eos_token_id": 2, "eos_token_id": None}, "w0 w0 w0 w0 w0 w0 w2"),
+    ],
+)
+def test_what_a_checkpoint_counts_is_counted_from_the_beginning(asked, words):
+    """All logits are alike, so that the first id wins unless it is suppressed: it is the end token."""
+    vocabulary = {f"w{number}": number for number in range(61)}
+    words_alone = Tokenizer(WordLevel(vocabulary, unk_token="w60"))
+    words_alone.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_alone)
+    model = tiny_model(num_hidden_layers=1)
+    model.lm_head.weight.data.zero_()
+    model.generation_config.update(**{"eos_token_id": 0, **asked})
+    for window in (None, 3, 4, 6, 20):
+        (text,) = generate(model, tokenizer, ["w7 w8 w9 w10"], max_new_tokens=7, window=window)
+        assert text.split() == words.split(), window
 
 
 def greedy_in_a_band(model, tokenizer, prompt, count):

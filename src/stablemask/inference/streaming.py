@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
+)
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -28,6 +38,16 @@ from ..errors import InputError
 from ..hf.settings import changed_settings, model_settings
 from ..models.cache import CACHE
 from .model import last_logits
+
+# What looks at the number of ids, and at none of them.
+COUNTING = (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+)
 
 
 def window_cache(model: PreTrainedModel, window: int) -> Cache:
@@ -135,7 +155,8 @@ def decode_with_window(
     """The decoding loop of a stream, for ``model.generate(custom_generate=...)``.
 
     Transformers' own loop copies a growing row of ids, and a mask of it, at each token; this one
-    takes the same memory and time for every token. ``logits_processor`` sees the last ``window`` ids.
+    takes the same memory and time for every token. ``logits_processor`` sees the last ``window`` ids;
+    what counts ids counts all of them.
 
     Args:
         input_ids: (1, length). Longer ones than the window are read in pieces of
@@ -154,7 +175,10 @@ def decode_with_window(
         recent = input_ids[:, -window:]
         new: list[int] = []
         while len(new) < generation_config.max_new_tokens:
-            scores = logits_processor(recent, logits[:, -1].float())  # type: ignore[arg-type]
+            scores: Any = logits[:, -1].float()
+            counted = recent[:, :1].expand(-1, input_ids.shape[1] + len(new))  # no copy
+            for process in logits_processor:
+                scores = process(counted if isinstance(process, COUNTING) else recent, scores)
             if generation_config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), 1)
             else:
