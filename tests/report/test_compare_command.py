@@ -80,6 +80,7 @@ def without(field):
         (edited("run.json", lambda text: "[" * 100_000), "nested too deep"),
         (edited("run.json", lambda text: "[]"), "run.json is damaged"),
         (edited("run.json", without("corpus")), "run.json is damaged"),
+        (edited("run.json", lambda text: re.sub(r'"eval_loss": [\d.]+', '"eval_loss": null', text)), "not finite"),
         (edited("run.json", without("result")), "has not finished; go on with it by --resume"),
         (edited("run.json", lambda text: text.replace('"corpus": "', '"corpus": "x')), "text or tok"),
         (edited("pretrain.yaml", lambda text: "preset: [tiny"), "is not valid YAML"),

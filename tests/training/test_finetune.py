@@ -338,6 +338,20 @@ def test_a_run_that_makes_the_model_worse_says_so_and_keeps_it(options, base, tm
         finetune(replace(harmed, resume=True))
 
 
+def test_a_last_evaluation_that_is_not_finite_is_no_success(adapted, options, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(adapted, out)
+    rows = metrics(out)
+    assert rows[-1]["step"] == STEPS
+    del (
+        rows[-1]["eval_loss"],
+        rows[-1]["eval_perplexity"],
+    )  # as a record leaves out what JSON does not know
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunError, match=r"is nan \(perplexity"):
+        finetune(replace(options, out=str(out), adapt=True, texts=24, resume=True))
+
+
 def test_the_command_line_gives_the_same_options(chat_options):
     chosen = replace(chat_options, out="a b", adapt=True, merge=True, horizon=99, texts=3)
     words = shlex.split(command_line(chosen))[2:]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from stablemask.training.dry_run import describe_cost
 from stablemask.training.finetune import finetune
 from stablemask.training.options import FinetuneOptions, PretrainOptions
 from stablemask.training.pretrain import pretrain
-from stablemask.training.run import begin_run, command_line
+from stablemask.training.run import RunResult, begin_run, command_line, put_in_place
 from stablemask.writing import only_writer
 
 from .conftest import STEPS, WORDS, metrics
@@ -102,6 +103,27 @@ def test_too_many_of_them_stop_the_run_before_the_weights(poisoned, options, tmp
     assert last.name == "checkpoint-8"
     checkpoints.verify(last)
     assert all(t.isfinite().all() for t in load_file(last / "model.safetensors").values())
+
+
+def test_a_result_that_is_not_finite_is_written_as_json_and_read_again(
+    uninterrupted, options, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "partial").mkdir()
+    put_in_place(folder / "partial", RunResult(folder, STEPS, math.nan), lambda record: None, {})
+    written = (folder / "run.json").read_text()
+    result = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert result["result"] == {"step": STEPS, "eval_loss": None}
+    for text in (written, written.replace("null", "NaN")):  # as it was written once
+        (folder / "run.json").write_text(text)
+        found = pretrain(replace(options, out=str(folder), resume=True))
+        assert math.isnan(found.eval_loss)
+        assert math.isnan(found.perplexity)
+    (folder / "run.json").write_text(
+        written.replace(f'"step": {STEPS}', '"step": "all"')
+    )  # no result
+    assert pretrain(replace(options, out=str(folder), resume=True)).step == STEPS
 
 
 def test_the_run_folder_is_guarded(uninterrupted, options, tmp_path):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from .. import strict_json
 from ..errors import InputError
 from ..reading import read_json
 from .cache import TokenFile, cache_folder, cached, hash_of, read_tokens
@@ -333,7 +334,7 @@ def _write_tokens(
         "train": {"tokens": train.size, "hash": train.digest.hexdigest()},
         "validation": {"tokens": validation.size, "hash": validation.digest.hexdigest()},
     }
-    (entry / META_FILE).write_text(json.dumps(meta, indent=2))
+    (entry / META_FILE).write_text(strict_json.dumps(meta, indent=2))
 
 
 def _load_tokens(entry: Path) -> tuple[_Tokens, int]:

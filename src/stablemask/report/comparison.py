@@ -250,6 +250,8 @@ def _read_run(folder: Path) -> _Run:
     ):
         raise InputError(f"{folder / RUN_FILE} is damaged: {', '.join(RECORDED)} must be there")
     result = record.get("result")
+    if isinstance(result, dict) and result.get("eval_loss", 0) is None:
+        raise InputError(f"the run in {folder} ended with a held-out loss that is not finite")
     if not isinstance(result, dict) or not isinstance(result.get("eval_loss"), float):
         raise InputError(f"the run in {folder} has not finished; go on with it by --resume first")
     names = {field.name for field in fields(PretrainOptions)}

@@ -7,13 +7,13 @@ the checkpoint before it.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+from .. import strict_json
 from ..errors import InputError
 from ..reading import parse_json
 
@@ -40,7 +40,7 @@ def commit(partial: Path, final: Path) -> None:
     """Give a written folder its manifest and its name."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}
-    (partial / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+    (partial / MANIFEST).write_text(strict_json.dumps(hashes, indent=2) + "\n")
     for path in (partial, *partial.rglob("*")):
         _sync(path)
     os.replace(partial, final)

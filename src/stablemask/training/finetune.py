@@ -269,14 +269,12 @@ class _EvaluateAtTheEnd(TrainerCallback):
 
 def _check_held_out(folder: Path) -> None:
     """Raise RunError where a finished run has made its model worse than it was."""
-    losses: dict[int, float] = {
-        row["step"]: row.get("eval_loss", math.nan)  # one that is not finite is left out
-        for row in read_rows(folder / METRICS_FILE)
-        if any(name.startswith("eval_") for name in row)
-    }
+    rows = read_rows(folder / METRICS_FILE)
+    losses: dict[int, float] = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
     if 0 not in losses:
         return
-    before, after = losses[0], losses[max(losses)]
+    # Each run ends with an evaluation, of which a loss that is not finite is left out.
+    before, after = losses[0], losses.get(rows[-1]["step"], math.nan)
     if not after - before <= WORSE:
         raise RunError(
             f"{folder}: the training has harmed the model: its loss on held-out text was {before:.4f} and is "

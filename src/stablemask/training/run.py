@@ -12,7 +12,7 @@
 
 import dataclasses
 import functools
-import json
+import math
 import platform
 import shlex
 import shutil
@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import transformers
 
-from .. import __version__
+from .. import __version__, strict_json
 from ..backends import native
 from ..data.sources import PACKAGES, packages_of
 from ..errors import InputError
@@ -167,7 +167,8 @@ def _finished_run(folder: Path, steps: int, checkpoint: Path | None) -> RunResul
     """
     try:
         result = parse_json((folder / RUN_FILE).read_bytes())["result"]
-        finished = RunResult(folder, result["step"], result["eval_loss"])
+        loss = result["eval_loss"]  # null where it was not finite
+        finished = RunResult(folder, int(result["step"]), math.nan if loss is None else float(loss))
     except (OSError, ValueError, LookupError, TypeError):
         finished = RunResult(folder, 0, None)
     done = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
@@ -265,4 +266,4 @@ def command_line(options: TrainingOptions) -> str:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_whole(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_whole(folder / RUN_FILE, strict_json.dumps(record, indent=2) + "\n")

@@ -13,7 +13,6 @@ Each text is sampled with the prefix in front, unless it begins with it, as thos
 
 import copy
 import io
-import json
 import math
 import os
 import sys
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import strict_json
 from ..bars import progress_bar
 from ..data.cache import hash_of
 from ..data.chat_form import ChatForm, chat_form
@@ -218,7 +218,7 @@ def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
                 )
         return
     with writing(folder):
-        write_whole(path, json.dumps(settings, indent=2) + "\n")
+        write_whole(path, strict_json.dumps(settings, indent=2) + "\n")
 
 
 def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

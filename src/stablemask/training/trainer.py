@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import json
 import math
 import os
 import pickle
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
+from .. import strict_json
 from ..data.batches import TrainBatches, eval_loader, loader, merge_states
 from ..errors import InputError
 from ..reading import first_line, read_json
@@ -190,7 +190,7 @@ class LanguageModelTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             data_state = merge_states(gather(self._batches.state_dict()))  # all have written now
             if is_main():
-                (partial / name / DATA_FILE).write_text(json.dumps(data_state))
+                (partial / name / DATA_FILE).write_text(strict_json.dumps(data_state))
         rows = [
             row for row in self.state.log_history if math.isfinite(row.get("eval_loss", math.nan))
         ]

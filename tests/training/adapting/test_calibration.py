@@ -1,15 +1,20 @@
 """The mass that takes the prefix's place: what it is where it is known, and what is kept of it."""
 
+import json
+import math
+
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import BloomConfig, BloomForCausalLM
 
 from stablemask import pseudo_logsumexp
 from stablemask.errors import InputError
 from stablemask.hf import apply_stablemask
-from stablemask.training.adapting.adapt import make_stablemask
+from stablemask.training.adapting.adapt import find_prefix, make_stablemask
 from stablemask.training.adapting.calibration import FILE, Calibration, calibrate
 from stablemask.training.adapting.reading import Reading
+from stablemask.training.adapting.table import _ROWS, table
 from stablemask.training.adapting.watch import Pass, Recorded, Watch, record, with_fading_value
 
 from ...models.tiny import tiny_model
@@ -103,6 +108,18 @@ def test_it_is_kept_to_the_bit(tmp_path):
     (tmp_path / FILE).write_bytes(b"else")
     with pytest.raises(InputError, match="is damaged"):
         Calibration.load(tmp_path)
+
+
+def test_what_is_not_finite_is_kept_as_json_and_read_again(tmp_path):
+    before = {"as it was": dict.fromkeys(_ROWS, math.inf)}
+    prefix = {"token": 5, "text": "<s>", "losses": {"": math.nan, "<s>": 3.5}}
+    notes = {"steps": 7, "prefix": prefix, "before": before}
+    Calibration(torch.randn(2, 4), {}, {}, torch.rand(2), notes).save(tmp_path)
+    with safe_open(tmp_path / FILE, "pt") as file:
+        json.loads(file.metadata()["notes"], parse_constant=lambda name: pytest.fail(name))
+    assert "not finite |" in table(Calibration.load(tmp_path).notes["before"])
+    found = find_prefix(llama(), None, None, options(), tmp_path)
+    assert str(found) == "<s>: the model's loss on a text is 3.500 after it, nan without"
 
 
 def test_a_model_without_a_mass_is_the_very_model():

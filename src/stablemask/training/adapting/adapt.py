@@ -1,5 +1,6 @@
 """From a softmax model to a student with a teacher and a text to learn from: what comes before the training."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def find_prefix(
         data: not chats, which begin with a token of their own.
     """
     if folder is not None and (folder / FILE).exists():
-        return Prefix(**Calibration.load(folder).notes["prefix"])
+        kept = Calibration.load(folder).notes["prefix"]
+        losses = {text: math.nan if loss is None else loss for text, loss in kept["losses"].items()}
+        return Prefix(**{**kept, "losses": losses})
     if isinstance(data, Corpus):
         texts = torch.stack([one["input_ids"][:LENGTH] for one in spread(data.validation, TEXTS)])
     else:

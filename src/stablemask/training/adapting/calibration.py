@@ -1,6 +1,5 @@
 """The sink that takes the prefix's place: a constant per layer and head, and the value that it stands for."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ... import strict_json
 from ...errors import InputError
 from ...hf.settings import model_settings
 from ...inference.model import evaluating
 from ...models.settings import pseudo_sink_logits, without_shift
+from ...reading import parse_json
 from ...writing import whole_file
 from .reading import Reading
 from .watch import Recorded, Watch, record
@@ -53,7 +54,7 @@ class Calibration:
         path = folder / FILE
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={"notes": json.dumps(self.notes)})
+            save_file(tensors, partial, metadata={"notes": strict_json.dumps(self.notes)})
 
     @classmethod
     def load(cls, folder: Path) -> "Calibration":
@@ -64,7 +65,7 @@ class Calibration:
         try:
             with safe_open(folder / FILE, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                notes = json.loads(file.metadata()["notes"])
+                notes = parse_json(file.metadata()["notes"])
             values, keys = (
                 {
                     int(name.partition(".")[2]): tensor

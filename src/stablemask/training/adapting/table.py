@@ -37,10 +37,14 @@ _ROWS = {
 }
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """Of before and after, in Markdown; the columns are what :func:`measure` gives."""
+def table(columns: dict[str, dict[str, float | None]]) -> str:
+    """Of before and after, in Markdown; the columns are what :func:`measure` gives, None (of JSON) where not finite."""
     rows = [["", *columns], ["---", *("---:" for _ in columns)]]
     for name, (said, form) in _ROWS.items():
-        numbers = (f"{column[name]:{form}}".replace("%", " %") for column in columns.values())
+        numbers = (_text(column[name], form) for column in columns.values())
         rows.append([said, *numbers])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _text(number: float | None, form: str) -> str:
+    return "not finite" if number is None else f"{number:{form}}".replace("%", " %")
