@@ -86,11 +86,31 @@ def test_no_file(tmp_path):
             read_prompts(path)
 
 
-def test_answers_nested_deep_are_no_answers(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": ' + DEEP + "}\n",
+        "[1]\n",
+        "precious",
+        '{"id": 0, "prompt": "one"}',
+        '{"id": 0, "prompt": "one", "generated_text": 1}\n',
+    ],
+)
+def test_what_is_no_answer_is_neither_gone_on_with_nor_cut(tmp_path, content):
     out = tmp_path / "answers.jsonl"
-    out.write_text('{"prompt": ' + DEEP + "}\n")
+    out.write_text(content)
     with pytest.raises(InputError, match="line 1 is no answer"):
         open_answers(out, RECORDS, resume=True)
+    assert out.read_text() == content
+
+
+def test_numbers_that_json_does_not_have(write, tmp_path):
+    records = list(read_prompts(write("p.jsonl", '{"prompt": "a", "x": [NaN, 1e999]}')).values())
+    out = tmp_path / "out.jsonl"
+    answer_prompts(records, out, answer, batch_size=1)
+    line = json.loads(out.read_text(), parse_constant=pytest.fail)
+    assert line == {"prompt": "a", "x": [None, None], "generated_text": "0 of ['a'] by None\nü"}
+    assert open_answers(out, records, resume=True) == 1
 
 
 @pytest.mark.parametrize("prompt", ["hello", [], ["hello"], [{"role": "user"}]])

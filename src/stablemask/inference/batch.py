@@ -1,12 +1,12 @@
 """Answering a file of prompts: one JSON line each, written as it is made, and gone on with later."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import strict_json
 from ..bars import progress_bar
 from ..errors import InputError
 from ..reading import parse_json, reading, user_path
@@ -22,7 +22,7 @@ def read_prompts(path: str | os.PathLike, *, chat: bool = False) -> dict[int, Re
 
     Args:
         path: ``.txt``, a prompt a line, or ``.jsonl``, a record a line that holds it as ``prompt``.
-            Other fields of a record are kept.
+            Other fields of a record are kept; a number that is not finite becomes null.
         chat: a prompt may also be a list of messages, ``{"role": ..., "content": ...}`` each.
 
     Raises:
@@ -92,32 +92,33 @@ def _are_messages(prompt: Any) -> bool:
 
 
 def open_answers(path: Path, records: Sequence[Record], *, resume: bool) -> int:
-    """Make the file of answers ready to be appended to, and count those it holds.
+    """Count the answers that a file holds, which need not be there yet, so that more can be appended.
 
-    A last line that was cut short is cut off.
+    An answer at its end that was cut short is cut off.
 
     Raises:
         InputError: it holds something and ``resume`` is not asked for, or something other than the
             answers to the first of ``records``.
     """
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            file.seek(0)
-            content = file.read()
-            if content and not resume:
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return 0
+        if content and not resume:
+            raise InputError(
+                f"{str(path)!r} exists; go on with it by --resume, or name another --out"
+            )
+        *lines, cut = content.split(b"\n")
+        for number, line in enumerate([*lines, cut] if cut else lines, 1):
+            is_answer = _answers if number <= len(lines) else _begins_to_answer
+            if number > len(records) or not is_answer(line, records[number - 1]):
                 raise InputError(
-                    f"{str(path)!r} exists; go on with it by --resume, or name another --out"
+                    f"{str(path)!r}, line {number} is no answer to the prompt of its place; "
+                    "name another --out, or the prompts it was begun with"
                 )
-            whole = content.rfind(b"\n") + 1
-            lines = content[:whole].splitlines()
-            for number, line in enumerate(lines, 1):
-                if number > len(records) or not _answers(line, records[number - 1]):
-                    raise InputError(
-                        f"{str(path)!r}, line {number} is no answer to the prompt of its place; "
-                        "name another --out, or the prompts it was begun with"
-                    )
-            file.truncate(whole)
+        if cut:
+            os.truncate(path, len(content) - len(cut))
     return len(lines)
 
 
@@ -125,8 +126,13 @@ def _answers(line: bytes, record: Record) -> bool:
     try:
         answer = parse_json(line)
         return isinstance(answer.pop(ANSWER), str) and _encode(answer) == _encode(record)
-    except (ValueError, AttributeError, KeyError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _begins_to_answer(line: bytes, record: Record) -> bool:
+    beginning = _encode({**record, ANSWER: ""}).removesuffix(b'"}')
+    return line.startswith(beginning) or beginning.startswith(line)
 
 
 def answer_prompts(
@@ -140,6 +146,8 @@ def answer_prompts(
 ) -> None:
     """Append the answers to ``records`` to ``out``, in order, each as soon as its batch is made.
 
+    The file, and the folders it needs, are made where they are not there.
+
     Batches are the same whether or not the run was interrupted, and each has a seed of its own: a run
     that is gone on with writes what it would have written. A batch that was cut is made again whole.
 
@@ -149,6 +157,7 @@ def answer_prompts(
         done: how many the file holds, from :func:`open_answers`.
         seed: of the run; None leaves the batches without.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     with (
         out.open("ab") as file,
         progress_bar(total=len(records), initial=done, unit="prompt") as bar,
@@ -165,7 +174,7 @@ def answer_prompts(
 
 
 def _encode(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode()
+    return strict_json.dumps(record, ensure_ascii=False).encode()
 
 
 def _batch_seed(seed: int, batch: int) -> int:
