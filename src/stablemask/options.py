@@ -138,7 +138,7 @@ def convert(value: Any, kind: Any, *, is_flag: bool = False) -> Any:
     for member in sorted(union_members(kind), key=lambda member: member is not type(None)):
         try:
             return _convert(value, member, is_flag)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             continue
     raise ValueError(f"{value!r} is not {kind_name(kind)}")
 
@@ -251,12 +251,14 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The mapping in a YAML file; InputError where it cannot be read or is no mapping."""
     import yaml  # not a core dependency: `stablemask env` must run without it
 
+    with reading(path):
+        content = Path(path).read_bytes()
     try:
-        with reading(path):
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(content.decode())
     except RecursionError:
         raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # The last three come from what a value is made of, such as the month 13.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if loaded is None:
         return {}

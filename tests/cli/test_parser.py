@@ -172,6 +172,11 @@ def test_wrong_flags_are_one_sentence_that_names_them(argv, words):
         ("- model", "holds no options"),
         ("model: [", "not valid YAML"),
         ("[" * 1500, "nested too deep"),
+        ("model: 2024-13-45", "not valid YAML: month must be in 1..12"),
+        ("model: !!bool maybe", "not valid YAML: 'maybe'"),
+        ("model: !!int ''", "not valid YAML: string index out of range"),
+        ("model: !!timestamp x", "not valid YAML: "),
+        (f"temperature: {10**400}", "00000 is not a number"),
     ],
 )
 def test_wrong_yaml_names_the_file_and_the_key(tmp_path, text, words):
