@@ -114,7 +114,8 @@ def test_what_fills_up_a_batch_behind_an_end_is_not_shown():
 def test_a_checkpoint_that_asks_for_beams_or_texts_to_stop_at(tokenizer, way):
     model = model_for(tokenizer)
     expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
-    model.generation_config.update(num_beams=3, num_return_sequences=2)
+    asked = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}
+    model.generation_config.update(**asked)
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, **way) == expected
     model.generation_config.stop_strings = [expected[0][1:3]]
     text = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=12, **way)[0]
@@ -158,7 +159,7 @@ def test_a_seed_repeats_a_sample_and_touches_nothing_else(tokenizer):
 def test_narrow_sampling_is_greedy(tokenizer):
     model = model_for(tokenizer)
     expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
-    for settings in [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}]:
+    for settings in [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 1e-45}]:
         settings = {"temperature": 2.0, **settings}
         assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, **settings) == expected
 

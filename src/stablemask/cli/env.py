@@ -1,7 +1,6 @@
 """What is installed here, whether decoding with a cache is right in it, which attention backends work,
 each checked by running it, and in which order "auto" tries them."""
 
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablemask import __version__
+from stablemask import __version__, strict_json
 from stablemask.attention import sink_attention
 from stablemask.backends import BACKENDS, native
 from stablemask.backends.choice import order
@@ -55,7 +54,7 @@ class DecodingCheck:
 
 def run(options: EnvOptions) -> None:
     report = describe_environment()
-    print(json.dumps(report) if options.json else _as_table(report))
+    print(strict_json.dumps(report) if options.json else _as_table(report))
 
 
 def describe_environment() -> dict[str, Any]:

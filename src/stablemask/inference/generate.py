@@ -13,11 +13,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import InputError
 from ..reading import first_line
-from .model import check_length, check_token_ids, evaluating
+from .model import check_length, check_token_ids, check_unicode, evaluating
 from .streaming import decode_with_window, window_cache
 
 # A text, or with a chat template also its messages, {"role": ..., "content": ...} each.
 Prompt = str | list[dict[str, str]]
+# Below it, logits would overflow and the likeliest token is certain anyway.
+MIN_TEMPERATURE = 1e-5
 
 
 def generate(
@@ -59,8 +61,8 @@ def generate(
 
     Raises:
         InputError: an argument is out of its range, the model cannot have a window, the tokenizer
-            has no chat template, or a prompt and its continuation are longer than a learned position
-            table.
+            has no chat template, a prompt is not Unicode, or it and its continuation are longer than a
+            learned position table.
     """
     check_settings(max_new_tokens, temperature, top_p, top_k, prefill_chunk_size, window)
     if not prompts:
@@ -84,12 +86,13 @@ def generate(
 
     settings: dict[str, Any] = {
         "max_new_tokens": sys.maxsize if max_new_tokens is None else max_new_tokens,
-        "do_sample": temperature > 0,
+        "do_sample": temperature >= MIN_TEMPERATURE,
         # Any id will do where the attention mask is 0; behind an end, one that is not shown.
         "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        # A checkpoint may ask for beams, which are none of our arguments.
+        # A checkpoint may ask for beams or scores, which are none of our arguments.
         "num_beams": 1,
         "num_return_sequences": 1,
+        "return_dict_in_generate": False,
     }
     if model.generation_config.eos_token_id is None and tokenizer.eos_token_id is not None:
         settings["eos_token_id"] = tokenizer.eos_token_id
@@ -100,7 +103,7 @@ def generate(
         }  # fmt: skip
     if prefill_chunk_size is not None:
         settings["prefill_chunk_size"] = prefill_chunk_size
-    if temperature > 0:
+    if settings["do_sample"]:
         # Without a top_k Transformers takes its default of 50; 0 switches it off.
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
 
@@ -155,8 +158,10 @@ def encode_prompt(
     """The ids of a prompt.
 
     Raises:
-        InputError: they do not fit the model, its vocabulary or its learned position table.
+        InputError: it is not Unicode, or they do not fit the model, its vocabulary or its learned position table.
     """
+    if isinstance(prompt, str):
+        check_unicode(prompt, name)
     ids = (_encode_chat if chat else _encode_text)(tokenizer, prompt)
     if not ids:
         if tokenizer.eos_token_id is None:
@@ -237,6 +242,8 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise InputError(f"seed must be a number of 64 bits, got {seed}")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -62,10 +62,19 @@ def check_length(model: PreTrainedModel, length: int, what: str) -> None:
         )
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Raise InputError where a text has half of a surrogate pair, as a shell makes of other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not valid Unicode: {error.reason}") from error
+
+
 def check_token_ids(model: PreTrainedModel, ids: Tensor | Sequence[int]) -> None:
     """Raise InputError where one of these token ids lies outside the model's vocabulary."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    lowest, highest = (int(end) for end in torch.as_tensor(ids).aminmax())
+    # Numbers from outside may be more than a tensor holds.
+    lowest, highest = map(int, ids.aminmax()) if isinstance(ids, Tensor) else (min(ids), max(ids))
     if lowest < 0 or highest >= rows:
         raise InputError(
             f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of {rows}; "

@@ -21,6 +21,7 @@ from ..evaluation.attention_maps import LayerAttention, capture_attention
 from ..evaluation.perplexity import check_sequences, perplexity_of, token_losses, with_prefix
 from ..evaluation.sinks import LayerStatistics
 from ..hf.settings import model_settings
+from ..inference.model import check_unicode
 from ..models import StableMaskConfig
 
 MAX_TOKENS = 1024
@@ -119,10 +120,7 @@ def inspect_model(
     """
     if not 2 <= max_tokens <= MAX_TOKENS:
         raise InputError(f"max_tokens must be from 2 to {MAX_TOKENS}, got {max_tokens}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the text is not valid Unicode: {error.reason}") from error
+    check_unicode(text, "the text")
     every: list[int] = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
     text_ids = torch.tensor(every[:max_tokens])
     if len(text_ids) < 2:

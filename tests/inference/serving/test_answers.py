@@ -1,7 +1,9 @@
 """What the server answers OpenAI's client, against Transformers' own `generate`."""
 
 import copy
+import json
 import re
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -10,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from stablemask.inference.generate import CallbackStreamer
+from stablemask.inference.serving import answers
 from stablemask.inference.serving.answers import _Answer
 from stablemask.inference.serving.protocol import CompletionRequest
 
@@ -341,6 +344,42 @@ def test_a_token_is_told_with_its_space_and_bytes():
     assert [token["token"] for token in tokens] == [" the", "the", "<0xE2>", "\ufffd"]
     assert [token["bytes"] for token in tokens[:3]] == [[*b" the"], [*b"the"], [0xE2]]
     assert {token["token"] for token in tokens[1]["top_logprobs"]} == {" the", "the"}
+
+
+def test_an_offset_counts_characters_and_not_the_names_of_bytes():
+    tokens = [
+        {"token": token, "bytes": spelled, "logprob": -1.0, "top_logprobs": []}
+        for token, spelled in [
+            (" a", [*b" a"]), ("<0xE2>", [0xE2]), ("<0x82>", [0x82]), ("<0xAC>", [0xAC]),
+            ("né", [*"né".encode()]), ("[unk]", None), ("b", [*b"b"]),
+        ]
+    ]  # fmt: skip
+    text = " a\u20acné[unk]b"
+    offsets = CompletionRequest(prompt="", logprobs=0).told(tokens, 4)["text_offset"]
+    assert [offsets[place] - 4 for place in (0, 1, 4, 5, 6)] == [
+        0, 2, text.index("n"), text.index("["), text.index("b"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_not_a_number_is_null(client, monkeypatch, streamed):
+    monkeypatch.setattr(answers, "_log_probs", lambda logits: torch.full_like(logits, torch.nan))
+    body = {"prompt": "the", "max_tokens": 1, "logprobs": 1, "stream": streamed}
+    request = urllib.request.Request(
+        f"{client.base_url}completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert response.headers["content-type"].startswith(
+            "text/event-stream" if streamed else "application/json"
+        )
+        events = response.read().decode().removesuffix("data: [DONE]\n\n")
+    for event in events.removesuffix("\n\n").split("\n\n"):
+        reply = json.loads(event.removeprefix("data: "), parse_constant=pytest.fail)
+        (choice,) = reply["choices"]
+        assert set(choice["logprobs"]["token_logprobs"]) <= {None}
+    assert "null" in events
 
 
 def test_some_tokenizers_drop_a_leading_space():

@@ -50,6 +50,10 @@ def test_a_prompt_that_is_too_long(client, our_client):
         (b'{"prompt": [[1], [-1]]}', "prompt: it must be text, a list of token ids"),
         (b'{"prompt": [[1.0]]}', "prompt: it must be text, a list of token ids"),
         (b'{"prompt": [999]}', "token id 999 is outside the model's vocabulary of 280"),
+        (
+            b'{"prompt": [9999999999999999999]}',
+            "token id 9999999999999999999 is outside the model's",
+        ),
         (b'{"prompt": []}', "prompt must be given"),
         (b'{"prompt": "\\ud800"}', "the body is not valid JSON"),
         (b'{"prompt": "a", "\\ud800": 1}', "the body is not valid JSON"),

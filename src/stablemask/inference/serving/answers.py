@@ -12,12 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import InputError
-from ..generate import CallbackStreamer, encode_prompt, seeded
+from ..generate import MIN_TEMPERATURE, CallbackStreamer, encode_prompt, seeded
 from ..model import check_token_ids, evaluating
 from .protocol import AnyRequest, ChatRequest, Choices, Piece
 
-# Below it, logits would overflow and the likeliest token is certain anyway.
-MIN_TEMPERATURE = 1e-5
 # How a byte-level vocabulary spells bytes: those that print by themselves, the others by characters from 256 on.
 _PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 _UNPRINTED = (byte for byte in range(256) if byte not in _PRINTED)

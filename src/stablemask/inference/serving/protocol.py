@@ -1,6 +1,5 @@
 """OpenAI's API: what a request may hold, and the form of its reply. What is not here is refused, never ignored."""
 
-import json
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
+from ... import strict_json
 from ...errors import InputError
 from ...reading import first_line
 
@@ -137,7 +137,7 @@ class CompletionRequest(Request):
             "tokens": texts,
             "token_logprobs": [token["logprob"] for token in tokens],
             "top_logprobs": [top if None not in top.values() else None for top in tops],
-            "text_offset": [*accumulate(map(len, texts), initial=offset)][:-1],
+            "text_offset": [*accumulate(map(_characters, tokens), initial=offset)][:-1],
         }
 
 
@@ -247,7 +247,7 @@ async def events(
 
     def event(*choices: dict[str, Any], **more: Any) -> str:
         chunk = {**head, "object": asked.chunk_kind, "choices": choices, **more}
-        return f"data: {json.dumps(chunk)}\n\n"
+        return f"data: {strict_json.dumps(chunk)}\n\n"
 
     begun, offset = -1, 0
     try:
@@ -255,12 +255,19 @@ async def events(
             offset = offset if index == begun else 0
             said = asked.added(piece.text, index != begun)
             yield event(_choice(asked, index, said, piece, offset))
-            begun, offset = index, offset + sum(len(token["token"]) for token in piece.tokens)
+            begun, offset = index, offset + sum(map(_characters, piece.tokens))
         if asked.stream_options.include_usage:
             yield event(usage=usage)
     except Exception as error:
-        yield f"data: {json.dumps(failure(error))}\n\n"
+        yield f"data: {strict_json.dumps(failure(error))}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def _characters(token: dict[str, Any]) -> int:
+    """How many characters of the text a token begins; its own name may be that of a byte."""
+    if token["bytes"] is None:
+        return len(token["token"])
+    return sum(byte & 0xC0 != 0x80 for byte in token["bytes"])  # the others go on with one
 
 
 def _choice(

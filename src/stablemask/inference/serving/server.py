@@ -27,6 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ... import strict_json
 from ...errors import InputError
 from ..model import check_length
 from .answers import Answers
@@ -181,7 +182,8 @@ class _Api:
             reply = asked, head, self.answers.choices(asked, ids, usage), usage
             if asked.stream:
                 return StreamingResponse(events(*reply), media_type="text/event-stream")
-            return JSONResponse(await _while_connected(http, whole(*reply)))
+            answer = await _while_connected(http, whole(*reply))
+            return Response(strict_json.dumps(answer), media_type="application/json")
 
         return handle
 
