@@ -289,15 +289,18 @@ def page() -> str:
 PREFACE = """\
 # Which Transformers models run StableMask
 
-Written by `python -m tests.hf.families`, and checked by `tests/hf/test_families.py`. *Works* means: a
-random model of two layers in float64 gives the logits and the gradient of every parameter that its own eager
-attention gives with the pseudo columns of [method.md](method.md) written out in it: with one gamma a head, an
-infinite horizon and a text padded on the left, and with one gamma, a finite horizon, a `start` and a `shift` of each
-layer and head. *Refused* means a ValueError with the reason given, when the model is made
-or, for soft-capping, when it is run; nothing else runs in its stead. *From* is the first Transformers of those we support in
-which it works; older ones refuse it. A family that is not named here works if
-its layers call Transformers' attention interface and are told `position_ids`. Those that choose or compress their keys
-(DeepSeek V3.2 and V4, GLM-5, MiniMax M3) are refused when they are run.
+This page lists the families of Transformers that were tried with StableMask. `python -m tests.hf.families` writes it, and
+`tests/hf/test_families.py` checks it. A family that is not named works if its layers call Transformers' attention interface
+and are told `position_ids`. Those that choose or compress their keys (DeepSeek V3.2 and V4, GLM-5, MiniMax M3) are refused
+when they are run.
+
+- *Works*: a random model of two layers in float64 equals its own eager attention with the pseudo columns of
+  [the method](method.md) written out in it, in logits and in the gradient of every parameter. It is tried with two
+  [settings](transformers.md#settings): one gamma a head, an infinite horizon and a text padded on the left; and one gamma, a
+  finite horizon, a `start` and a `shift` of each layer and head.
+- *Refused*: a ValueError gives the reason when the model is made or, for soft-capping, when it is run. Nothing else runs in
+  its stead.
+- *From*: the first Transformers, of those we support, in which it works. Older ones refuse it.
 
 | family | class | StableMask | from | sliding window | notes |
 |---|---|---|---|---|---|
