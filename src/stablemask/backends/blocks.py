@@ -6,6 +6,7 @@ the same random numbers, rather than keep its scores.
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,9 +34,7 @@ def attend(call: Call) -> Tensor:
     if transformed or not needs_gradient(call):
         return torch.cat([_attend_rows(call, rows) for rows in _blocks(n)], dim=2)
 
-    # The gradient of a key is a sum over the blocks, taken in float32 or better.
-    if call.query.dtype in (torch.float16, torch.bfloat16):
-        call = call._replace(key=call.key.float(), value=call.value.float())
+    call = _precise(call)
     parts = [
         checkpoint(
             functools.partial(_attend_rows, call, rows),
@@ -45,6 +44,24 @@ def attend(call: Call) -> Tensor:
         for rows in _blocks(n)
     ]
     return torch.cat(parts, dim=2)
+
+
+def _precise(call: Call) -> Call:
+    """What several blocks read, of half precision, in float32, in which its gradient is then summed."""
+
+    def widened(tensor):
+        half = isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+        return tensor.float() if half else tensor
+
+    masks = replace(call.masks, alibi_slopes=widened(call.masks.alibi_slopes))
+    if masks.attn_mask is not None and masks.attn_mask.shape[2] == 1:
+        masks = replace(masks, attn_mask=widened(masks.attn_mask))
+    return call._replace(
+        key=widened(call.key),
+        value=widened(call.value),
+        sink_logits=widened(call.sink_logits),
+        masks=masks,
+    )
 
 
 def _blocks(n: int) -> list[slice]:
