@@ -67,18 +67,22 @@ def test_shapes_follow_positions_and_gamma():
     )
 
 
-@pytest.mark.parametrize("horizon", [None, 9])
-def test_gamma_has_the_gradient_of_the_dense_scores(horizon):
-    gamma = torch.tensor([0.3, 1.2], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(
+    ("rates", "horizon"),
+    [([0.3, 1.2], None), ([0.3, 1.2], 9), ([0.0, 1e-17], 9), ([1e-7, 1e-6], 9), ([1e-4, 1e-3], 9)],
+)
+def test_gamma_has_the_gradient_of_the_dense_scores(rates, horizon):
+    gamma = torch.tensor(rates, dtype=torch.float64, requires_grad=True)
     rows = torch.arange(8)
     weights = torch.randn(2, 8, dtype=torch.float64)
-    (actual,) = torch.autograd.grad(
-        (pseudo_logsumexp(rows, gamma, horizon).double() * weights).sum(), gamma
-    )
+    log_mass = pseudo_logsumexp(rows, gamma, horizon).double()
+    (actual,) = torch.autograd.grad((log_mass * weights).sum(), gamma)
     length = horizon or 400
     column = torch.arange(length, dtype=torch.float64)
     scores = (-gamma.view(2, 1, 1) * column).masked_fill(column <= rows.unsqueeze(-1), -torch.inf)
-    (expected,) = torch.autograd.grad((scores.logsumexp(-1) * weights).sum(), gamma)
+    exact = scores.logsumexp(-1)
+    torch.testing.assert_close(log_mass, exact, rtol=1e-6, atol=1e-6)
+    (expected,) = torch.autograd.grad((exact * weights).sum(), gamma)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -92,6 +96,12 @@ def test_gradient_is_finite_where_the_mass_has_ended():
 def test_head_decay_rates_are_alibis_slopes():
     expected = torch.tensor([0.5, 0.25, 0.125, 0.0625, 2**-5, 2**-6, 2**-7, 2**-8])
     torch.testing.assert_close(head_decay_rates(8), expected, rtol=0, atol=0)
+
+
+def test_a_gamma_may_be_any_int():
+    torch.testing.assert_close(
+        pseudo_logsumexp(torch.arange(3), 10**30), pseudo_logsumexp(torch.arange(3), 1e30)
+    )
 
 
 def test_dense_mask_is_the_papers_figure():
@@ -126,6 +136,8 @@ def test_mask_ratio_is_the_share_of_the_sink():
         ((torch.arange(3), "slopes"), TypeError, "gamma"),
         ((torch.arange(3), 0.1, -1), ValueError, "horizon"),
         ((torch.arange(3), 0.1, 3.0), TypeError, "horizon"),
+        ((torch.arange(3), 0.1, 10**30), ValueError, "horizon must be .* below 2.*63, got 10{30}$"),
+        ((torch.arange(3), 10**400), ValueError, "gamma must be a finite number, got 1"),
         ((torch.arange(3.0), 0.1), TypeError, "positions"),
         (([0, 1], 0.1), TypeError, "positions"),
         ((torch.tensor([True]), 0.1), TypeError, "positions"),

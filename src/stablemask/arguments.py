@@ -5,6 +5,7 @@ the checks hold of them all the same: they compare, for neither ``in`` nor ``mat
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -20,6 +21,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+INT_END = 2**63  # the first that is too large for a tensor, and for an operator
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = None) -> None:
@@ -64,10 +66,11 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
         raise TypeError(f"past must be an int, got {past!r}")
     if past is None and kv_len < q_len:
         raise ValueError(f"kv_len must be at least q_len, got {shown(kv_len)} and {shown(q_len)}")
-    if past is not None and not (past >= 0 and (past + q_len <= kv_len or past >= kv_len)):
+    stands = past is not None and 0 <= past < INT_END - q_len
+    if past is not None and not (stands and (past + q_len <= kv_len or past >= kv_len)):
         raise ValueError(
             f"past must be from 0 to kv_len - q_len = {shown(kv_len - q_len)}, or at least kv_len = "
-            f"{shown(kv_len)} where every row comes after every key, got {shown(past)}"
+            f"{shown(kv_len)} and below 2**63 where every row comes after every key, got {shown(past)}"
         )
 
 
@@ -111,7 +114,7 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor | float:
     """Sink logits as a number, or a three-dimensional tensor on the device of query."""
-    if isinstance(sink_logits, Tensor) and sink_logits.dtype.is_floating_point:
+    if isinstance(sink_logits, Tensor) and sink_logits.dtype in FLOATS:
         if sink_logits.device != query.device:
             raise ValueError(f"sink_logits is on {sink_logits.device}, query on {query.device}")
         rows = query.shape[:3]
@@ -125,7 +128,9 @@ def check_sink(sink_logits: Tensor | float, query: Tensor) -> Tensor | float:
         return sink_logits
     if not is_number(sink_logits):
         kind = sink_logits.dtype if isinstance(sink_logits, Tensor) else type(sink_logits).__name__
-        raise TypeError(f"sink_logits must be a floating-point tensor or a number, got {kind}")
+        raise TypeError(
+            f"sink_logits must be a floating-point tensor, of 16, 32 or 64 bits, or a number, got {kind}"
+        )
     if sink_logits != sink_logits:
         raise ValueError("sink_logits must be a number or a tensor, got nan")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -147,7 +152,8 @@ def check_scale(scale: float | None, query: Tensor) -> float:
         return query.shape[-1] ** -0.5
     if not is_number(scale):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not -math.inf < scale < math.inf:
+    above_all = isinstance(scale, int) and abs(scale) > sys.float_info.max  # that is no infinity
+    if above_all or not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {shown(scale)}")
     return scale * 1.0  # a float, of an int too
 
@@ -221,8 +227,10 @@ def check_masks(
         raise ValueError(
             f"alibi_slopes must be (heads,) = ({heads},), got shape {tuple(alibi_slopes.shape)}"
         )
-    if window is not None and not (is_int(window) and window >= 1):
-        raise ValueError(f"window must be an int of at least 1, or None, got {shown(window)}")
+    if window is not None and not (is_int(window) and 1 <= window < INT_END):
+        raise ValueError(
+            f"window must be an int of at least 1 and below 2**63, or None, got {shown(window)}"
+        )
     if documents is not None:
         if documents.dtype.is_floating_point or documents.dtype.is_complex:
             raise TypeError(f"documents must be an integer tensor, got {documents.dtype}")

@@ -10,13 +10,17 @@ part in the softmax and carry no value, so a row needs only their logsumexp, whi
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor
 
-from .arguments import is_int, is_number, shown
+from .arguments import INT_END, is_int, is_number, shown
 from .backends import hardware
 from .backends.calls import only_autograd_watches
+
+# Of rate times columns, up to which a series is exact: it leaves out a twenty-fourth of the square.
+_FLAT = 1e-6
 
 
 def head_decay_rates(num_heads: int) -> Tensor:
@@ -59,6 +63,8 @@ def pseudo_logsumexp(
             checked in eager mode on the CPU only; elsewhere a bad one shows as NaN.
     """
     _check(positions, gamma, horizon)
+    if not isinstance(gamma, Tensor):
+        gamma = gamma * 1.0  # of an int, which may be too large for a tensor's
     if suffix and horizon is None:
         raise ValueError("suffix needs a finite horizon: behind an infinite one there is no row")
     if positions.device.type == "mps":  # Apple's GPU has no float64
@@ -79,10 +85,12 @@ def pseudo_logsumexp(
     remaining = horizon - 1 - row
     # Both branches of a `where` reach the gradient, so each is kept finite where it is not chosen.
     columns = remaining.clamp(min=1)
-    flat = rate == 0
+    # The gradient of a tiny rate would be the difference of two huge numbers, and 0 has no logarithm.
+    flat = rate * columns < _FLAT
+    series = columns.log() - rate * (columns - 1) / 2
     safe_rate = torch.where(flat, 1.0, rate)
     decayed = torch.log(-torch.expm1(-safe_rate * columns)) - torch.log(-torch.expm1(-safe_rate))
-    log_mass = torch.where(flat, columns.log(), decayed) - (row + 1) * rate
+    log_mass = torch.where(flat, series, decayed) - (row + 1) * rate
     return torch.where(remaining > 0, log_mass, -row * rate if suffix else -torch.inf).float()
 
 
@@ -134,8 +142,8 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
     if horizon is not None:
         if not is_int(horizon):
             raise TypeError(f"horizon must be an int or None, got {horizon!r}")
-        if horizon < 0:
-            raise ValueError(f"horizon must be at least 0, got {shown(horizon)}")
+        if not 0 <= horizon < INT_END:
+            raise ValueError(f"horizon must be at least 0 and below 2**63, got {shown(horizon)}")
 
     if isinstance(gamma, Tensor):
         if gamma.dtype.is_floating_point and gamma.dtype.itemsize < 2:
@@ -154,8 +162,8 @@ def _check(positions: Tensor, gamma: float | Tensor, horizon: int | None) -> Non
         lowest = gamma
     else:
         raise TypeError(f"gamma must be a number or a tensor (heads,), got {type(gamma).__name__}")
-    if lowest == math.inf:  # of which 0 times is no number
-        raise ValueError("gamma must be a finite number, got inf")
+    if lowest > sys.float_info.max:  # infinity, of which 0 times is no number, or an int
+        raise ValueError(f"gamma must be a finite number, got {shown(lowest)}")
     if not (lowest > 0 or (lowest == 0 and horizon is not None)):
         allowed = "greater than 0 with an infinite horizon" if horizon is None else "at least 0"
         raise ValueError(f"gamma must be {allowed}, got {shown(lowest)}")

@@ -173,6 +173,11 @@ def test_bad_overrides_and_writes_are_refused_as_in_construction(way, settings, 
             "must be a number, 'slopes', 'learned', or a list .*nan",
         ),
         ({"stablemask": {"gamma": [0.1, 0.2]}}, r"one number per head \(4\), got \[0.1, 0.2\]"),
+        ({"stablemask": {"gamma": 10**400}}, "must be a number, 'slopes', 'learned', or a list "),
+        *(
+            ({"stablemask": {name: 10**30}}, rf"\['{name}'\] must be below 2.*63, got 10{{30}}$")
+            for name in ("horizon", "start", "hold")
+        ),
         ({"stablemask": {"gamma": []}}, r"one number per head \(4\), got \[\]"),
         ({"stablemask": {"suffix": True}}, r"\['suffix'\] must be False with an infinite horizon"),
         ({"stablemask": {"suffix": 1, "horizon": 9}}, r"\['suffix'\] must be True or False, got 1"),

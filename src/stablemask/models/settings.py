@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import sys
 from typing import Any
 
 import torch
@@ -100,6 +101,9 @@ def complete_settings(
         raise ValueError(
             f"stablemask['hold'] must be an integer of at least 0, or None (as an option: {NEVER}), got {hold!r}"
         )
+    for name, place in (("horizon", horizon), ("start", start), ("hold", hold)):
+        if place is not None and place >= 2**63:  # a tensor's ints end there
+            raise ValueError(f"stablemask[{name!r}] must be below 2**63, got {place}")
     if hold is not None or by_default:
         settings["hold"] = hold
     floor = given.get("floor", 0.0)
@@ -190,11 +194,11 @@ def in_short(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    # Not math.isfinite: a compiler takes a changed shift as a symbol.
+    # Not math.isfinite: a compiler takes a changed shift as a symbol. An int may be larger than any float.
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and -math.inf < value < math.inf
+        and abs(value) <= sys.float_info.max
     )
 
 
