@@ -286,6 +286,13 @@ def test_a_model_of_text_and_pictures_is_adapted(options, base, tmp_path):
     text_alone = sum(p.numel() for n, p in model.named_parameters() if "language_model" in n)
     told = describe_finetuning(replace(chosen, dry_run=True))
     assert f"{model.num_parameters():,} parameters, {text_alone:,} of them trained" in told
+    linear = [
+        module for name, module in model.named_modules()
+        if "language_model" in name and isinstance(module, torch.nn.Linear)
+    ]  # fmt: skip
+    of_adapter = sum(2 * (module.in_features + module.out_features) for module in linear)
+    told = describe_finetuning(replace(chosen, dry_run=True, lora=True, lora_rank=2))
+    assert f"parameters, {of_adapter:,} of them trained" in told
     finetune(replace(chosen, adapt=True, texts=0))
     before, after = (
         json.loads((tmp_path / p / "config.json").read_text()) for p in ("base", "run")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -284,14 +285,19 @@ def _check_held_out(folder: Path) -> None:
         )
 
 
-def _freeze_other_parts(model: PreTrainedModel) -> None:
-    """Those that no text reaches, such as a vision tower; DDP would wait for their gradients."""
+def _text_part(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """What text reaches; all but it, such as a vision tower, stays as it is."""
     if model.config.get_text_config(decoder=True) is model.config:
-        return
-    of_text: Any = (model.get_decoder(), model.get_output_embeddings())
-    reached = {id(parameter) for module in of_text for parameter in module.parameters()}
+        return (model,)
+    return model.get_decoder(), model.get_output_embeddings()  # type: ignore[return-value]
+
+
+def _freeze_other_parts(model: PreTrainedModel) -> None:
+    """DDP would wait for their gradients."""
+    reached = {id(parameter) for part in _text_part(model) for parameter in part.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in reached)
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
 
 
 def _freeze_below(model: PreTrainedModel, first_layer: int) -> None:
@@ -307,10 +313,17 @@ def _freeze_below(model: PreTrainedModel, first_layer: int) -> None:
 def _with_adapter(model: PreTrainedModel, options: FinetuneOptions) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    reached = {module for part in _text_part(model) for module in part.modules()}
+    others = [
+        name
+        for name, module in model.named_modules()
+        if module not in reached and not any(module.children())
+    ]
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         target_modules="all-linear",
+        exclude_modules=others or None,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
