@@ -6,7 +6,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from stablemask.errors import InputError
 from stablemask.evaluation.streaming import (
@@ -27,14 +28,14 @@ WINDOW, SINKS = 9, 3
 CLOSE = {"rtol": 0, "atol": 1e-4}  # logits near 10, losses in float32
 
 
-def llama():
+def llama(family="Llama"):
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-        initializer_range=0.3,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def losses_of_a_pass(model, ids):
@@ -46,7 +47,7 @@ def losses_of_a_pass(model, ids):
 @pytest.mark.parametrize("chunk_size", [1, 7, 100])
 def test_all_keys_are_a_plain_pass(chunk_size):
     model, ids = llama(), random_ids(2, 40)
-    losses = streaming_losses(model, ids, DynamicCache(config=model.config), chunk_size=chunk_size)
+    losses = streaming_losses(model, ids, DynamicCache(), chunk_size=chunk_size)
     torch.testing.assert_close(losses, losses_of_a_pass(model, ids), **CLOSE)
 
 
@@ -130,6 +131,10 @@ def test_refusals():
     scaled.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(InputError, match="need RoPE of the default type"):
         sink_cache(scaled, 8)
+    with pytest.raises(InputError, match="need RoPE of the default type"):
+        sink_cache(tiny_transformer("GPT2"), 8)
+    with pytest.raises(InputError, match="the RoPE of CohereForCausalLM cannot be counted anew"):
+        sink_cache(llama("Cohere"), 8)  # whose pairs are neighbours
     with pytest.raises(ValueError, match="one at a time"):
         streaming_losses(llama(), random_ids(1, 9), sink_cache(llama(), 8), chunk_size=2)
     with pytest.raises(InputError, match="outside the model's vocabulary of 61"):

@@ -186,7 +186,9 @@ def check_sequences(model: PreTrainedModel, ids: Tensor, prefix: int | None = No
         raise InputError(f"ids must be (batch, n) with n of at least 2, got {tuple(ids.shape)}")
     length = ids.shape[1] + (prefix is not None)
     check_length(model, length, f"a sequence of {length} tokens")
-    check_token_ids(model, with_prefix(ids, prefix))
+    check_token_ids(model, ids)
+    if prefix is not None:
+        check_token_ids(model, [prefix])
 
 
 def _as_ids(tokens: Sequence[int] | np.ndarray | Tensor, max_tokens: int | None) -> Tensor:

@@ -165,7 +165,7 @@ def _one_back(model: PreTrainedModel, config: Any, kinds: list[str | None]) -> d
     one_back = torch.tensor([[-1]], device=model.device)
     back = {}
     for kind in kinds:
-        parameters = config.rope_parameters or {}
+        parameters = getattr(config, "rope_parameters", None) or {}
         parameters = parameters.get(kind, parameters)
         whole = parameters.get("partial_rotary_factor", 1.0) == 1.0
         if parameters.get("rope_type") != "default" or not whole:
@@ -173,7 +173,24 @@ def _one_back(model: PreTrainedModel, config: Any, kinds: list[str | None]) -> d
                 "positions within a cache need RoPE of the default type, of whole heads"
             )
         back[kind] = rotary_angles(one_back, head_dim, parameters["rope_theta"])
+    _check_back(model, back[kinds[0]])
     return back
+
+
+def _check_back(model: PreTrainedModel, back: Rotary) -> None:
+    """Refuse a model that pairs other features of a head than ours does, as the configuration does not say.
+
+    In its first layer the keys of a token twice in a row are the same but for the place.
+    """
+    twice = torch.arange(8, device=model.device)[:, None].expand(-1, 2)
+    cache = DynamicCache()
+    with evaluating(model):
+        cached_logits(model, twice, cache)
+    first, second = cache.layers[0].keys.float().split(1, dim=2)  # type: ignore[union-attr]
+    if (rotate(second, *back) - first).abs().max() > 0.05 * first.abs().max():
+        raise InputError(
+            f"the RoPE of {type(model).__name__} cannot be counted anew within a cache"
+        )
 
 
 class AttentionSinkLayer(DynamicLayer):

@@ -108,7 +108,7 @@ def _sliding_masks(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> A
     That is a growing cache's, and a causal one, which is all that one token or the first window needs.
     """
     windows: list[Any] = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    if None in windows:
+    if None in windows or not windows:  # which a cache makes as layers come
         return None
     alike = len(set(windows)) == 1
     length = input_ids.shape[1]
