@@ -75,7 +75,7 @@ def only_writer(out: Path, *, is_file: bool = False) -> Iterator[None]:
         InputError: another process writes there, or it is no place to write to.
     """
     folder = out.parent if is_file else out
-    lock = out.with_name(f".{out.name}.lock") if is_file else out / ".lock"
+    lock = folder / (f".{out.name}.lock" if is_file else ".lock")
     made: list[Path] = []
     try:
         with writing(out):

@@ -172,6 +172,7 @@ def test_a_prompt_of_the_file_that_is_too_long(learned_folder, tmp_path, capsys)
         (["--prompts", "no.txt"], "--prompts needs --out"),
         (["--prompts", "no.txt", "--out", "b"], "cannot read 'no.txt': No such file"),
         (["--prompts", "a.txt", "--out", "b", "--stream"], "--prompts writes to --out"),
+        (["--prompts", "no.txt", "--out", "."], "cannot read 'no.txt'"),
         (
             ["--prompts", "a.txt", "--out", "b", "--batch-size", "0"],
             "batch_size must be at least 1, got",

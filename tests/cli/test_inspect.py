@@ -106,6 +106,7 @@ def test_what_is_cut_is_said(run):
         (["--against", "{bloom}"], "BloomForCausalLM cannot be captured"),
         (["--prefix", "quick brown"], "--prefix must be one token, or its id; 'quick brown' is "),
         (["--prefix", "99999"], "token id 99999 is outside the model's vocabulary"),
+        (["--prefix", "9" * 30], "token id 999999999999999999999999999999 is outside"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--out", "."], "cannot write .: it is a folder"),
         (["--out", "{tmp}/absent/report.html"], "No such file or directory"),

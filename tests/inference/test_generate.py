@@ -260,8 +260,9 @@ def test_position_tables_of_other_models(name, length):
 def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device(None).type in ("cpu", "cuda")
-    with pytest.raises(InputError, match="device 'abacus' cannot be used here"):
-        choose_device("abacus")
+    for name in ("abacus", "meta"):
+        with pytest.raises(InputError, match=f"device '{name}' cannot be used here"):
+            choose_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="device 'cuda' cannot be used here"):
             choose_device("cuda")

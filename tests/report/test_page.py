@@ -219,6 +219,8 @@ def test_three_runs_of_one_kind(comparison):
     runs = {**comparison.runs, "stablemask, again": comparison.runs["stablemask"]}
     page = Reader(without_drawings(replace(comparison, runs=runs)))
     assert len([row for row in page.rows if len(row) == 4]) > 8
+    # A terminal has it too, and no figures.
+    assert "Figure" not in caveat(replace(comparison, runs=runs))
 
 
 def test_every_attention_kind_has_a_colour():

@@ -22,7 +22,9 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        number = torch.zeros((), device=name)
+        number.item()  # which "meta" does not hold
+        return number.device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: {first_line(error)}") from error
 

@@ -77,7 +77,7 @@ def summary_rows(inspections: Sequence[Inspection]) -> list[tuple[str, list[str]
         row("tokens read", _tokens_read),
         row(
             "in front of the text",
-            lambda one: printable(one.prefix) if one.prefix else "nothing",
+            lambda one: "nothing" if one.prefix is None else printable(one.prefix),
         ),
         row("perplexity of them", lambda one: perplexity_text(one.perplexity)),
         row("attention on the first token", lambda one: f"{one.first_token:.1%}"),

@@ -121,7 +121,7 @@ def caveat(comparison: Comparison) -> str:
     if not is_short(comparison):
         return f"This is one training of each: {chance}, and another size or text may turn it."
     seen = min(trained_tokens(run) / run.parameters for run in comparison.runs.values())
-    trend = "Figure 1 shows how the gaps went; "
+    trend = ""
     gaps = _gaps(_others(comparison)[0][1], _base(comparison))
     if len(comparison.runs) == 2 and gaps:
         (step, widest), (_, last) = max(gaps, key=lambda gap: abs(gap[1])), gaps[-1]
