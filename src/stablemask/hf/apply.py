@@ -58,7 +58,8 @@ def apply_stablemask(
     if any(layer._parameters.get(SHIFT_PARAMETER) is not None for layer in decoder.modules()):
         raise ValueError("shifts of the model are in training: call keep_shifts(model) first")
     if isinstance(decoder, StableMaskPreTrainedModel):
-        decoder.base_model.check_parts("stablemask", settings)
+        ours: Any = decoder.base_model
+        ours.check_parts("stablemask", settings)
         config.attention = "stablemask"
     config.stablemask = settings
     decoder.set_attn_implementation(ATTN_IMPLEMENTATION)

@@ -289,7 +289,7 @@ def _text_part(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """What text reaches; all but it, such as a vision tower, stays as it is."""
     if model.config.get_text_config(decoder=True) is model.config:
         return (model,)
-    return model.get_decoder(), model.get_output_embeddings()  # type: ignore[return-value]
+    return model.get_decoder(), model.get_output_embeddings()
 
 
 def _freeze_other_parts(model: PreTrainedModel) -> None:
