@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...errors import InputError
-from ...options import changed, check_least, option
-from ...shell import pip_install
-from ..machine import default_dtype
-from .shared import TrainingOptions, installed
+from ..errors import InputError
+from ..options import changed, check_least, option
+from ..shell import pip_install
+from .machine import default_dtype
+from .shared_options import TrainingOptions, installed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,7 +87,7 @@ class FinetuneOptions(TrainingOptions):
     start: int = option(0, "first position with a pseudo mass; 1 leaves the first row alone")
 
     def resolved(self) -> Self:
-        from ..base_model import can_have_biases, context_of, normalises_keys
+        from .base_model import can_have_biases, context_of, normalises_keys
 
         defaults: dict[str, Any] = {
             "batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999, "dtype": default_dtype(large=True),

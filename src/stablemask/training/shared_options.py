@@ -8,10 +8,10 @@ import math
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...errors import InputError
-from ...options import check_least, check_values, option
-from ...reading import user_path
-from ..machine import default_dtype, world_size
+from ..errors import InputError
+from ..options import check_least, check_values, option
+from ..reading import user_path
+from .machine import default_dtype, world_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self

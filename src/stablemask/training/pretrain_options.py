@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...errors import InputError
-from ...models.presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
-from ...options import changed, check_least, option
-from ..machine import world_size
-from .shared import TrainingOptions
+from ..errors import InputError
+from ..models.presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
+from ..options import changed, check_least, option
+from .machine import world_size
+from .shared_options import TrainingOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ...models.configuration import StableMaskConfig
+    from ..models.configuration import StableMaskConfig
 
 
 @dataclass(kw_only=True)
@@ -65,12 +65,12 @@ class PretrainOptions(TrainingOptions):
         return there_are, self.context_parallel
 
     def sources(self) -> list[str]:
-        from ...data.mixture import parse_mixture
+        from ..data.mixture import parse_mixture
 
         return list(parse_mixture(self.mixture)) if self.mixture else [self.data]
 
     def _check(self) -> None:
-        from ...data.mixture import parse_mixture
+        from ..data.mixture import parse_mixture
 
         super()._check()
         self.model_config()
@@ -93,8 +93,8 @@ class PretrainOptions(TrainingOptions):
 
     def model_config(self, **overrides: Any) -> StableMaskConfig:
         """The model these options describe; ``overrides`` are fields of its configuration."""
-        from ...models.configuration import preset_config
-        from ...models.settings import given_settings
+        from ..models.configuration import preset_config
+        from ..models.settings import given_settings
 
         names = ("gamma", "horizon", "hold", "shift", "floor", "layers")
         given = given_settings(**{name: getattr(self, name) for name in names})
