@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from stablemask.data import train_tokenizer
 from stablemask.errors import InputError
 from stablemask.inference import generate
+from stablemask.inference.generate import CallbackStreamer
 from stablemask.inference.model import choose_device, position_table_length
 
 from ..models.tiny import FEW_DESIGNS, tiny_model
@@ -139,6 +140,43 @@ def test_a_stream_comes_while_the_text_is_made(tokenizer):
     model.register_forward_hook(lambda *_: events.append("step"))
     generate(model, tokenizer, PROMPTS[:1], max_new_tokens=30, stream=events.append)
     assert any(event != "step" for event in events[: events.index("step") + 25])
+
+
+MANY = "漢字🙂🙂 ไทย é" * 4  # no letter of it in the vocabulary, so that bytes stand in a row
+
+
+@pytest.fixture(scope="module")
+def of_bytes():
+    """As Llama's tokenizer is: what it has no token for it spells by bytes."""
+    names = [*(f"<0x{byte:02X}>" for byte in range(256)), "</s>"]
+    bpe = BPE({name: number for number, name in enumerate(names)}, [], byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@pytest.mark.parametrize("characters", [1, 5, 24])
+def test_a_stream_of_bytes_is_one_of_characters(of_bytes, characters):
+    prompt, answer = MANY[:characters], MANY[characters:]
+    pieces = []
+    streamer = CallbackStreamer(of_bytes, pieces.append)
+    streamer.put(torch.tensor([*prompt.encode()]))
+    for byte in answer.encode():
+        streamer.put(torch.tensor([byte]))
+    streamer.end()
+    assert pieces == list(answer)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_text_that_ends_within_a_character_is_whole_up_to_there(of_bytes, monkeypatch, missing):
+    new = [*MANY.encode()][: len(MANY.encode()) - 3 - missing]  # of the last of ไทย
+    model = tiny_model(vocab_size=len(of_bytes))
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.cat((input_ids, torch.tensor([new])), 1)
+    )
+    (text,) = generate(model, of_bytes, [MANY])
+    assert text.rstrip("\ufffd") == MANY[: MANY.rindex("ไทย") + 3 - (missing > 0)]
+    assert text.count("\ufffd") == {0: 0, 1: 2, 2: 1}[missing]
 
 
 def test_a_seed_repeats_a_sample_and_touches_nothing_else(tokenizer):

@@ -196,37 +196,53 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int
 
 
 class CallbackStreamer(BaseStreamer):
-    """Hands the continuation to a function piece by piece, at the same cost for each token."""
+    """Hands the continuation to a function piece by piece, at the same cost for each token.
 
-    # Tokens whose text the next ones join. A character is at most four of them.
+    A piece ends where a character does. A tokenizer with tokens for bytes (Llama's) makes no text of any byte in a row
+    while the last character is not whole, so no row may be cut within a character either.
+    """
+
+    # Tokens that are made text again with the next ones, which they may join.
     context = 16
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, callback: Callable[[str], Any]):
         self.tokenizer = tokenizer
         self.callback = callback
-        self.ids: list[int] = []
-        self.shown = 0
+        self.ids: list[int] = []  # whose text is whole
+        self.open: list[int] = []  # behind them, with a part of a character at the end
+        self.shown = 0  # characters of the text of both
 
     def put(self, value: Tensor) -> None:
         ids = value.flatten().tolist()
         if not self.ids:  # the prompt, which is shown already
-            self.ids = ids[-self.context :]
-            self.shown = len(self._decode(self.ids))
+            self._keep_last(ids)
             return
-        self.ids += ids
-        text = self._decode(self.ids)
-        # At the end these may be the first bytes of a character.
-        open_end = len(text) - len(text.rstrip("\ufffd"))
-        self._show(text, len(text) - min(open_end, 3))
-
-        kept = self.ids[-self.context :]
-        self.shown = max(0, len(self._decode(kept)) - (len(text) - self.shown))
-        self.ids = kept
+        self.open += ids
+        text = self._decode(self.ids + self.open)
+        whole = len(text.rstrip("\ufffd"))
+        if whole < len(text) and len(self.open) < self.context:
+            self._show(text, whole)
+            return
+        self._show(text, len(text))
+        self.ids, self.open, self.shown = self.ids + self.open, [], len(text)
+        if len(self.ids) > 2 * self.context:
+            self._keep_last(self.ids)
 
     def end(self) -> None:
-        text = self._decode(self.ids)
-        self._show(text, len(text))
-        self.ids, self.shown = [], 0
+        # By itself, for a part of a character makes no text of the whole ones before it.
+        shown = self.shown - len(self._decode(self.ids))
+        if rest := self._decode(self.open)[max(0, shown) :]:
+            self.callback(rest)
+        self.ids, self.open, self.shown = [], [], 0
+
+    def _keep_last(self, ids: list[int]) -> None:
+        """The last tokens, from where a character begins: it has four bytes at most."""
+        for more in range(4):
+            self.ids = ids[-self.context - more :]
+            text = self._decode(self.ids)
+            self.shown = len(text)
+            if not text.startswith("\ufffd"):
+                break
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -264,10 +280,17 @@ def _continue(
         attention_mask=torch.tensor(mask, device=model.device),
         **settings,
     )
-    texts = []
-    for ids, row in zip(encoded, output[:, longest:].tolist(), strict=True):
-        prefix, text = (
-            str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in (ids, ids + row)
-        )
-        texts.append(text[len(prefix) :])
-    return texts
+    return [
+        _text(tokenizer, torch.tensor(ids), row)
+        for ids, row in zip(encoded, output[:, longest:].cpu(), strict=True)
+    ]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, prompt: Tensor, new: Tensor) -> str:
+    """The text of new tokens, as a stream has it."""
+    pieces: list[str] = []
+    streamer = CallbackStreamer(tokenizer, pieces.append)
+    for value in (prompt, *new):
+        streamer.put(value)
+    streamer.end()
+    return "".join(pieces)
