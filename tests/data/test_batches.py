@@ -129,9 +129,11 @@ def conversations(count: int) -> ChatDataset:
     ranks=st.integers(1, 5),
 )
 def test_evaluation_sees_each_example_once(count, batch_size, ranks):
-    collate = partial(pad_conversations, pad_token_id=0)
     dataset = conversations(count)
-    found = [list(eval_loader(dataset, batch_size, rank, ranks, collate)) for rank in range(ranks)]
+    found = [
+        list(eval_loader(dataset, batch_size, rank, ranks, pad_conversations))
+        for rank in range(ranks)
+    ]
     assert len({len(of_rank) for of_rank in found}) == 1
     for of_all in zip(*found, strict=True):
         assert len({len(batch["input_ids"]) for batch in of_all}) == 1

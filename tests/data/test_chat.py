@@ -120,7 +120,7 @@ def test_padding_on_the_right_changes_no_token(tokenizer, source):
     )  # fmt: skip
     model = apply_stablemask(LlamaForCausalLM(config).double().eval(), gamma=0.02)
     examples = conversations(prepare_chat(source, tokenizer, context=2048))
-    batch = pad_conversations(examples, pad_token_id=7)
+    batch = pad_conversations(examples)
     assert batch["attention_mask"].sum(1).tolist() == [len(e["input_ids"]) for e in examples]
     logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
     nats, count = 0.0, 0

@@ -261,6 +261,29 @@ def test_the_loss_of_conversations_is_the_mean_over_the_assistants_tokens(
     assert 0 <= seen - data.train.num_tokens <= 64 * again
 
 
+@pytest.mark.parametrize("adapt", [{}, {"adapt": True, "texts": 0}])
+def test_a_padding_token_that_the_model_has_no_row_for(adapt, chat_options, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert tokenizer.pad_token_id == AutoModelForCausalLM.from_pretrained(base).config.vocab_size
+    losses = [
+        finetune(
+            replace(
+                chat_options,
+                model=str(folder),
+                out=str(tmp_path / name),
+                steps=1,
+                warmup=0,
+                **adapt,
+            )
+        ).eval_loss
+        for name, folder in (("theirs", base), ("ours", tmp_path / "base"))
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_without_adapt_a_model_is_trained_as_it_is(options, adapted, base, tmp_path):
     plain = finetune(replace(options, out=str(tmp_path / "plain"), steps=2))
     config = AutoModelForCausalLM.from_pretrained(plain.folder).config

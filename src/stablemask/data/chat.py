@@ -168,14 +168,17 @@ def prepare_chat(
     )
 
 
-def pad_conversations(examples: list[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """A batch, padded on the right: a token keeps the position it has in its own conversation."""
+def pad_conversations(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch, padded on the right: a token keeps the position it has in its own conversation.
+
+    Padding is the token 0, which every model has; a tokenizer's own may lie outside of its vocabulary.
+    """
 
     def pad(tensors: Iterable[Tensor], value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
 
     return {
-        "input_ids": pad((example["input_ids"] for example in examples), pad_token_id),
+        "input_ids": pad((example["input_ids"] for example in examples), 0),
         "attention_mask": pad((torch.ones_like(example["input_ids"]) for example in examples), 0),
         "labels": pad((example["labels"] for example in examples), IGNORED),
     }

@@ -245,8 +245,7 @@ def _build_trainer(
     if options.fsdp:
         shard(model, dtype=options.dtype, compile=options.compile)
     if prepared.calibration is not None or isinstance(prepared.data, ChatCorpus):
-        pad_token_id = given(prepared.data.tokenizer.pad_token_id)
-        arguments["collate"] = partial(pad_conversations, pad_token_id=pad_token_id)
+        arguments["collate"] = pad_conversations
     return build_trainer(
         options,
         folder,

@@ -139,8 +139,7 @@ def calibrated(
     else:
         sources = data.train.datasets if isinstance(data.train, Mixture) else [data.train]
         examples = [example for source in sources for example in spread(source, CALIBRATED_ON)]
-        pad = given(data.tokenizer.pad_token_id)
-        batches = [pad_conversations(examples[i : i + 4], pad) for i in range(0, len(examples), 4)]
+        batches = [pad_conversations(examples[i : i + 4]) for i in range(0, len(examples), 4)]
         try:
             with _precision(model, options):
                 steady = None if options.lora else steady_dimensions(model, given(options.context))
