@@ -254,7 +254,9 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     with reading(path):
         content = Path(path).read_bytes()
     try:
-        loaded = yaml.safe_load(content.decode())
+        text = content.decode()
+        loaded = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
     except RecursionError:
         raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
     # The last three come from what a value is made of, such as the month 13.
@@ -264,6 +266,9 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds no options; write one 'name: value' a line")
+    if len(node.value) > len(loaded):  # of which YAML keeps the last
+        names = [key.value for key, _ in node.value]
+        raise InputError(f"{path}: the option {max(names, key=names.count)!r} is given twice")
     return loaded
 
 

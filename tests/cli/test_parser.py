@@ -168,6 +168,7 @@ def test_wrong_flags_are_one_sentence_that_names_them(argv, words):
         ("model: no", "model: False is not text"),
         ("model: m\nposition: nope", "position: 'nope' is not one of rope, alibi"),
         ("model: m\nlengths: [1, x]", "lengths: [1, 'x'] is not a list, each item a whole number"),
+        ("stream: no\nmodel: m\nmodel: n", "the option 'model' is given twice"),
         ("max_new_tokens: 1\nmax-new-tokens: 2", "the option 'max_new_tokens' is given twice"),
         ("- model", "holds no options"),
         ("model: [", "not valid YAML"),

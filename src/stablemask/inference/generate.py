@@ -245,7 +245,10 @@ class CallbackStreamer(BaseStreamer):
                 break
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        # Cleaning would take back spaces that are shown already.
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     def _show(self, text: str, end: int) -> None:
         if end > self.shown:

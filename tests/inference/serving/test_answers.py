@@ -390,3 +390,15 @@ def test_some_tokenizers_drop_a_leading_space():
         streamer.put(torch.tensor(tokens))
     streamer.end()
     assert "".join(pieces) == " dog the"
+
+
+def test_a_tokenizer_that_would_take_spaces_back_loses_no_characters():
+    tokenizer = spaced_tokenizer("▁'")
+    tokenizer.clean_up_tokenization_spaces = True
+    assert tokenizer.decode([0, 2, 1]) == "the'dog"
+    pieces = []
+    streamer = CallbackStreamer(tokenizer, pieces.append)
+    for token in (0, 2, 1):
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert pieces == [" '", " dog"]
