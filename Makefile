@@ -19,7 +19,7 @@ help:
 	@echo "make vllm-test  vLLM answers as Transformers does, in an environment with vLLM for CPUs: 3 GB"
 	@echo "make bench   the benchmark of speed and memory, about 15 minutes"
 	@echo "make gpu     on a machine with an NVIDIA GPU: is it right, how fast is it; 500 seconds"
-	@echo "make reproduce  the paper's claims, measured again: docs/results.md, about 100 minutes"
+	@echo "make reproduce  the paper's claims, measured again: docs/results.md, some 2.5 hours"
 	@echo "make clean   remove .venv and caches"
 
 demo: setup

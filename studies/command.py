@@ -61,7 +61,7 @@ class StudyOptions:
         positional=True,
     )
     scale: str = option(
-        "small", "small for two cores and two hours, gpu for a large one", choices=SCALES
+        "small", "small for two cores and some 2.5 hours, gpu for a large one", choices=SCALES
     )
     out: str = option("runs/reproduce", "folder for the results and the work")
     records: str = option(

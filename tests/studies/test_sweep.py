@@ -138,8 +138,18 @@ def test_the_share_of_the_zero_row_is_worked_out():
     section = ablation.section(records)
     assert section.facts["shares"] == {"nano": "50%", "micro": "50%"}
     assert section.facts["paper_share"] == "71%"  # (22.5 - 21.5) / (22.5 - 21.1)
+    rows = [ablation.WORDS["stablemask-paper"], ablation.WORDS["stablemask-zero"]]
+    assert section.facts["ahead"] == {"nano": rows, "micro": rows}
     better, *_ = section.claims
     assert better.verdict == "reproduced"
+
+    def in_doubt(record):  # by the spread of its seeds
+        doubt = 0.3 * record.get("seed", 0) * (record["label"] == "stablemask-paper")
+        return losses.get(record["label"], 3.0) + doubt
+
+    facts = ablation.section(made_up(ablation, in_doubt)).facts
+    assert facts["shares"] == {}
+    assert facts["ahead"] == {size: [ablation.WORDS["stablemask-zero"]] for size in ("nano", "micro")}
 
 
 @pytest.mark.parametrize("name", STUDIES)
