@@ -53,7 +53,7 @@ class Masks:
         Args:
             rows, keys: the tile.
             past: keys before the first query row, ``m - n``.
-            dtype: floating point; a number beyond its range becomes its lowest, for it is none of -inf.
+            dtype: floating point.
 
         Returns:
             (B or 1, H or 1, rows or 1, keys), or None where there is nothing to add.
@@ -67,10 +67,7 @@ class Masks:
                     ~mask, -torch.inf
                 )
             else:
-                bias = mask.to(dtype)
-                lowest = torch.finfo(dtype).min
-                if torch.finfo(mask.dtype).min < lowest:
-                    bias = torch.where(mask.isinf(), bias, bias.clamp(min=lowest))
+                bias = additive(mask, dtype)
 
         cut = self.window is not None and past + rows.stop - 1 - keys.start >= self.window
         if not (cut or self.alibi_slopes is not None or self.documents is not None):
@@ -101,6 +98,14 @@ def requires_grad(tensor: Tensor) -> bool:
     ):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in a dtype; a number beyond its range becomes its lowest, for it is none of -inf."""
+    lowest, bias = torch.finfo(dtype).min, mask.to(dtype)
+    if torch.finfo(mask.dtype).min < lowest:
+        bias = torch.where(mask.isinf(), bias, bias.clamp(min=lowest))
+    return bias
 
 
 def alibi_bias(distance: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -69,6 +69,28 @@ class TestOnCPU:
             inputs, sink, definition, attn_mask=allowed, documents=documents, alibi_slopes=slopes
         )
 
+    def test_documents_alone(self):
+        inputs = make_inputs(2, 4, 2, 300, KV_LEN, 8, torch.float32)
+        documents = torch.arange(KV_LEN) // 70
+        same = documents[KV_LEN - 300 :, None] == documents
+        definition = _definition(inputs, torch.zeros(4, 1), visible=same)
+        _assert_close_to_definition(
+            inputs, torch.zeros(4, 1), definition, documents=documents.expand(2, -1)
+        )
+
+    def test_a_mask_of_one_key(self):
+        inputs = make_inputs(1, 1, 1, 1, 1, 8, torch.float32)
+        sink, mask = torch.zeros(1, 1), torch.ones(1, dtype=torch.bool)
+        _assert_close_to_definition(inputs, sink, _definition(inputs, sink), attn_mask=mask)
+
+    def test_masks_in_float64(self):
+        inputs = make_inputs(2, 4, 2, 300, KV_LEN, 8, torch.float32)
+        sink, bias, slopes = torch.randn(4, 1), torch.randn(KV_LEN).double(), torch.rand(4).double()
+        bias[:20] = -torch.inf
+        distance = torch.arange(KV_LEN - 300, KV_LEN).unsqueeze(-1) - torch.arange(KV_LEN)
+        definition = _definition(inputs, sink, bias=bias - slopes.view(-1, 1, 1) * distance)
+        _assert_close_to_definition(inputs, sink, definition, attn_mask=bias, alibi_slopes=slopes)
+
     def test_infinite_sinks(self):
         query, key, value = make_inputs(2, 4, 2, 300, KV_LEN, 8, torch.float32, value_dim=24)
         sink = torch.tensor([[-torch.inf], [torch.inf], [0.0], [1.0]])

@@ -14,6 +14,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from ..call import Call
+from ..masks import Masks, additive
 from . import hardware, reference
 from .calls import constant_while_compiling, is_exporting, needs_gradient, say_once
 
@@ -103,6 +105,9 @@ def _look_for_compiler() -> str | None:
 
 def attend(call: Call) -> Tensor:
     """See the module text; there is no dropout here."""
+    by_key = not _returns_lse(call.query)
+    if by_key:
+        call = call._replace(masks=_without_float64(call.masks))
     query, key, value, _, masks, _, scale, _ = call
     batch, _, n, head_dim = query.shape
     m, value_dim = value.shape[2:]
@@ -112,11 +117,14 @@ def attend(call: Call) -> Tensor:
     documents = masks.documents
     if documents is not None:
         documents = documents.expand(batch, m).contiguous()
-    by_key = not _returns_lse(query)
     if by_key:
         # It refuses a leaf that wants a gradient even where none is asked for.
         query = query.detach()
         key, value = (pad(tensor.detach(), (0, 0, 0, 1)) for tensor in (key, value))
+        if documents is not None:
+            # As long as the keys, so that no length is another symbol: up to PyTorch 2.13 what generates the
+            # code takes one, such as ks26, for a shorter one, ks2, that it replaces.
+            documents = pad(documents, (0, 1))
         sink = sink.expand(query.shape[:3]).contiguous()
     else:
         query, key = (_at_least(tensor, _MIN_CUDA_HEAD_DIM) for tensor in (query, key))
@@ -138,6 +146,16 @@ def attend(call: Call) -> Tensor:
         share = torch.sigmoid((lse - sink).masked_fill(lse == -torch.inf, -torch.inf))
         out = (out * share.unsqueeze(-1)).to(query.dtype)
     return out[..., :value_dim]
+
+
+def _without_float64(masks: Masks) -> Masks:
+    """With float64 among its scores, which are float32, what the compiler makes for a CPU gives NaN."""
+    mask, slopes = masks.attn_mask, masks.alibi_slopes
+    if mask is not None and mask.dtype == torch.float64:
+        masks = replace(masks, attn_mask=additive(mask, torch.float32))
+    if slopes is not None and slopes.dtype == torch.float64:
+        masks = replace(masks, alibi_slopes=slopes.float())
+    return masks
 
 
 def _returns_lse(query: Tensor) -> bool:
@@ -173,9 +191,9 @@ def _flex(
 
     def mask_at(batch, head, row, key):
         assert attn_mask is not None
-        index = (batch, head, inside_rows(row), inside_keys(key))
+        index = (batch, head, inside_rows(row))
         index = tuple(at for at, size in zip(index, attn_mask.shape) if size != 1)
-        return attn_mask.squeeze()[index]
+        return attn_mask.squeeze((0, 1, 2))[(*index, inside_keys(key))]
 
     def mask_mod(batch, head, row, key):
         distance = numbers[_PAST] + row - key
