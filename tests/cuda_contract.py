@@ -186,7 +186,8 @@ def _check_flash(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _window(left: int | None, right: int | None, n: int, m: int, causal: bool) -> tuple[int, int]:
-    left, right = (-1 if side is None or side >= m else side for side in (left, right))
+    left, right = (-1 if side is None else (side + 2**31) % 2**32 - 2**31 for side in (left, right))
+    left, right = (-1 if side >= m else side for side in (left, right))  # ints of 32 bits there
     if causal and n > 1:
         right = 0
     return left, right

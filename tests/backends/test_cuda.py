@@ -223,6 +223,17 @@ def test_windows_documents_and_chunks_are_one_call_each_way(device, rows, keys, 
     assert names == [f"flash {operator} forward", f"flash {operator} backward"]
 
 
+@pytest.mark.parametrize("documents", [None, torch.arange(40) // 15])
+def test_a_window_beyond_32_bits_hides_nothing(device, documents):
+    query = torch.randn(2, 4, 40, 64, device=device, dtype=torch.float16)
+    documents = documents if documents is None else documents.to(device)
+    whole, windowed = (
+        sink_attention(query, query, query, 0.0, window=window, documents=documents)
+        for window in (None, 2**32 + 6)
+    )
+    torch.testing.assert_close(windowed, whole)
+
+
 class _Precise(TorchDispatchMode):
     """The float32 tensors of at least a size that are made."""
 

@@ -120,13 +120,15 @@ class Tiling:
         masks, stop = self.masks, self.past + self.num_rows
         if masks.attn_mask is not None or masks.alibi_slopes is not None or stop > self.num_keys:
             return None
+        # The kernel reads an int of 32 bits, of a larger one the last 32.
+        window = None if masks.window is None else min(masks.window, self.num_keys)
         if masks.documents is None:
-            plain = masks.window is None and (self.past == 0 or self.num_rows == 1)
-            return None if plain else Band(masks.window)
+            plain = window is None and (self.past == 0 or self.num_rows == 1)
+            return None if plain else Band(window)
         if self.past > 0 or stop < self.num_keys:
             return None
         limits = _document_limits(masks.documents.expand(self.batch, -1))
-        return None if limits is None else Band(masks.window, limits)
+        return None if limits is None else Band(window, limits)
 
     def blocks(self) -> list[slice]:
         """The query rows, in blocks."""
