@@ -149,7 +149,9 @@ def test_the_share_of_the_zero_row_is_worked_out():
 
     facts = ablation.section(made_up(ablation, in_doubt)).facts
     assert facts["shares"] == {}
-    assert facts["ahead"] == {size: [ablation.WORDS["stablemask-zero"]] for size in ("nano", "micro")}
+    assert facts["ahead"] == {
+        size: [ablation.WORDS["stablemask-zero"]] for size in ("nano", "micro")
+    }
 
 
 @pytest.mark.parametrize("name", STUDIES)
