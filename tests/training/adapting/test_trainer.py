@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from stablemask.errors import InputError, RunError
 from stablemask.evaluation import reduce_attention
@@ -19,6 +20,8 @@ from stablemask.training.adapting.trainer import (
 )
 from stablemask.training.finetune import _build_trainer, _prepare, finetune
 from stablemask.training.options import FinetuneOptions
+
+from ..conftest import metrics
 
 
 @pytest.fixture
@@ -127,6 +130,30 @@ def test_a_value_that_is_kept_leaves_the_first_loss_small(options, tmp_path):
         trainer.compute_loss(trainer.model, batch)
         losses.append(trainer._sums["kl"].item())
     assert losses[0] < losses[1] / 2
+
+
+def test_a_step_is_the_same_in_however_many_batches_its_texts_are(options, chats, tmp_path):
+    """Conversations are of unequal lengths: a mean of the batches' means would be another."""
+    chosen = replace(
+        options,
+        data=str(chats),
+        texts=0,
+        context=64,
+        global_batch_size=8,
+        steps=2,
+        warmup=0,
+        log_every=1,
+    )
+    folders = [tmp_path / str(size) for size in (8, 2)]
+    for folder, size in zip(folders, (8, 2)):
+        finetune(replace(chosen, out=str(folder), batch_size=size))
+    whole, parts = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=0, atol=2e-6)
+    whole, parts = ([row for row in metrics(folder) if "kl" in row] for folder in folders)
+    for ours, theirs in zip(parts, whole, strict=True):
+        for name in ("loss", "kl", "first_token", "excess"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7)
 
 
 def test_a_checkpoint_without_settings_is_refused(options, base, tmp_path):

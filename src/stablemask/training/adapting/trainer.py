@@ -5,7 +5,8 @@
 ``first_token`` is the mean attention on the first token, over layers and the rows from the eighth on;
 ``excess`` sums up how far hidden states lie over a bound (see watch.py). The bound tightens. Where no biases
 stand for the prefix (biases.py), the sink still carries its value at first, which fades. Both follow from the
-number of the step alone.
+number of the step alone. The means are over the tokens of a step, in however many batches and on however many
+devices these are.
 """
 
 import copy
@@ -24,11 +25,12 @@ from ...hf.adapters import ADAPTER_CONFIG
 from ...models.loss import chunked_causal_lm_loss
 from ...models.settings import SHIFT_PARAMETER
 from ...reading import read_json
+from ..processes import total
 from ..trainer import LanguageModelTrainer, foreign
 from .calibration import Calibration
 from .divergence import kl_of_hidden, kl_of_logits, linear_head
 from .reading import Reading
-from .watch import Pass, Watch, softmax, with_fading_value
+from .watch import FIRST_ROW, Pass, Watch, softmax, with_fading_value
 
 FIRST_TOKEN_WEIGHT = 0.5
 EXCESS_WEIGHT = 1.0
@@ -101,7 +103,8 @@ class DistillingTrainer(LanguageModelTrainer):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         super().__init__(model=model, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over each batch
+        self.model_accepts_loss_kwargs = False  # the Trainer is to divide by the batches of a step
+        self._in_step: Tensor | None = None
         calibration, device = distillation.calibration, self.args.device
         if distillation.teacher is not None:
             distillation.teacher.to(device)
@@ -126,6 +129,21 @@ class DistillingTrainer(LanguageModelTrainer):
 
     # The loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = [_counts(batch["attention_mask"]) for batch in batches]
+        self._in_step = total(sum(counts, torch.zeros(2, dtype=torch.float64)))
+        return batches, None
+
+    def _shares(self, real: Tensor) -> tuple[Tensor, Tensor]:
+        """By what to multiply the means over a batch's tokens and rows, so that those of a step are over all of them."""
+        if self._in_step is None:  # one batch, of no step
+            return torch.ones(()), torch.ones(())
+        batches = self.current_gradient_accumulation_steps * self.args.world_size
+        shares = batches * _counts(real) / self._in_step.to(real.device).clamp(min=1)
+        tokens, rows = shares.float()
+        return tokens, rows
+
     def compute_loss(
         self,
         model: Any,
@@ -146,6 +164,8 @@ class DistillingTrainer(LanguageModelTrainer):
         first_token = torch.stack([*seen.shares.values()]).mean() if seen.shares else zero
         excess = torch.stack([*seen.excesses.values()]).sum() if seen.excesses else zero
         seen.shares, seen.excesses = {}, {}
+        of_tokens, of_rows = self._shares(real)
+        kl, first_token = kl * of_tokens, first_token * of_rows
         for name, found in (("kl", kl), ("first_token", first_token), ("excess", excess)):
             self._sums[name] += found.detach()
         self._counted += 1
@@ -215,11 +235,11 @@ class DistillingTrainer(LanguageModelTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._counted:
-            logs |= {name: (total / self._counted).item() for name, total in self._sums.items()}
+            logs |= {name: (summed / self._counted).item() for name, summed in self._sums.items()}
             if self._fading:
                 logs["alpha"] = self._alpha()
-            for total in self._sums.values():
-                total.zero_()
+            for summed in self._sums.values():
+                summed.zero_()
             self._counted = 0
         super().log(logs, *args, **kwargs)
 
@@ -279,6 +299,11 @@ class DistillingTrainer(LanguageModelTrainer):
         """Leave the model as it will be saved: the shifts in its configuration, nothing watched."""
         self._watch.set(None, None)
         keep_shifts(self._bare)
+
+
+def _counts(real: Tensor) -> Tensor:
+    """Of a mask of padding the tokens, and those whose attention on the first token counts, (2,), float64."""
+    return torch.stack((real.sum(), real[:, FIRST_ROW:].sum())).double()
 
 
 def _settings_of(checkpoint: Path) -> dict[str, Any]:
