@@ -256,7 +256,7 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     try:
         text = content.decode()
         loaded = yaml.safe_load(text)
-        node = yaml.compose(text, yaml.SafeLoader)
+        node: Any = yaml.compose(text, yaml.SafeLoader)
     except RecursionError:
         raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
     # The last three come from what a value is made of, such as the month 13.

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -192,6 +193,30 @@ def test_a_graph_that_gives_nan_in_any_output_is_not_the_model():
         return *right, last * torch.nan
 
     assert np.isnan(export.largest_difference(model, graph, cache=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("dynamic", "the dynamic RoPE of LlamaForCausalLM depends on the length of the text"),
+        ("longrope", "the longrope RoPE .* does not; fix a length of at most 16"),
+    ],
+)
+def test_frequencies_that_change_with_the_length(monkeypatch, kind, words):
+    """A graph of a longrope Llama gives the logits of short texts alone, whatever the length."""
+    more = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
+    model = tiny_llama()
+    model.config.rope_parameters = {
+        "rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16, **more,
+    }  # fmt: skip
+    export_ = Mock(side_effect=RuntimeError("it is exported"))
+    monkeypatch.setattr(torch.export, "export", export_)
+    for shape in (None, (1, 17)):
+        with pytest.raises(InputError, match=words):
+            export_program(model, shape=shape)
+    expected = RuntimeError if kind == "longrope" else InputError
+    with pytest.raises(expected):
+        export_program(model, shape=(1, 16))
 
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):

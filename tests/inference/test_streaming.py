@@ -295,6 +295,17 @@ def test_a_learned_table_ends(tokenizer, count):
         generate(model, tokenizer, ["the"], max_new_tokens=count, window=8)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_change_with_the_length(kind):
+    """Keys that were cached would be turned by others than those that come."""
+    model = family("Llama")
+    model.config.rope_parameters = {
+        "rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=f"RoPE of one kind for all lengths, .* is {kind}"):
+        window_cache(model, WINDOW)
+
+
 @pytest.mark.parametrize("name", ["Mamba", "Bloom", "LlamaFlash"])
 def test_models_that_cannot_have_a_window(name):
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1}

@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..models.cache import CACHE
 from ..shell import pip_install
 from ..writing import whole_file
-from .model import check_length, errors_only, evaluating
+from .model import changing_rope, check_length, errors_only, evaluating
 
 Graph = Callable[..., tuple[Tensor, ...]]
 
@@ -49,8 +49,8 @@ def export_program(
         shape: ``(batch, length)`` to fix, without a cache; default: any.
 
     Raises:
-        InputError: the model takes no positions, too few of them, or has another kind of cache, or a
-            shape is to be fixed with a cache.
+        InputError: the model takes no positions, too few of them, has another kind of cache, or a RoPE
+            that depends on the length of the text, or a shape is to be fixed with a cache.
     """
     if cache and shape is not None:
         raise InputError("a shape can only be fixed without a cache, which grows")
@@ -58,6 +58,13 @@ def export_program(
         raise InputError(f"{type(model).__name__} takes no position_ids, so it cannot be exported")
     if shape is not None:
         check_length(model, shape[1], f"a length of {shape[1]}")
+    kind, same = changing_rope(model)
+    if kind is not None and (shape is None or shape[1] > same):
+        advice = f"; fix a length of at most {same}" if same else ""
+        raise InputError(
+            f"the {kind} RoPE of {type(model).__name__} depends on the length of the text, which that of "
+            f"a graph does not{advice}"
+        )
     with evaluating(model):
         inputs = _sample_inputs(model, cache, shape or (2, 4), past=3)
         axes = None if shape else _axes(inputs, lambda name: Dim.DYNAMIC)

@@ -90,6 +90,18 @@ def last_logits(model: PreTrainedModel, rows: int) -> dict[str, int]:
     return {"logits_to_keep": rows} if "logits_to_keep" in takes else {}
 
 
+def changing_rope(model: PreTrainedModel) -> tuple[str | None, int]:
+    """The type of a RoPE whose frequencies depend on the length of the text, and the length up to which they do not."""
+    given = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    of_layers = [value for value in given.values() if isinstance(value, dict)]
+    for parameters in of_layers or [given]:
+        if parameters.get("rope_type") == "longrope":
+            return "longrope", parameters["original_max_position_embeddings"]
+        if parameters.get("rope_type") == "dynamic":
+            return "dynamic", 0
+    return None, 0
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of decoder layers, whatever the family calls it.
 

@@ -37,7 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import InputError
 from ..hf.settings import changed_settings, model_settings
 from ..models.cache import CACHE
-from .model import last_logits
+from .model import changing_rope, last_logits
 
 # What looks at the number of ids, and at none of them.
 COUNTING = (
@@ -57,7 +57,8 @@ def window_cache(model: PreTrainedModel, window: int) -> Cache:
 
     Raises:
         InputError: ``window`` is below 2, or the model keeps something other than keys and values,
-            or its forward does not say positions, or its kernel cannot take the mask.
+            or its forward does not say positions, or its kernel cannot take the mask, or its RoPE
+            turns keys by the length of the text, which changes behind their back.
     """
     if window < 2:
         raise InputError(f"window must be at least 2, got {window}")
@@ -69,6 +70,10 @@ def window_cache(model: PreTrainedModel, window: int) -> Cache:
         raise InputError(
             f"a window cannot be set for model_type {config.model_type!r}: it needs plain attention "
             "caches and position_ids in every layer"
+        )
+    if kind := changing_rope(model)[0]:
+        raise InputError(
+            f"a window needs RoPE of one kind for all lengths, and the model's is {kind}"
         )
     if "flash_attention" in (config._attn_implementation or ""):
         raise InputError("a window needs a model loaded with attn_implementation='sdpa'")
