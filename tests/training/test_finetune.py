@@ -162,11 +162,11 @@ def whole(chat_options, tmp_path_factory) -> FinetuneOptions:
     return options
 
 
-@pytest.mark.parametrize("step", [2, 6])
-def test_a_stopped_adapter_on_conversations_goes_on(step, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "async_save"), [(2, False), (6, True)])
+def test_a_stopped_adapter_on_conversations_goes_on(step, async_save, whole, tmp_path, monkeypatch):
     fading = [row["alpha"] for row in metrics(Path(whole.out)) if "alpha" in row]
     assert fading == [0.0]  # logged at step 5: gone after two fifths of the steps
-    part = replace(whole, out=str(tmp_path / "part"))
+    part = replace(whole, out=str(tmp_path / "part"), async_save=async_save)
     stop_at(step, monkeypatch)
     result = finetune(part)
     assert (result.stopped_by, result.step) == (signal.SIGTERM, step)

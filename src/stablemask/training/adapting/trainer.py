@@ -275,6 +275,8 @@ class DistillingTrainer(LanguageModelTrainer):
         ours = {id(p) for p in shifts}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in ours]
+        # One that is empty, as of an adapter, would take the settings of another from a checkpoint in shards.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         rate = SHIFT_RATE * self.args.learning_rate
         optimizer.add_param_group({"params": shifts, "lr": rate, "weight_decay": 0.0})
 
