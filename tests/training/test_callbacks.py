@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     TrainerCallback,
@@ -136,13 +138,38 @@ def test_a_number_that_json_does_not_know_is_left_out(tmp_path):
     assert "loss" not in row
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_those_that_pytorch_counts(tied):
-    model = llama(tie_word_embeddings=tied)
+def with_pictures():
+    """A model whose vision tower reads no text."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    sizes |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 2)
+    text = {**sizes, "vocab_size": 61, "head_dim": 24, "num_key_value_heads": 1}
+    pictures = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text, vision_config=pictures, mm_tokens_per_image=4, attn_implementation="eager"
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        llama,
+        lambda: llama(tie_word_embeddings=True),
+        lambda: llama(head_dim=24),  # all heads are wider than the hidden states
+        with_pictures,
+    ],
+)
+def test_flops_are_those_that_pytorch_counts(build):
+    model = build()
     ids = random_ids(3, 24)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
-    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    of_text = {
+        n: p
+        for n, p in model.named_parameters()
+        if not {"vision_tower", "multi_modal_projector"} & {*n.split(".")}
+    }
+    norms = sum(p.numel() for n, p in of_text.items() if "norm" in n)
     rotary = 3 * 2 * 4 * 24  # the angles, a small matrix product of its own; 3 for good measure
     counted = counter.get_total_flops() / ids.numel()
     assert training_flops(model, 24) - 6 * norms == pytest.approx(counted, abs=rotary)

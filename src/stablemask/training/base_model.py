@@ -1,4 +1,4 @@
-"""What the options of a finetuning follow from: the configuration of the model it starts from."""
+"""What is asked of the model that a finetuning starts from."""
 
 from typing import Any
 
@@ -27,6 +27,13 @@ def normalises_keys(model: str) -> bool:
         built = AutoModelForCausalLM.from_config(config)
     layers = attention_layers(built, config.get_text_config(decoder=True))
     return any(map(normalises, layers))
+
+
+def text_part(model: Any) -> tuple[Any, ...]:
+    """The modules of a loaded model, PEFT's too, that text reaches: of one that sees pictures not its tower."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return (model,)
+    return model.get_decoder(), model.get_output_embeddings()
 
 
 def _config_of(model: str) -> Any:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -42,6 +41,7 @@ from .adapting.reading import front_tokens
 from .adapting.table import measure, table
 from .adapting.trainer import DistillingTrainer, frozen_copy
 from .assembly import METRICS_FILE, build_trainer, finish_run, train
+from .base_model import text_part
 from .callbacks.progress import read_rows
 from .card import write_finetune_card
 from .options import FinetuneOptions
@@ -284,16 +284,9 @@ def _check_held_out(folder: Path) -> None:
         )
 
 
-def _text_part(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """What text reaches; all but it, such as a vision tower, stays as it is."""
-    if model.config.get_text_config(decoder=True) is model.config:
-        return (model,)
-    return model.get_decoder(), model.get_output_embeddings()
-
-
 def _freeze_other_parts(model: PreTrainedModel) -> None:
-    """DDP would wait for their gradients."""
-    reached = {id(parameter) for part in _text_part(model) for parameter in part.parameters()}
+    """What no text reaches stays as it is: DDP would wait for gradients."""
+    reached = {id(parameter) for part in text_part(model) for parameter in part.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
@@ -312,7 +305,7 @@ def _freeze_below(model: PreTrainedModel, first_layer: int) -> None:
 def _with_adapter(model: PreTrainedModel, options: FinetuneOptions) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    reached = {module for part in _text_part(model) for module in part.modules()}
+    reached = {module for part in text_part(model) for module in part.modules()}
     others = [
         name
         for name, module in model.named_modules()

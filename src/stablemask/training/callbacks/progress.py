@@ -21,6 +21,7 @@ from ...models.configuration import StableMaskConfig
 from ...models.cost import flops_per_token
 from ...reading import first_line, parse_json, reading
 from ...writing import write_whole
+from ..base_model import text_part
 
 _LOSS = ("loss", "grad_norm", "learning_rate")
 # What the loss is made of where a model is adapted.
@@ -201,22 +202,26 @@ class Record(TrainerCallback):
 def training_flops(model: Any, context: int) -> float:
     """Floating-point operations per token of a training step of a causal LM, by the usual count.
 
-        6 N + 12 L d T
+        6 N + 12 L w T
 
-    for N weights that multiply, so without embedding tables, L layers, d hidden_size and T ``context``;
-    for our own models as :func:`stablemask.models.cost.flops_per_token` has it, which is the same. Frozen
+    for N weights that multiply, so without embedding tables, L layers, w the width of all query heads and T
+    ``context``, all of the part that reads text; for our own models as :func:`stablemask.models.cost.flops_per_token` has it, which is the same. Frozen
     weights have no gradient of their own and count 4. Every expert of a mixture counts, used or not.
     """
     config = model.config.get_text_config(decoder=True)
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parts = text_part(model)
+    tables = {id(m.weight) for p in parts for m in p.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
     if head is not None:
         tables.discard(id(head.weight))  # where it is tied to a table
-    weights = {id(p): p for p in model.parameters() if id(p) not in tables}.values()
+    every = {id(p): p for part in parts for p in part.parameters()}
+    weights = [p for number, p in every.items() if number not in tables]
     if isinstance(config, StableMaskConfig):
         training: float = flops_per_token(config, context).training
     else:
-        attention = 12 * config.num_hidden_layers * config.hidden_size * context
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        attention = 12 * config.num_hidden_layers * width * context
         training = 6 * sum(p.numel() for p in weights) + attention
     return training - 2 * sum(p.numel() for p in weights if not p.requires_grad)
 
