@@ -28,12 +28,13 @@ WINDOW, SINKS = 9, 3
 CLOSE = {"rtol": 0, "atol": 1e-4}  # logits near 10, losses in float32
 
 
-def llama(family="Llama"):
+def llama(family="Llama", **overrides):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **overrides,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -112,7 +113,12 @@ def test_streaming_llm_is_its_recipe(position, kind):
 def test_without_sinks_a_relative_model_sees_its_plain_window():
     """Also through Transformers' own rotation; StableMask's mass, which is absolute, differs."""
     ids = random_ids(2, 40)
-    for model in (llama(), tiny_model(attention="softmax")):
+    # Of the last one's layers, one has no positions.
+    for model in (
+        llama(),
+        tiny_model(attention="softmax"),
+        llama("SmolLM3", no_rope_layers=[1, 0]),
+    ):
         plain = streaming_losses(model, ids, window_cache(model, WINDOW), chunk_size=8)
         placed = streaming_losses(model, ids, sink_cache(model, WINDOW, num_sinks=0), chunk_size=1)
         torch.testing.assert_close(placed, plain, **CLOSE)

@@ -19,6 +19,8 @@ from ..bars import progress_bar
 from ..errors import InputError
 from ..inference.model import check_token_ids, evaluating
 from ..inference.streaming import cached_logits, mass_held, window_cache
+from ..models import StableMaskConfig
+from ..models.cache import CACHE
 from ..models.positions import Rotary, rotary_angles, rotate
 from .perplexity import LOGITS_PER_BATCH, check_sequences, with_prefix
 
@@ -152,19 +154,19 @@ def sink_cache(model: PreTrainedModel, window: int, *, num_sinks: int = 4) -> Dy
     if encoding not in ("rope", "alibi", "nope"):
         raise InputError(f"{encoding} positions cannot be counted anew within a cache")
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    back = dict.fromkeys(kinds) if encoding != "rope" else _one_back(model, config, kinds)
+    backs = [None] * len(kinds) if encoding != "rope" else _backs(model, config, kinds)
     cache = DynamicCache()
-    cache.layers = [AttentionSinkLayer(window, num_sinks, back[kind]) for kind in kinds]
+    cache.layers = [AttentionSinkLayer(window, num_sinks, back) for back in backs]
     return cache
 
 
-def _one_back(model: PreTrainedModel, config: Any, kinds: list[str | None]) -> dict[Any, Rotary]:
-    """What turns a key one place back, by kind of layer, which may have frequencies of its own."""
+def _backs(model: PreTrainedModel, config: Any, kinds: list[str | None]) -> list[Rotary | None]:
+    """What turns a key one place back, by layer; None for a layer whose keys have no positions."""
     head_dim = getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     one_back = torch.tensor([[-1]], device=model.device)
-    back = {}
-    for kind in kinds:
+    angles: dict[str | None, Rotary] = {}
+    for kind in kinds:  # which may have frequencies of their own
         parameters = getattr(config, "rope_parameters", None) or {}
         parameters = parameters.get(kind, parameters)
         whole = parameters.get("partial_rotary_factor", 1.0) == 1.0
@@ -172,25 +174,40 @@ def _one_back(model: PreTrainedModel, config: Any, kinds: list[str | None]) -> d
             raise InputError(
                 "positions within a cache need RoPE of the default type, of whole heads"
             )
-        back[kind] = rotary_angles(one_back, head_dim, parameters["rope_theta"])
-    _check_back(model, back[kinds[0]])
-    return back
+        angles[kind] = rotary_angles(one_back, head_dim, parameters["rope_theta"])
+    if isinstance(config, StableMaskConfig):
+        return [angles[kind] for kind in kinds]
+    # Which layers have it, and which features are pairs, no configuration says alike: the keys do.
+    backs: list[Rotary | None] = []
+    for kind, before, key in zip(kinds, _keys_at(model, 16), _keys_at(model, 17), strict=True):
+        if _alike(key, before):
+            backs.append(None)
+        elif _alike(rotate(key, *angles[kind]), before):
+            backs.append(angles[kind])
+        else:
+            raise InputError(
+                f"the RoPE of {type(model).__name__} cannot be counted anew within a cache"
+            )
+    return backs
 
 
-def _check_back(model: PreTrainedModel, back: Rotary) -> None:
-    """Refuse a model that pairs other features of a head than ours does, as the configuration does not say.
-
-    In its first layer the keys of a token twice in a row are the same but for the place.
-    """
-    twice = torch.arange(8, device=model.device)[:, None].expand(-1, 2)
+def _keys_at(model: PreTrainedModel, position: int) -> list[Tensor]:
+    """Of some tokens by layer, each a text by itself: but for their positions, all are the same."""
     cache = DynamicCache()
-    with evaluating(model):
-        cached_logits(model, twice, cache)
-    first, second = cache.layers[0].keys.float().split(1, dim=2)  # type: ignore[union-attr]
-    if (rotate(second, *back) - first).abs().max() > 0.05 * first.abs().max():
-        raise InputError(
-            f"the RoPE of {type(model).__name__} cannot be counted anew within a cache"
+    ids = torch.arange(8, device=model.device)[:, None]
+    with evaluating(model), mass_held(model, 1):
+        model(
+            input_ids=ids,
+            position_ids=torch.full_like(ids, position),
+            use_cache=True,
+            **{CACHE: cache},
         )
+    return [layer.keys for layer in cache.layers]  # type: ignore[union-attr]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Up to rounding in half precision; a turn by one place changes the fastest features by their size."""
+    return bool((one - other).abs().max() <= 0.05 * other.abs().max())
 
 
 class AttentionSinkLayer(DynamicLayer):
