@@ -361,6 +361,28 @@ def test_half_precision_is_scaled_in_a_buffer(dtype):
     assert not mixed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["auto", "flash", "blocks", "reference"])
+def test_the_defaults_of_torch_change_nothing(dtype, backend):
+    query, key, value = make_inputs(2, 4, 2, 300, 300, 16, dtype)
+
+    def attend():
+        out = sink_attention(query, key, value, torch.inf, backend=backend)
+        with torch.no_grad():
+            alone = stable_mask_attention(query, key, value, gamma=0.1, backend=backend)
+        return out, alone, *gradients(out + alone, (query, key, value), alone)
+
+    expected = attend()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = attend()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, others in zip(found, expected, strict=True):
+        assert torch.equal(ours, others)
+
+
 def test_same_inputs_same_bits():
     inputs = make_inputs(2, 4, 2, 130, 130, 32, torch.float32)
     runs = []

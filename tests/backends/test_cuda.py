@@ -234,6 +234,15 @@ def test_a_window_beyond_32_bits_hides_nothing(device, documents):
     torch.testing.assert_close(windowed, whole)
 
 
+def test_packed_documents_are_read_whatever_the_default_device(device):
+    query = torch.randn(2, 4, 40, 64, device=device, dtype=torch.float16)
+    documents = (torch.arange(40) // 15).to(device)
+    expected = sink_attention(query, query, query, 0.0, documents=documents)
+    with torch.device("meta"):
+        found = sink_attention(query, query, query, 0.0, documents=documents)
+    assert torch.equal(found, expected)
+
+
 class _Precise(TorchDispatchMode):
     """The float32 tensors of at least a size that are made."""
 

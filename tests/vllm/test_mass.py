@@ -97,6 +97,21 @@ def test_learned_rates_layers_without_a_mass_and_learned_sinks():
     torch.testing.assert_close(both.at(positions), (wanted + sinks.exp()).log())
 
 
+@pytest.mark.parametrize("given", [{"gamma": 0.1}, {"gamma": 0.1, "shift": SHIFTS}])
+def test_a_model_that_is_loaded_in_half_precision_has_a_mass_in_float32(given):
+    settings = complete_settings(given, HEADS, CONTEXT, LAYERS)
+    before = layer_mass(settings, HEADS, CONTEXT, 1), layer_mass(settings, HEADS, 9, 1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            after = layer_mass(settings, HEADS, CONTEXT, 1), layer_mass(settings, HEADS, 8, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(tensor.dtype == torch.float32 for mass in after for tensor in mass)
+    assert all(torch.equal(*pair) for pair in zip(before[0], after[0], strict=True))
+    assert torch.equal(after[1].table, before[1].table[:8])
+
+
 def test_a_row_stands_behind_what_its_request_had():
     rows, lengths = [3, 0, 1, 5], [3, 7, 12, 300]
     starts = torch.tensor([0, 3, 3, 4, 9], dtype=torch.int32)

@@ -51,7 +51,8 @@ def _attend(call: Call) -> Tensor:
     # An infinite sink takes the whole row; 0 and -inf give the same split without inf - inf.
     full = sink == torch.inf
     column = torch.arange(m + 1, device=query.device)
-    logits = torch.where(full, torch.where(column == m, 0.0, -torch.inf), logits)
+    taken = logits.new_zeros(m + 1).masked_fill(column < m, -torch.inf)
+    logits = torch.where(full, taken, logits)
     weights = torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     weights = weights[..., :m]
     if dropout_p > 0:

@@ -55,19 +55,19 @@ def layer_mass(
         sinks: learned sinks of this rank's heads beside the mass, (H,).
     """
     if layer not in settings.get("layers", (layer,)):
-        table = torch.full((1, 1), -torch.inf)
+        table = _numbers([[-torch.inf]])
     elif settings["gamma"] != LEARNED:
         table = _table(json.dumps(_shared(settings)), num_heads, length)
     else:
         assert log_gamma is not None
         gamma = log_gamma[layer].detach().float().exp().cpu()
         table = _make_table(_shared(settings), num_heads, length, gamma)
-    shift = torch.zeros(1)
+    shift = _numbers([0.0])
     if isinstance(settings.get("shift"), list):
-        shift = torch.tensor(of_layer(settings, layer)["shift"], dtype=torch.float32)
+        shift = _numbers(of_layer(settings, layer)["shift"])
     table, shift = (x if x.shape[-1] == 1 else x[..., heads] for x in (table, shift))
     if sinks is not None:
-        table, shift = torch.logaddexp(table + shift, sinks.detach().float().cpu()), torch.zeros(1)
+        table, shift = torch.logaddexp(table + shift, sinks.detach().float().cpu()), _numbers([0.0])
     return Mass(table.contiguous().to(device), shift.contiguous().to(device))
 
 
@@ -176,4 +176,10 @@ def _make_table(
         length = min(length, max(hold, start) + 1)
     elif horizon is not None and not settings.get("suffix"):
         length = min(length, max(horizon, start + 1))
-    return pseudo_sink_logits(settings, num_heads, torch.arange(length), gamma).T.contiguous()
+    positions = torch.arange(length, device="cpu")
+    return pseudo_sink_logits(settings, num_heads, positions, gamma).T.contiguous()
+
+
+def _numbers(numbers: list) -> Tensor:
+    """Whatever dtype and device vLLM has made the default, those of a model that it loads."""
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")

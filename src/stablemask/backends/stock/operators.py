@@ -165,7 +165,7 @@ def scale_rows(out: Tensor, weight: Tensor) -> Tensor:
     if not out.is_contiguous():
         rows, weight = out.transpose(1, 2), weight.transpose(1, 2)
     rows, weight = rows.view(-1, out.shape[-1]), weight.reshape(-1, 1)
-    buffer = torch.empty(_ROWS_IN_BUFFER, rows.shape[1], dtype=weight.dtype)
+    buffer = weight.new_empty(_ROWS_IN_BUFFER, rows.shape[1])
     for start in range(0, rows_in_all, _ROWS_IN_BUFFER):
         chunk = rows[start : start + _ROWS_IN_BUFFER]
         product = buffer[: len(chunk)]

@@ -240,6 +240,7 @@ def _document_limits(documents: Tensor) -> tuple[Tensor, int] | None:
         pieces = row[start]
         if len(pieces.unique()) < len(pieces):
             return None
-    limits = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([ids.numel()])])
+    begins = starts.flatten().nonzero().flatten()
+    limits = torch.cat([begins, begins.new_full((1,), ids.numel())])
     longest = int(limits.diff().max())
     return limits.to(documents.device, torch.int32), longest
