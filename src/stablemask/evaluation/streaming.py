@@ -193,7 +193,7 @@ def _backs(model: PreTrainedModel, config: Any, kinds: list[str | None]) -> list
 
 def _keys_at(model: PreTrainedModel, position: int) -> list[Tensor]:
     """Of some tokens by layer, each a text by itself: but for their positions, all are the same."""
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     ids = torch.arange(8, device=model.device)[:, None]
     with evaluating(model), mass_held(model, 1):
         model(
@@ -202,7 +202,7 @@ def _keys_at(model: PreTrainedModel, position: int) -> list[Tensor]:
             use_cache=True,
             **{CACHE: cache},
         )
-    return [layer.keys for layer in cache.layers]  # type: ignore[union-attr]
+    return [layer.keys for layer in cache.layers]
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
