@@ -16,7 +16,7 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stablemask.errors import InputError
 from stablemask.reading import reading, user_path
@@ -255,11 +255,10 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """Whole numbers are those of today: YAML 1.1 reads 12:30 as 750, and 010 as 8."""
 
-        yaml_implicit_resolvers: ClassVar = {
-            first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:int"]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:int"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     whole_number = re.compile(r"-?(0|[1-9][0-9]*)$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole_number, list("-0123456789"))
     with reading(path):
