@@ -21,11 +21,11 @@ from ..data import Corpus, load_tokenizer
 from ..errors import InputError
 from ..evaluation import (
     AttentionMaps,
+    LayerAttention,
     attention_maps,
-    first_token_attention,
     identical_token_spread,
     perplexity,
-    real_share,
+    reduce_attention,
 )
 from ..hf.loading import load_model
 from ..inference import generate
@@ -347,25 +347,29 @@ def _attention(model: Any, corpus: Corpus) -> dict[str, Any]:
     """Attention at the training length, averaged over blocks spread over the validation text."""
     blocks = len(corpus.validation)
     count = min(ATTENTION_BLOCKS, blocks)
-    first, first_of_real, share, ratio = [], [], [], []
-    for i in range(count):
-        maps = attention_maps(model, corpus.validation[i * blocks // count]["input_ids"])
-        received = maps.real.sum(-1, keepdim=True)
-        by_layer = zip(maps.real, maps.pseudo)
-        first.append(first_token_attention(maps))
-        first_of_real.append(first_token_attention(maps._replace(real=maps.real / received)))
-        share.append(torch.tensor([real_share(AttentionMaps(*layer)) for layer in by_layer]))
-        ratio.append(maps.pseudo)
+    measured = [
+        zip(*reduce_attention(model, corpus.validation[i * blocks // count]["input_ids"], _shares))
+        for i in range(count)
+    ]
+    first, first_of_real, share, ratio = (
+        torch.stack([torch.stack(layers) for layers in of_blocks]).double().mean(0)
+        for of_blocks in zip(*measured)
+    )
     return {
-        "first_token": _mean(first).tolist(),
-        "first_token_of_real": _mean(first_of_real).tolist(),
-        "real_share": _mean(share).tolist(),
-        "mask_ratio": _rounded(_mean(ratio)),
+        "first_token": first.tolist(),
+        "first_token_of_real": first_of_real.tolist(),
+        "real_share": share.tolist(),
+        "mask_ratio": _rounded(ratio),
     }
 
 
-def _mean(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors).double().mean(0)
+def _shares(attention: LayerAttention) -> tuple[Tensor, ...]:
+    """Of one layer: what the first token gets, of all and of what real tokens get; these; the mask ratio, (H, n)."""
+    real = attention.real[0].cpu()
+    received = real.sum(-1)
+    first = real[:, 1:, 0]
+    of_real = first / received[:, 1:]
+    return first.mean(), of_real.mean(), received.mean(), attention.pseudo[0].cpu()
 
 
 def _most_on_first_token(maps: list[AttentionMaps]) -> tuple[int, int]:
