@@ -31,14 +31,15 @@ def choose_device(name: str | None) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients; the model's mode comes back afterwards."""
-    training = model.training
+    """No dropout and no gradients; afterwards the mode of each module is what it was."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def position_table_length(model: PreTrainedModel) -> int | None:
