@@ -5,6 +5,8 @@ import torch
 
 from stablemask import sink_attention, stable_mask_attention
 
+RAGGED = torch.nested.nested_tensor([torch.ones(n, 4, 8) for n in (6, 3)], layout=torch.jagged)
+RAGGED = RAGGED.transpose(1, 2)
 EIGHT_BITS = torch.ones(2, 4, 6, 8, dtype=torch.float8_e4m3fn)
 
 
@@ -23,6 +25,8 @@ def _call(function=sink_attention, **changes):
     [
         ({"query": 3}, TypeError, "query"),
         ({"query": torch.ones(4, 6, 8)}, ValueError, "query"),
+        ({"query": torch.ones(2, 4, 6, 8).to_sparse()}, TypeError, "dense tensor, got .*sparse"),
+        (dict.fromkeys(("query", "key", "value"), RAGGED), TypeError, "dense .*documents"),
         ({"query": torch.ones(2, 4, 6, 8, dtype=torch.int64)}, TypeError, "query"),
         (
             dict.fromkeys(("query", "key", "value"), EIGHT_BITS),

@@ -189,6 +189,10 @@ def test_parts_that_do_not_fit_are_named():
         merge_attention([])
     with pytest.raises(TypeError, match="parts must be pairs"):
         merge_attention((out, lse))
+    with pytest.raises(TypeError, match=r"floating-point tensors, got torch\.int64"):
+        merge_attention([(out, lse), (out.long(), lse)])
+    with pytest.raises(TypeError, match="floating-point tensors, got float"):
+        merge_attention([(out, 0.0)])
     with pytest.raises(ValueError, match="each part must be"):
         merge_attention([(out, lse), (out[:, :, :3], lse)])
     with pytest.raises(ValueError, match="sink_logits"):

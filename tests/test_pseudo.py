@@ -149,6 +149,12 @@ def test_bad_arguments_are_named(arguments, error, names):
         pseudo_logsumexp(*arguments)
 
 
+@pytest.mark.parametrize("n", [-1, 3.0, None, 10**30])
+def test_a_dense_mask_has_a_number_of_columns(n):
+    with pytest.raises(ValueError, match="n must be an int of at least 0"):
+        dense_stable_mask(n, 0.1)
+
+
 @pytest.mark.parametrize("heads", [0, -1, 2.0])
 def test_head_decay_rates_wants_a_positive_count(heads):
     with pytest.raises(ValueError, match="num_heads"):

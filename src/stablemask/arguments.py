@@ -25,7 +25,7 @@ INT_END = 2**63  # the first that is too large for a tensor, and for an operator
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = None) -> None:
-    """Four axes each, floating point, one device, and sizes that fit one another.
+    """Four axes each, dense, floating point, one device, and sizes that fit one another.
 
     ``past`` is the key at which the first row stands; None for rows that stand on the last keys.
     """
@@ -43,6 +43,11 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, past: int | None = 
             )
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, query on {device}")
+    if query.layout != torch.strided:
+        raise TypeError(
+            f"query must be a dense tensor, got layout {query.layout}; documents of several lengths can "
+            "follow each other in one sequence, told apart by `documents`"
+        )
     batch, heads, q_len, head_dim = query.shape
     key_batch, kv_heads, kv_len, key_dim = key.shape
     value_batch, value_heads, value_len, _ = value.shape

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import autocast, check_masks, check_scale, check_sink, check_tensors
+from .arguments import FLOATS, autocast, check_masks, check_scale, check_sink, check_tensors
 from .backends.stock.flash import attend_with_lse, stock_kernel
 from .call import Call, as_tensor
 
@@ -78,11 +78,16 @@ def merge_attention(
     Raises:
         ValueError, TypeError: there is no part, shapes differ, or a sink does not fit.
     """
+    parts = list(parts)
     if not parts:
         raise ValueError("parts must hold at least one (out, lse), got none")
     for part in parts:
         if not (isinstance(part, (tuple, list)) and len(part) == 2):
             raise TypeError(f"parts must be pairs (out, lse), got {type(part).__name__}")
+        for each in part:
+            kind = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            if kind not in FLOATS:
+                raise TypeError(f"parts must be pairs of floating-point tensors, got {kind}")
     first = parts[0][0]
     for out, lse in parts:
         if out.shape != first.shape or lse.shape != first.shape[:3]:

@@ -113,6 +113,8 @@ def dense_stable_mask(
     Returns:
         ``C`` ``(n, n)``, 1 on and below the diagonal; ``P`` ``(heads, n, n)``, ``-gamma * j`` above it.
     """
+    if not (is_int(n) and 0 <= n < INT_END):
+        raise ValueError(f"n must be an int of at least 0 and below 2**63, got {n!r}")
     _check(torch.zeros(1, dtype=torch.int64), gamma, n)
     rate = torch.as_tensor(gamma, dtype=dtype, device=device).reshape(-1, 1, 1)
     column = torch.arange(n, dtype=dtype, device=device)
