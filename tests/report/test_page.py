@@ -181,6 +181,16 @@ def test_captions_claim_no_more_than_the_numbers(comparison):
         assert told in captions(comparison)["ratio"]
 
 
+def test_a_mass_that_is_none_at_both_ends_is_told(comparison):
+    """As with a finite horizon and a first row that is left alone."""
+    run = comparison.runs["stablemask"]
+    ratio = [[[0.0, *head[1:-1], 0.0] for head in layer] for layer in run.mask_ratio]
+    runs = {**comparison.runs, "stablemask": replace(run, mask_ratio=ratio)}
+    caption = captions(replace(comparison, runs=runs))["ratio"]
+    assert "of stablemask, the mask ratio goes from 0.0% at position 0 to 0.0%" in caption
+    assert "softmax has no pseudo mass" in caption
+
+
 def test_a_caption_tells_how_the_losses_went(comparison):
     def with_validation(run, losses):
         return replace(

@@ -197,9 +197,11 @@ def _to_first(run: RunMeasurement, head: int) -> float:
     return fmean(row[0] for row in run.map_real[head][1:])
 
 
-def _first_and_last(run: RunMeasurement) -> tuple[float, float]:
-    """The mask ratio at the first position and at the last, over layers and heads."""
+def _first_and_last(run: RunMeasurement) -> tuple[float, float] | None:
+    """The mask ratio at the first position and at the last, over layers and heads; None where it is 0 everywhere."""
     heads = [head for layer in run.mask_ratio for head in layer]
+    if not any(map(any, heads)):
+        return None
     return fmean(head[0] for head in heads), fmean(head[-1] for head in heads)
 
 
