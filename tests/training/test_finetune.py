@@ -18,6 +18,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    MambaConfig,
+    PhimoeConfig,
 )
 
 import stablemask.hf
@@ -330,6 +332,38 @@ def test_a_model_of_text_and_pictures_is_adapted(options, base, tmp_path):
     ]
     for ours, theirs in zip(*(tower.state_dict().values() for tower in vision), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def tiny_of(config_class, base, folder, **settings) -> str:
+    """A model of another family, with the tokenizer of the base."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config = config_class(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, **settings,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_mixture_of_experts_has_an_adapter(options, base, tmp_path):
+    model = tiny_of(
+        PhimoeConfig, base, tmp_path / "base", intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    finetune(replace(options, model=model, out=str(tmp_path / "run"), steps=1, lora=True))
+    names = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    places = {name.partition("layers.0.")[2].partition(".lora")[0] for name in names}
+    assert places >= {f"self_attn.{one}_proj" for one in "qkvo"}
+
+
+def test_a_family_that_can_have_no_adapter_says_so_before_anything_is_written(
+    options, base, tmp_path
+):
+    model = tiny_of(MambaConfig, base, tmp_path / "base", state_size=4)
+    with pytest.raises(InputError, match=r"can have no adapter: .*incompatible with Mamba"):
+        finetune(replace(options, model=model, out=str(tmp_path / "run"), steps=1, lora=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_writes_nothing(options, chat_options, tmp_path, capsys):

@@ -3,6 +3,7 @@
 What it shares with pretraining is in run.py and assembly.py; how the sink is taken out of a model, in adapting/.
 """
 
+import copy
 import math
 import sys
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -28,6 +30,7 @@ from ..evaluation.perplexity import perplexity_of, perplexity_text
 from ..hf import load_model
 from ..hf.loading import is_adapter
 from ..inference.model import check_length, check_token_ids, choose_device, decoder_layers
+from ..reading import first_line
 from .adapting.adapt import (
     adapting_data,
     calibrated,
@@ -213,6 +216,9 @@ def _load_model(options: FinetuneOptions, record: dict[str, Any]) -> PreTrainedM
         model.to(choose_device(None))  # type: ignore[arg-type]
     check_token_ids(model, [record.pop("highest_token", 0)])
     check_length(model, given(options.context) + options.adapt, "the context")
+    if options.lora:
+        with torch.device("meta"):
+            _with_adapter(type(model)(copy.deepcopy(model.config)), options)
     _freeze_other_parts(model)
     _freeze_below(model, options.first_layer)
     return model
@@ -303,13 +309,18 @@ def _freeze_below(model: PreTrainedModel, first_layer: int) -> None:
 
 
 def _with_adapter(model: PreTrainedModel, options: FinetuneOptions) -> Any:
+    """The model with an adapter at all linear layers of its text part, but for its output.
+
+    Raises:
+        InputError: it can have none.
+    """
     from peft import LoraConfig, get_peft_model
 
     reached = {module for part in text_part(model) for module in part.modules()}
     others = [
         name
         for name, module in model.named_modules()
-        if module not in reached and not any(module.children())
+        if (module not in reached and not any(module.children())) or _is_more_than_linear(module)
     ]
     config = LoraConfig(
         r=options.lora_rank,
@@ -322,7 +333,15 @@ def _with_adapter(model: PreTrainedModel, options: FinetuneOptions) -> Any:
         warnings.simplefilter(
             "ignore", FutureWarning
         )  # PEFT asks by a name Transformers has changed
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"{options.model} can have no adapter: {first_line(error)}") from error
+
+
+def _is_more_than_linear(module: nn.Module) -> bool:
+    """Such as a router of experts, whose output is no product to add to."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def _save(trainer: LanguageModelTrainer, merge: bool, folder: str) -> None:
