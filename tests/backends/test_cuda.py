@@ -243,6 +243,24 @@ def test_packed_documents_are_read_whatever_the_default_device(device):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["flash", "cudnn"])
+def test_a_query_may_be_expanded(device, name, axis):
+    if not serves(name, torch.float16, device):
+        pytest.skip(f"{name} does not serve this device")
+    shape = [2, 4, 40, 64]
+    shape[axis] = 1
+    once = torch.randn(shape, device=device, dtype=torch.float16)
+    key, value = (torch.randn(2, 2, 40, 64, device=device, dtype=torch.float16) for _ in range(2))
+    sink = torch.zeros(4, 1, device=device, requires_grad=True)
+    expanded = once.expand(2, 4, 40, 64)
+    with torch.no_grad():
+        found = sink_attention(expanded, key, value, sink, backend=name)
+    expected = sink_attention(expanded.contiguous(), key, value, sink, backend=name)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(sink_attention(expanded, key, value, sink, backend=name), expected)
+
+
 class _Precise(TorchDispatchMode):
     """The float32 tensors of at least a size that are made."""
 

@@ -223,6 +223,8 @@ def _cudnn_forward(query, key, value, bias, causal, scale):
     )
     # Some versions give lse a trailing axis of one.
     lse = lse.squeeze(-1) if lse.dim() == 4 else lse
+    # Out lies as the query does, of which an expanded one may have its heads or sequences last.
+    out = out if out.stride(-1) == 1 else out.contiguous()
     return (out, lse) if bias is None else _with_blind_rows(out, lse, bias, causal)
 
 
