@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import numbers
 import os
-import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -252,21 +251,12 @@ def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The mapping in a YAML file; InputError where it cannot be read or is no mapping."""
     import yaml  # not a core dependency: `stablemask env` must run without it
 
-    class Loader(yaml.SafeLoader):
-        """Whole numbers are those of today: YAML 1.1 reads 12:30 as 750, and 010 as 8."""
-
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:int"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    whole_number = re.compile(r"-?(0|[1-9][0-9]*)$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole_number, list("-0123456789"))
     with reading(path):
         content = Path(path).read_bytes()
     try:
         text = content.decode()
-        loaded = yaml.load(text, Loader)
-        node: Any = yaml.compose(text, Loader)
+        loaded = yaml.safe_load(text)
+        node: Any = yaml.compose(text, yaml.SafeLoader)
     except RecursionError:
         raise InputError(f"{path} is not valid YAML: it is nested too deep") from None
     # The last three come from what a value is made of, such as the month 13.

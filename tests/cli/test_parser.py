@@ -107,10 +107,6 @@ def test_flags_and_the_words_that_give_them_again(argv, name, value):
         ("max-new-tokens: 3", "max_new_tokens", 3),
         ("max_new_tokens: 3", "max_new_tokens", 3),
         ("temperature: 1e-4", "temperature", 1e-4),  # text to YAML 1.1
-        *(
-            (f"tokenizer: {text}", "tokenizer", text)
-            for text in ("12:30", "010", "1_0", "0x1F", "12", "-7", "+7")
-        ),
         ("temperature: 2", "temperature", 2.0),
         ("stream: yes", "stream", True),
         ("horizon: null", "horizon", None),
