@@ -98,6 +98,17 @@ def test_head_decay_rates_are_alibis_slopes():
     torch.testing.assert_close(head_decay_rates(8), expected, rtol=0, atol=0)
 
 
+def test_a_rate_that_is_not_checked_shows():
+    """Transforms, compilers and GPUs keep its value to themselves."""
+
+    def of_rates(rates, horizon):
+        return torch.func.vmap(lambda rate: pseudo_logsumexp(torch.arange(3), rate, horizon))(rates)
+
+    for horizon in (None, 9):
+        assert of_rates(torch.tensor([[-1.0], [-1e-9], [torch.nan]]), horizon).isnan().all()
+    assert (of_rates(torch.zeros(1, 1), None) == torch.inf).all()
+
+
 def test_a_gamma_may_be_any_int():
     torch.testing.assert_close(
         pseudo_logsumexp(torch.arange(3), 10**30), pseudo_logsumexp(torch.arange(3), 1e30)

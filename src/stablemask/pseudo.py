@@ -60,7 +60,8 @@ def pseudo_logsumexp(
 
     Raises:
         ValueError, TypeError: an argument is out of its range. The values of a ``gamma`` tensor are
-            checked in eager mode on the CPU only; elsewhere a bad one shows as NaN.
+            checked in eager mode on the CPU only; elsewhere a negative one shows as NaN, and one of zero
+            has an infinite mass where the horizon is infinite.
     """
     _check(positions, gamma, horizon)
     if not isinstance(gamma, Tensor):
@@ -86,7 +87,7 @@ def pseudo_logsumexp(
     # Both branches of a `where` reach the gradient, so each is kept finite where it is not chosen.
     columns = remaining.clamp(min=1)
     # The gradient of a tiny rate would be the difference of two huge numbers, and 0 has no logarithm.
-    flat = rate * columns < _FLAT
+    flat = (rate >= 0) & (rate * columns < _FLAT)
     series = columns.log() - rate * (columns - 1) / 2
     safe_rate = torch.where(flat, 1.0, rate)
     decayed = torch.log(-torch.expm1(-safe_rate * columns)) - torch.log(-torch.expm1(-safe_rate))
