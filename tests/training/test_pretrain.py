@@ -126,6 +126,18 @@ def test_a_result_that_is_not_finite_is_written_as_json_and_read_again(
     assert pretrain(replace(options, out=str(folder), resume=True)).step == STEPS
 
 
+def test_a_folder_beside_a_model_is_that_of_the_model(tmp_path):
+    """A tokenizer with several chat templates has one, and a run may finish twice."""
+    (tmp_path / "run.json").write_text("{}")
+    for said in ("once", "twice"):
+        templates = tmp_path / "partial" / "additional_chat_templates"
+        templates.mkdir(parents=True)
+        (templates / f"{said}.jinja").write_text(said)
+        result = RunResult(tmp_path, STEPS, 1.0)
+        put_in_place(tmp_path / "partial", result, lambda record: None, {})
+    assert [p.name for p in (tmp_path / templates.name).iterdir()] == ["twice.jinja"]
+
+
 def test_the_run_folder_is_guarded(uninterrupted, options, tmp_path):
     with pytest.raises(InputError, match="already holds a run"):
         pretrain(replace(options, out=str(uninterrupted)))
@@ -167,6 +179,8 @@ def test_one_run_at_a_time_in_a_folder(uninterrupted, options, tmp_path):
         ({"context": 1}, "context"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": math.inf}, "learning_rate"),
+        ({"peak_flops": math.inf}, "peak_flops"),
         ({"beta2": 1.5}, "beta2"),
         ({"beta2": 1.0}, "beta2"),
         ({"seed": 2**32}, "seed"),

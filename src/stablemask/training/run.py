@@ -250,8 +250,11 @@ def put_in_place(
     """Move a model saved in ``partial`` into the run folder, and write its card and the result."""
     folder = result.folder
     for path in partial.iterdir():
-        if path.name != "training_args.bin":  # a pickle, which nothing of ours reads
-            path.replace(folder / path.name)
+        if path.name == "training_args.bin":  # a pickle, which nothing of ours reads
+            continue
+        if path.is_dir():  # as of a tokenizer's chat templates, where the run had finished before
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
     shutil.rmtree(partial)
     record = read_json(folder / RUN_FILE) | more
     record["result"] = {"step": result.step, "eval_loss": result.eval_loss}

@@ -175,8 +175,10 @@ class TrainingOptions:
         if not 0 <= self.beta2 < 1:
             raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
         for name in ("learning_rate", "clip", "peak_flops"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise InputError(f"{name} must be greater than 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            # No clipping is a clip of infinity.
+            if value is not None and not (value > 0 and (value < math.inf or name == "clip")):
+                raise InputError(f"{name} must be a number greater than 0, got {value}")
         for name in ("weight_decay", "skip_spikes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
