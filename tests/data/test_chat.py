@@ -318,6 +318,7 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"other": 1}, "a conversation is wanted: 'messages', or 'prompt'.*; it has other$"),
         ({"instruction": "a", "output": ""}, "a conversation is wanted"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not read"),
+        ({"instruction": "a", "input": ["c"], "output": "b"}, "'input' must be text, got list"),
         ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, "'tools' is not read"),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, "'weight' must be 1, got 0"),
         (

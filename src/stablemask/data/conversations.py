@@ -83,8 +83,11 @@ def _messages(fields: dict[str, Any], where: str) -> Any:
         )
     if is_alpaca and there.get("history"):
         raise InputError(f"{where}: 'history' is not read; give {WANTED}")
-    if is_alpaca and there.get("input"):
-        user = f"{user}\n{there['input']}"
+    more = there.get("input") if is_alpaca else None
+    if more:
+        if not isinstance(more, str):
+            raise InputError(f"{where}: 'input' must be text, got {type(more).__name__}")
+        user = f"{user}\n{more}"
     texts = {"user": user, "assistant": assistant}
     turns = [{"role": role, "content": text} for role, text in texts.items()]
     return _after_system(there.get("system"), turns)
