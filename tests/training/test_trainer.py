@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
+from stablemask.training import trainer as trainer_module
 from stablemask.training.trainer import LanguageModelTrainer
 
 from ..models.tiny import random_ids, tiny_model
@@ -33,6 +34,34 @@ def test_only_matrices_decay(settings, kept, tmp_path):
         learned = name.endswith((".sinks", ".sink_keys", "log_gamma", "front_token"))
         learned = learned or "norm" in name
         assert weight_decay == (0 if learned else 0.1), name
+
+
+def test_each_device_drops_out_something_else(tmp_path, monkeypatch):
+    """As a step in one batch does for its rows: the same masks on all would be fewer of them."""
+
+    def drops(rank):
+        monkeypatch.setattr(trainer_module, "rank", lambda: rank)
+        found = []
+
+        class Dropping(LanguageModelTrainer):
+            def get_train_dataloader(self):
+                return [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
+
+            def compute_loss(self, model, *args, **kwargs):
+                found.append(torch.nn.functional.dropout(torch.ones(64)))
+                return model.lm_head.weight.sum()
+
+        Dropping(
+            model=tiny_model(), batches=None, collate=None, keep=1,
+            args=TrainingArguments(
+                str(tmp_path), use_cpu=True, report_to=[], max_steps=1, disable_tqdm=True,
+                save_strategy="no", seed=3,
+            ),
+        ).train()  # fmt: skip
+        return found[0]
+
+    assert torch.equal(drops(0), drops(0))
+    assert not torch.equal(drops(0), drops(1))
 
 
 class Reads(TorchDispatchMode):

@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..reading import first_line, read_json
 from . import checkpoints
 from .callbacks.guards import bare_optimizer
-from .processes import gather, is_main, on_main, total
+from .processes import gather, is_main, on_main, rank, total
 from .sequences import SequenceGroup
 from .sharding import is_sharded
 from .state import load_state, save_state, whole_weights
@@ -95,6 +95,8 @@ class LanguageModelTrainer(Trainer):
     # Data
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        # The Trainer has the same seed everywhere; dropout is to be another on each device.
+        torch.manual_seed(self.args.seed + rank())
         try:
             return super().train(*args, **kwargs)
         finally:
