@@ -83,11 +83,12 @@ class TestOnCPU:
         sink, mask = torch.zeros(1, 1), torch.ones(1, dtype=torch.bool)
         _assert_close_to_definition(inputs, sink, _definition(inputs, sink), attn_mask=mask)
 
-    def test_masks_in_float64(self):
-        inputs = make_inputs(2, 4, 2, 300, KV_LEN, 8, torch.float32)
-        sink, bias, slopes = torch.randn(4, 1), torch.randn(KV_LEN).double(), torch.rand(4).double()
-        bias[:20] = -torch.inf
-        distance = torch.arange(KV_LEN - 300, KV_LEN).unsqueeze(-1) - torch.arange(KV_LEN)
+    def test_square_masks_in_float64(self):
+        inputs = make_inputs(2, 4, 1, 257, 257, 8, torch.float32)
+        sink, slopes = torch.randn(4, 1), torch.rand(4).double()
+        bias = torch.randn(2, 4, 257, 257).double()
+        bias[..., 30:50] = -torch.inf
+        distance = torch.arange(257).unsqueeze(-1) - torch.arange(257)
         definition = _definition(inputs, sink, bias=bias - slopes.view(-1, 1, 1) * distance)
         _assert_close_to_definition(inputs, sink, definition, attn_mask=bias, alibi_slopes=slopes)
 

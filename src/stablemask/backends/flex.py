@@ -121,10 +121,6 @@ def attend(call: Call) -> Tensor:
         # It refuses a leaf that wants a gradient even where none is asked for.
         query = query.detach()
         key, value = (pad(tensor.detach(), (0, 0, 0, 1)) for tensor in (key, value))
-        if documents is not None:
-            # As long as the keys, so that no length is another symbol: up to PyTorch 2.13 what generates the
-            # code takes one, such as ks26, for a shorter one, ks2, that it replaces.
-            documents = pad(documents, (0, 1))
         sink = sink.expand(query.shape[:3]).contiguous()
     else:
         query, key = (_at_least(tensor, _MIN_CUDA_HEAD_DIM) for tensor in (query, key))
@@ -229,29 +225,32 @@ def _flex(
 
 
 def _structure(call: Call) -> tuple:
-    """What a compiled kernel is made for; lengths matter only by what the compiler makes of them."""
+    """What a compiled kernel is made for: the lengths, last, or what the compiler makes of them where they are None."""
     query, key, value, _, masks, _, scale, _ = call
     n, m = query.shape[2], key.shape[2]
     mask = masks.attn_mask
+    # Of lengths that masks have too, what is made for a CPU (by PyTorch 2.13) takes one for another by its name: it
+    # does not compile, or reads what is not there.
+    fixed = not _returns_lse(query) and not (mask is None and masks.documents is None)
     return (
         query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3], value.shape[3],
         query.shape[0] == 1, n == 1, n <= _BLOCK, m <= _BLOCK, n == m, scale,
         masks.alibi_slopes is not None, masks.documents is not None,
         None if mask is None else (mask.dtype, *(size == 1 for size in mask.shape)),
-        needs_gradient(call),
+        needs_gradient(call), (query.shape[0], n, m) if fixed else None,
     )  # fmt: skip
 
 
 @functools.cache
 def _compiled(structure: tuple) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """``_flex`` compiled for any length.
+    """``_flex`` compiled for any length, or for those of its structure.
 
     The compiler gives up on code that it has compiled eight times; so each structure has its own.
     """
     say_once("FlexAttention compiles a kernel for each new kind of call, which takes seconds")
     code = _flex.__code__.replace(co_name=f"_flex_{abs(hash(structure)):x}")
     own = types.FunctionType(code, _flex.__globals__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, dynamic=structure[-1] is None, fullgraph=True)
 
 
 def _numbers(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
