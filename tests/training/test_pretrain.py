@@ -90,6 +90,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_between_the_logs(
     assert all("loss" in line and "left" in line for line in lines)
     assert [row["step"] for row in metrics(tmp_path / "run") if "skipped_because" in row] == [10]
     assert [r["skipped"] for r in metrics(tmp_path / "run") if "loss" in r] == [0, 1, 1, 1]
+    for path in (tmp_path / "run" / "checkpoints").glob("*/*.json"):
+        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_too_many_of_them_stop_the_run_before_the_weights(poisoned, options, tmp_path, monkeypatch):

@@ -193,10 +193,14 @@ class LanguageModelTrainer(Trainer):
             data_state = merge_states(gather(self._batches.state_dict()))  # all have written now
             if is_main():
                 (partial / name / DATA_FILE).write_text(strict_json.dumps(data_state))
-        rows = [
-            row for row in self.state.log_history if math.isfinite(row.get("eval_loss", math.nan))
-        ]
-        rest = name, {row["step"]: row["eval_loss"] for row in rows}, self._written
+                state = partial / name / STATE_FILE  # in which Transformers writes NaN
+                state.write_text(strict_json.dumps(read_json(state), indent=2) + "\n")
+        losses = {
+            row["step"]: loss
+            for row in self.state.log_history
+            if (loss := row.get("eval_loss")) is not None and math.isfinite(loss)
+        }
+        rest = name, losses, self._written
         if self._written is None:
             self._commit(*rest)
         else:
