@@ -284,8 +284,8 @@ def train(results: "Results", sizes: Sizes, seconds: float, *, preset: str, comp
 def pair(results: "Results", sizes: Sizes, seconds: float) -> None:
     """The same model with StableMask and with softmax, on Python's sources, as far as the time goes."""
     from stablemask.training.assembly import METRICS_FILE
-    from stablemask.training.options import PretrainOptions
     from stablemask.training.pretrain import pretrain
+    from stablemask.training.pretrain_options import PretrainOptions
 
     begun = [row["steps"] for row in results.of() if "steps" in row]
     steps = begun[0] if begun else _steps_in(seconds, results, sizes)

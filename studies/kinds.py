@@ -37,7 +37,7 @@ _VARIANTS = {
 def settings_of(kind: str, context: int) -> dict[str, Any]:
     """``attention``, and the pseudo mass's settings, of a kind at a training context.
 
-    As they stand in :class:`~stablemask.training.options.PretrainOptions`.
+    As they stand in :class:`~stablemask.training.pretrain_options.PretrainOptions`.
     """
     if kind == "stablemask-finite":
         return {"attention": "stablemask", "horizon": context}

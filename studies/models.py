@@ -9,8 +9,8 @@ from typing import Any
 
 from stablemask.data import Corpus
 from stablemask.training.assembly import METRICS_FILE
-from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import OPTIONS_FILE, prepare_data, pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.training.run import RUN_FILE
 
 

@@ -10,7 +10,9 @@ from stablemask.errors import InputError
 from stablemask.models.presets import PRESETS
 from stablemask.options import load_yaml
 from stablemask.training.dry_run import describe_cost
-from stablemask.training.options import FinetuneOptions, PretrainOptions, TrainingOptions
+from stablemask.training.finetune_options import FinetuneOptions
+from stablemask.training.options import TrainingOptions
+from stablemask.training.pretrain_options import PretrainOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Which command reads the files of a folder, and what it cannot do without.

@@ -15,7 +15,7 @@ import pytest
 
 from stablemask.cli.main import main
 from stablemask.cli.parser import parse_options
-from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain_options import PretrainOptions
 from tests import marks
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from stablemask.models.configuration import preset_config
 from stablemask.models.modeling import StableMaskForCausalLM
 from stablemask.training.assembly import build_trainer
-from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain_options import PretrainOptions
 
 from .workload import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY, Clock, Workload
 

@@ -7,7 +7,8 @@ import pytest
 
 from stablemask.cli.outcome import report
 from stablemask.training.card import write_finetune_card, write_pretrain_card
-from stablemask.training.options import FinetuneOptions, PretrainOptions
+from stablemask.training.finetune_options import FinetuneOptions
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.training.run import RunResult
 
 

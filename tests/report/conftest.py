@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from stablemask.report.comparison import Comparison, compare
-from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 
 TEXT = "\n".join(f"the row {i} gives token {i * i % 97} its own mask" for i in range(1500))
 COMMAND = "stablemask demo --data 'a & b'"

@@ -21,8 +21,8 @@ from stablemask.hf.loading import load_model
 from stablemask.inference import generate
 from stablemask.options import load_yaml, save_yaml
 from stablemask.report.comparison import ATTENTION_BLOCKS, compare
-from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 from tests.test_reading import DEEP
 
 KINDS = ("softmax", "stablemask")

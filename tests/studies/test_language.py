@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from stablemask.models.settings import pseudo_sink_logits
-from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain_options import PretrainOptions
 from studies import language
 from studies.kinds import KINDS
 from studies.language_section import section

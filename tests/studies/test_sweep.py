@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from stablemask.evaluation import attention_maps
 from stablemask.models.cache import CACHE
-from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain_options import PretrainOptions
 from studies import ablation, language, long_training, scaling, sweep
 from studies.page import text_of
 from studies.paper import first_table

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stablemask.data import train_tokenizer
 from stablemask.training.callbacks import StopOnSignal
-from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 
 STEPS = 40  # of a pretraining run
 

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 import stablemask.hf  # noqa: F401
 from stablemask.cli.main import main
 from stablemask.errors import InputError
-from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.training.run import command_line
 from tests import marks
 from tests.processes import start

@@ -5,7 +5,7 @@ import torch
 
 from stablemask.errors import InputError
 from stablemask.training.dry_run import describe_cost
-from stablemask.training.options import PretrainOptions
+from stablemask.training.pretrain_options import PretrainOptions
 
 
 def figures(**settings):

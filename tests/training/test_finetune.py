@@ -18,6 +18,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GptOssConfig,
     MambaConfig,
     PhimoeConfig,
 )
@@ -31,7 +32,8 @@ from stablemask.training import checkpoints
 from stablemask.training.adapting import adapt
 from stablemask.training.adapting.trainer import FIRST_TOKEN_WEIGHT
 from stablemask.training.finetune import describe_finetuning, finetune
-from stablemask.training.options import FinetuneOptions, PretrainOptions
+from stablemask.training.finetune_options import FinetuneOptions
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.training.run import command_line
 
 from ..processes import start
@@ -443,15 +445,27 @@ def test_the_context_is_the_models_by_default(options, base, tmp_path):
     assert replace(chosen, texts=None, data=None).resolved().texts == 480 + 32
 
 
-def test_where_keys_are_normalised_adapting_is_longer_and_gentler(options, tmp_path):
-    """For biases stand for the prefix's value alone there."""
-    config = Gemma3TextConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16
-    )
+@pytest.mark.parametrize(
+    ("family", "steps", "rate"),
+    [
+        (
+            Gemma3TextConfig,
+            300,
+            2e-5,
+        ),  # keys are normalised: biases stand for the prefix's value alone
+        (GptOssConfig, 400, 2e-4),  # sinks of its own: no biases do, though it has the switch
+    ],
+)
+def test_adapting_is_as_long_as_the_attention_needs(family, steps, rate, options, tmp_path):
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1} if family is GptOssConfig else {}
+    config = family(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=2, intermediate_size=32, **sizes,
+    )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     options = replace(options, model=str(tmp_path), adapt=True, steps=None, learning_rate=None)
     chosen = options.resolved()
-    assert (chosen.steps, chosen.learning_rate) == (300, 2e-5)
+    assert (chosen.steps, chosen.learning_rate) == (steps, rate)
     chosen = replace(options, lora=True).resolved()
     assert (chosen.steps, chosen.learning_rate) == (400, 2e-4)
 

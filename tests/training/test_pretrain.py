@@ -24,8 +24,9 @@ from stablemask.training import checkpoints
 from stablemask.training.callbacks import SkipBadSteps
 from stablemask.training.dry_run import describe_cost
 from stablemask.training.finetune import finetune
-from stablemask.training.options import FinetuneOptions, PretrainOptions
+from stablemask.training.finetune_options import FinetuneOptions
 from stablemask.training.pretrain import pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.training.run import RunResult, begin_run, command_line, put_in_place
 from stablemask.writing import only_writer
 

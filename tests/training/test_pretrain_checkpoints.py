@@ -24,8 +24,9 @@ from stablemask.errors import InputError
 from stablemask.options import load_yaml, save_yaml
 from stablemask.training import checkpoints
 from stablemask.training.finetune import finetune
-from stablemask.training.options import FinetuneOptions, PretrainOptions
+from stablemask.training.finetune_options import FinetuneOptions
 from stablemask.training.pretrain import pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.training.run import begin_run, command_line
 from tests import marks
 from tests.processes import start

@@ -17,8 +17,8 @@ from stablemask.report.comparison import compare
 from stablemask.report.comparison_page import render_comparison
 from stablemask.report.summary import caveat, takeaway, text_table
 from stablemask.shell import runnable
-from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import OPTIONS_FILE, pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.writing import write_whole
 
 KINDS = ("softmax", "stablemask")

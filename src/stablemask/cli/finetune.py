@@ -2,7 +2,7 @@
 
 from stablemask.cli.outcome import report
 from stablemask.training.finetune import describe_finetuning, finetune
-from stablemask.training.options import FinetuneOptions
+from stablemask.training.finetune_options import FinetuneOptions
 
 
 def run(options: FinetuneOptions) -> int:

@@ -17,7 +17,8 @@ from stablemask.cli.parser import complete, parse_options
 from stablemask.errors import InputError, RunError
 from stablemask.options import did_you_mean
 from stablemask.shell import pip_install
-from stablemask.training.options import FinetuneOptions, PretrainOptions
+from stablemask.training.finetune_options import FinetuneOptions
+from stablemask.training.pretrain_options import PretrainOptions
 from stablemask.writing import BAD_PATH, FULL_DISK
 
 # In the order a new user meets them. Each is run by the module of that name in this folder, which is

@@ -1,4 +1,4 @@
-"""The options of the commands, in one place that loads quickly; those of trainings are in ``training/options.py``.
+"""The options of the commands, in one place that loads quickly; those of trainings stand beside their code in ``training/``.
 
 The first line of a docstring is the command's in ``stablemask --help``.
 """
@@ -39,7 +39,7 @@ class BuildOptions:
     """Compile what the CPU does in C++, and time it.
 
     It is for the PyTorch and Python installed, and needs a C++ compiler. A cached step of one token then
-    takes about half of stock SDPA's time. Then it times on this processor, for some 20 seconds, where kernels of
+    takes less time than stock SDPA's on most processors. Then it times on this processor, for some 20 seconds, where kernels of
     ours are faster than the stock one, trained too; keep the machine quiet meanwhile. Results are the same to
     rounding. Run it again after an update of PyTorch or of this package. To time anew, delete the file that it
     names last.

@@ -2,8 +2,8 @@
 
 from stablemask.cli.outcome import report
 from stablemask.training.dry_run import describe_cost
-from stablemask.training.options import PretrainOptions
 from stablemask.training.pretrain import pretrain
+from stablemask.training.pretrain_options import PretrainOptions
 
 
 def run(options: PretrainOptions) -> int:

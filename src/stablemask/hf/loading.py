@@ -75,6 +75,18 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     return _config_of(_find(name_or_path))[0]
 
 
+def load_without_weights(name_or_path: str) -> PreTrainedModel:
+    """The model that a configuration describes, on the meta device: it tells which modules there are.
+
+    Raises:
+        InputError: as :func:`load_model`.
+    """
+    name = _find(name_or_path)
+    config = _config_of(name)[0]
+    with _one_line(f"the model {name}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def is_adapter(name_or_path: str) -> bool:
     """Whether this is a PEFT adapter in place of a whole model; InputError where it is neither."""
     return _adapter_of(_find(name_or_path)) is not None

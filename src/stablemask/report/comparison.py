@@ -34,8 +34,9 @@ from ..options import load_yaml, options_from_values
 from ..reading import read_json
 from ..training.assembly import METRICS_FILE
 from ..training.callbacks.progress import read_rows
-from ..training.options import FREE_ON_RESUME, PretrainOptions
+from ..training.options import FREE_ON_RESUME
 from ..training.pretrain import OPTIONS_FILE, prepare_data
+from ..training.pretrain_options import PretrainOptions
 from ..training.run import RUN_FILE
 
 MULTIPLES = (1, 2, 4)  # of the training length

@@ -8,7 +8,8 @@ from ..evaluation.perplexity import perplexity_of, perplexity_text
 from ..models.settings import in_short
 from ..writing import write_whole
 from .adapting.table import table
-from .options import FinetuneOptions, PretrainOptions
+from .finetune_options import FinetuneOptions
+from .pretrain_options import PretrainOptions
 
 _PRETRAIN_CARD = """\
 ---

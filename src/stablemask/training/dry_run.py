@@ -4,7 +4,7 @@ import torch
 
 from ..models.cost import count_parameters, flops_per_token, training_memory
 from ..models.devices import peak_flops
-from .options import PretrainOptions
+from .pretrain_options import PretrainOptions
 from .run import given, tokens_per_step
 
 UTILIZATION = 0.4  # the share of its FLOP/s that a device reaches, where much goes right

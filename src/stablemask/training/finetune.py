@@ -47,7 +47,7 @@ from .assembly import METRICS_FILE, build_trainer, finish_run, train
 from .base_model import text_part
 from .callbacks.progress import read_rows
 from .card import write_finetune_card
-from .options import FinetuneOptions
+from .finetune_options import FinetuneOptions
 from .processes import is_main, main_first, on_main
 from .run import RunResult, alone, begin_run, claim, command_line, given, start
 from .sharding import shard

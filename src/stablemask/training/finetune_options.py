@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..options import changed, check_least, option
 from ..shell import pip_install
 from .machine import default_dtype
-from .shared_options import TrainingOptions, installed
+from .options import TrainingOptions, installed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,7 +69,7 @@ class FinetuneOptions(TrainingOptions):
         False,
         "make a softmax model a StableMask model, and take its attention sink out of it; by default in "
         "120 steps of 4 blocks of 256 tokens with a beta2 of 0.99, where keys are normalised in 300 at a peak "
-        "of 2e-5, or with --lora in 400 at 2e-4, evaluated and saved each quarter",
+        "of 2e-5, with --lora or where attention can have no biases in 400 at 2e-4, evaluated and saved each quarter",
         group="adapting; all but the first go with --adapt",
     )
     texts: int | None = option(
@@ -87,16 +87,19 @@ class FinetuneOptions(TrainingOptions):
     start: int = option(0, "first position with a pseudo mass; 1 leaves the first row alone")
 
     def resolved(self) -> Self:
-        from .base_model import can_have_biases, context_of, normalises_keys
+        from ..hf.loading import load_without_weights
+        from .adapting.biases import normalises_keys, takes_biases
+        from .base_model import context_of
 
         defaults: dict[str, Any] = {
             "batch_size": 8, "learning_rate": 5e-5, "beta2": 0.999, "dtype": default_dtype(large=True),
         }  # fmt: skip
         if self.adapt:
             defaults |= ADAPTING
-            if self.lora or not can_have_biases(self.model):
+            model = None if self.lora else load_without_weights(self.model)
+            if model is None or not takes_biases(model):
                 defaults |= WITHOUT_BIASES
-            elif normalises_keys(self.model):
+            elif normalises_keys(model):
                 defaults |= BIASES_OF_VALUES
             # Evaluating often would take as long as the training, which is short.
             quarter = max(1, (self.steps or defaults["steps"]) // 4)

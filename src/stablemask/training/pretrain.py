@@ -13,7 +13,7 @@ from ..data.tokenizer import vocabulary_size
 from ..models.modeling import StableMaskForCausalLM
 from .assembly import build_trainer, finish_run, train
 from .card import write_pretrain_card
-from .options import PretrainOptions
+from .pretrain_options import PretrainOptions
 from .processes import main_first
 from .run import RunResult, alone, begin_run, command_line, given, start
 from .sequences import share_sequences

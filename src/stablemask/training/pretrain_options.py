@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..models.presets import ATTENTION_KINDS, POSITION_ENCODINGS, PRESETS
 from ..options import changed, check_least, option
 from .machine import world_size
-from .shared_options import TrainingOptions
+from .options import TrainingOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self

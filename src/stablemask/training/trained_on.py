@@ -10,7 +10,8 @@ from ..data.sources import HUB_PREFIX
 from ..errors import InputError
 from ..options import load_yaml
 from ..reading import read_json, user_path
-from .options import FinetuneOptions, PretrainOptions
+from .finetune_options import FinetuneOptions
+from .pretrain_options import PretrainOptions
 from .run import RUN_FILE
 
 

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from stablemask.training.adapting.adapt import make_stablemask
-from stablemask.training.options import FinetuneOptions
+from stablemask.training.finetune_options import FinetuneOptions
 
 from ...models.tiny import tiny_model
 

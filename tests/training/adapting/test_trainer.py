@@ -19,7 +19,7 @@ from stablemask.training.adapting.trainer import (
     Schedule,
 )
 from stablemask.training.finetune import _build_trainer, _prepare, finetune
-from stablemask.training.options import FinetuneOptions
+from stablemask.training.finetune_options import FinetuneOptions
 
 from ..conftest import metrics
 

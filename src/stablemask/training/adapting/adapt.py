@@ -16,7 +16,7 @@ from ...data.mixture import Mixture
 from ...errors import InputError
 from ...hf import apply_stablemask
 from ...models import StableMaskConfig
-from ..options import FinetuneOptions
+from ..finetune_options import FinetuneOptions
 from ..run import given
 from ..self_written import write_texts
 from .biases import give_biases, steady_dimensions

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...hf.guard import numbered_layers
+from ...hf.guard import attention_layers, numbered_layers
 from .calibration import Calibration
 
 MAPS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -32,7 +32,7 @@ def steady_dimensions(model: PreTrainedModel, context: int) -> Tensor | None:
 
     No dimension where the position is not by rotation, or where the key is normalised after its bias.
     """
-    if not _takes_biases(model):
+    if not takes_biases(model):
         return None
     config: Any = model.config.get_text_config(decoder=True)
     decoder: Any = model.get_decoder()
@@ -50,6 +50,40 @@ def steady_dimensions(model: PreTrainedModel, context: int) -> Tensor | None:
     kept = ~none  # what is not rotated at all is steady
     kept[: cosines.shape[-1]] = (cosines[0] >= scale * torch.tensor(STEADY).cos()).all(0)
     return kept
+
+
+def takes_biases(model: PreTrainedModel) -> bool:
+    """Whether a configuration can have the model give all four maps of attention a bias, and nothing else.
+
+    A gate, a sink of its own or a norm of values would come between, and the biases not stand for the prefix.
+    """
+    config = copy.deepcopy(model.config)
+    text: Any = config.get_text_config(decoder=True)
+    if not isinstance(getattr(text, SWITCH, None), bool):
+        return False
+    setattr(text, SWITCH, True)
+    with torch.device("meta"):
+        biased = type(model)(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    layers: Any = attention_layers(model, model.config.get_text_config(decoder=True))
+    for layer in layers:
+        more = {name.partition(".")[0] for name, _ in layer.named_parameters()} - MAPS
+        if not all(hasattr(layer, name) for name in MAPS):
+            return False
+        if not all("norm" in name and name[0] in "qk" for name in more):
+            return False
+        if layer.q_proj.out_features != layer.o_proj.in_features:  # a gate in the query's map
+            return False
+    wanted = {f"{names[id(layer)]}.{name}.bias" for layer in layers for name in MAPS}
+    had = {name for name, _ in model.named_parameters()}
+    has = {name for name, _ in biased.named_parameters()}
+    return wanted <= has and has == had | wanted
+
+
+def normalises_keys(model: PreTrainedModel) -> bool:
+    """Whether the attention of any layer does."""
+    layers = attention_layers(model, model.config.get_text_config(decoder=True))
+    return any(map(normalises, layers))
 
 
 def normalises(layer: nn.Module) -> bool:
@@ -77,31 +111,3 @@ def give_biases(model: PreTrainedModel, calibration: Calibration) -> None:
             before = 0.0 if linear.bias is None else linear.bias.detach()
             bias = (before + bias).to(linear.weight.dtype)
             linear.bias = nn.Parameter(bias, requires_grad=linear.weight.requires_grad)
-
-
-def _takes_biases(model: PreTrainedModel) -> bool:
-    """Whether a configuration can have the model give all four maps of attention a bias, and nothing else.
-
-    A gate, a sink of its own or a norm of values would come between, and the biases not stand for the prefix.
-    """
-    config = copy.deepcopy(model.config)
-    text: Any = config.get_text_config(decoder=True)
-    if not isinstance(getattr(text, SWITCH, None), bool):
-        return False
-    setattr(text, SWITCH, True)
-    with torch.device("meta"):
-        biased = type(model)(config)
-    names = {id(module): name for name, module in model.named_modules()}
-    layers: Any = numbered_layers(model, model.config.get_text_config(decoder=True)).values()
-    for layer in layers:
-        more = {name.partition(".")[0] for name, _ in layer.named_parameters()} - MAPS
-        if not all(hasattr(layer, name) for name in MAPS):
-            return False
-        if not all("norm" in name and name[0] in "qk" for name in more):
-            return False
-        if layer.q_proj.out_features != layer.o_proj.in_features:  # a gate in the query's map
-            return False
-    wanted = {f"{names[id(layer)]}.{name}.bias" for layer in layers for name in MAPS}
-    had = {name for name, _ in model.named_parameters()}
-    has = {name for name, _ in biased.named_parameters()}
-    return wanted <= has and has == had | wanted
