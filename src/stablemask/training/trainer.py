@@ -193,8 +193,8 @@ class LanguageModelTrainer(Trainer):
             data_state = merge_states(gather(self._batches.state_dict()))  # all have written now
             if is_main():
                 (partial / name / DATA_FILE).write_text(strict_json.dumps(data_state))
-                state = partial / name / STATE_FILE  # in which Transformers writes NaN
-                state.write_text(strict_json.dumps(read_json(state), indent=2) + "\n")
+                state = read_json(partial / name / STATE_FILE)  # in which Transformers writes NaN
+                (partial / name / STATE_FILE).write_text(strict_json.dumps(state, indent=2) + "\n")
         losses = {
             row["step"]: loss
             for row in self.state.log_history
