@@ -194,9 +194,10 @@ def _ablated(records: dict[str, list[Record]]) -> Iterator[Row]:
 
 
 def _trained(records: dict[str, list[Record]], study: str) -> str:
-    """Sizes and steps of the final trainings, those of the plan where none is recorded."""
+    """Sizes and steps of the final trainings beside softmax's, those of the plan where none is recorded."""
     plans = {"long": long_training.SIZES["small"], "ablation": ablation.SIZES["small"]}
-    steps = {record["preset"]: record["steps"] for record in finals(records.get(study, []))}
+    compared = [record for record in finals(records.get(study, [])) if record["label"] != "softmax"]
+    steps = {record["preset"]: record["steps"] for record in compared}
     steps = steps or {size.preset: size.steps for size in plans[study]}
     return " and ".join(f"{preset}, {count:,} steps" for preset, count in steps.items())
 
